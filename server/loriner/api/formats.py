@@ -1,0 +1,251 @@
+"""Events of one request -> the chunks or the whole body of a chat or a text completion.
+
+Pure: no I/O, no waiting. A format lives for one request and keeps only what the next chunk needs
+(text offsets). Invariant: each choice gets exactly one finish_reason, and what is streamed adds up
+to the whole body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from msgspec import UNSET, UnsetType
+
+from loriner.api import shapes
+from loriner.api.prompts import Prompt
+from loriner.core import Event, TokenLogprob
+
+_FLOOR = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lacks
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every chunk of one answer repeats, and what the caller asked to see."""
+
+    answer_id: str
+    created: int
+    model: str
+    fingerprint: str
+    origin: shapes.Origin
+    logprobs: bool
+    token_ids: bool
+
+
+@dataclass(slots=True)
+class Gathered:
+    """One choice of a whole body, as its events arrive."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str = "stop"
+    stop_reason: str | int | None = None
+
+    def add(self, event: Event) -> None:
+        self.texts.append(event.text)
+        self.token_ids.extend(event.token_ids)
+        self.logprobs.extend(event.logprobs)
+        if event.finish_reason is not None:
+            self.finish_reason = event.finish_reason.value
+            self.stop_reason = event.stop_reason
+
+
+class Format(Protocol):
+    """Chat or text: the two ways to write the same events."""
+
+    def opening(self, num_choices: int) -> list[shapes.Answer]:
+        """Chunks sent before the first event's own."""
+
+    def chunk(self, index: int, event: Event) -> shapes.Answer | None:
+        """The chunk for one event; None when it has nothing to show yet."""
+
+    def closing(self, usage: shapes.Usage) -> shapes.Answer:
+        """The chunk after the last event, when the caller asked for usage."""
+
+    def whole(self, choices: Sequence[Gathered], usage: shapes.Usage) -> shapes.Answer:
+        """The body of an answer that was not streamed."""
+
+
+class ChatFormat:
+    """POST /v1/chat/completions."""
+
+    def __init__(self, head: Head, prompt: Prompt) -> None:
+        self._head = head
+        self._prompt = prompt
+
+    def opening(self, num_choices: int) -> list[shapes.Answer]:
+        chunks = [
+            self._answer(
+                [shapes.ChatDeltaChoice(i, shapes.Delta(role="assistant", content=""))], True
+            )
+            for i in range(num_choices)
+        ]
+        chunks[0].loriner = self._head.origin
+        if self._head.token_ids:
+            chunks[0].prompt_token_ids = self._prompt.ids
+        return chunks
+
+    def chunk(self, index: int, event: Event) -> shapes.Answer | None:
+        if not _is_worth_sending(self._head, event):
+            return None
+        finish = event.finish_reason
+        choice = shapes.ChatDeltaChoice(
+            index=index,
+            delta=shapes.Delta(content=event.text if event.text or finish is None else UNSET),
+            logprobs=self._logprobs(event.logprobs),
+            finish_reason=None if finish is None else finish.value,
+            stop_reason=UNSET if finish is None else event.stop_reason,
+            token_ids=_ids(self._head, event.token_ids),
+        )
+        return self._answer([choice], True)
+
+    def closing(self, usage: shapes.Usage) -> shapes.Answer:
+        answer = self._answer([], True)
+        answer.usage, answer.loriner = usage, self._head.origin
+        return answer
+
+    def whole(self, choices: Sequence[Gathered], usage: shapes.Usage) -> shapes.Answer:
+        answer = self._answer(
+            [
+                shapes.ChatChoice(
+                    index=i,
+                    message=shapes.Message(content="".join(choice.texts)),
+                    logprobs=self._logprobs(choice.logprobs),
+                    finish_reason=choice.finish_reason,
+                    stop_reason=choice.stop_reason,
+                    token_ids=_ids(self._head, choice.token_ids),
+                )
+                for i, choice in enumerate(choices)
+            ],
+            False,
+        )
+        answer.usage, answer.loriner = usage, self._head.origin
+        answer.prompt_token_ids = _ids(self._head, self._prompt.ids)
+        return answer
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> shapes.ChatLogprobs | None:
+        if not self._head.logprobs:
+            return None
+        return shapes.ChatLogprobs([_token_logprob(entry) for entry in logprobs])
+
+    def _answer(self, choices: list[object], is_chunk: bool) -> shapes.Answer:
+        return _answer(self._head, "chat.completion" + ".chunk" * is_chunk, choices)
+
+
+class TextFormat:
+    """POST /v1/completions: choice `i` of prompt `p` has index `p * n + i`."""
+
+    def __init__(self, head: Head, prompts: Sequence[Prompt], n: int) -> None:
+        self._head = head
+        self._prompts = prompts
+        self._n = n
+        self._offsets: dict[int, int] = {}
+        self._is_first = True
+
+    def opening(self, num_choices: int) -> list[shapes.Answer]:
+        chunks = []
+        for index in range(num_choices):
+            prompt = self._prompts[index // self._n]
+            if prompt.text or self._head.token_ids:
+                choice = shapes.TextChoice(index, prompt.text)
+                choice.prompt_token_ids = _ids(self._head, prompt.ids)
+                chunks.append(self._chunk(choice))
+        return chunks
+
+    def chunk(self, index: int, event: Event) -> shapes.Answer | None:
+        if not _is_worth_sending(self._head, event):
+            return None
+        finish = event.finish_reason
+        choice = shapes.TextChoice(
+            index=index,
+            text=event.text,
+            logprobs=self._logprobs(index, event.logprobs),
+            finish_reason=None if finish is None else finish.value,
+            stop_reason=UNSET if finish is None else event.stop_reason,
+            token_ids=_ids(self._head, event.token_ids),
+        )
+        return self._chunk(choice)
+
+    def _chunk(self, choice: shapes.TextChoice) -> shapes.Answer:
+        answer = self._answer([choice])
+        if self._is_first:
+            self._is_first, answer.loriner = False, self._head.origin
+        return answer
+
+    def closing(self, usage: shapes.Usage) -> shapes.Answer:
+        answer = self._answer([])
+        answer.usage, answer.loriner = usage, self._head.origin
+        return answer
+
+    def whole(self, choices: Sequence[Gathered], usage: shapes.Usage) -> shapes.Answer:
+        answer = self._answer([self._choice(i, choice) for i, choice in enumerate(choices)])
+        answer.usage, answer.loriner = usage, self._head.origin
+        return answer
+
+    def _choice(self, index: int, choice: Gathered) -> shapes.TextChoice:
+        prompt = self._prompts[index // self._n]
+        return shapes.TextChoice(
+            index=index,
+            text=prompt.text + "".join(choice.texts),
+            logprobs=self._logprobs(index, choice.logprobs),
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+            token_ids=_ids(self._head, choice.token_ids),
+            prompt_token_ids=_ids(self._head, prompt.ids),
+        )
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> shapes.TextLogprobs | None:
+        if not self._head.logprobs:
+            return None
+        answer = shapes.TextLogprobs([], [], [], [])
+        offset = self._offsets.get(index, 0)
+        for entry in logprobs:
+            answer.tokens.append(entry.token)
+            answer.token_logprobs.append(_finite(entry.logprob))
+            answer.top_logprobs.append(_by_text(entry))
+            answer.text_offset.append(offset)
+            offset += len(entry.token)
+        self._offsets[index] = offset
+        return answer
+
+    def _answer(self, choices: list[object]) -> shapes.Answer:
+        return _answer(self._head, "text_completion", choices)
+
+
+def _answer(head: Head, kind: str, choices: list[object]) -> shapes.Answer:
+    return shapes.Answer(head.answer_id, kind, head.created, head.model, head.fingerprint, choices)
+
+
+def _is_worth_sending(head: Head, event: Event) -> bool:
+    """Half a character is a token without text: nothing to show unless tokens were asked for."""
+    shows_tokens = bool(event.token_ids) and (head.logprobs or head.token_ids)
+    return bool(event.text) or event.finish_reason is not None or shows_tokens
+
+
+def _ids(head: Head, ids: Sequence[int]) -> list[int] | UnsetType:
+    return list(ids) if head.token_ids else UNSET
+
+
+def _token_logprob(entry: TokenLogprob) -> shapes.TokenLogprob:
+    top = [shapes.TopLogprob(t.token, _finite(t.logprob), _bytes(t.token)) for t in entry.top]
+    return shapes.TokenLogprob(entry.token, _finite(entry.logprob), _bytes(entry.token), top)
+
+
+def _by_text(entry: TokenLogprob) -> dict[str, float]:
+    """Text -> log-probability; of two tokens with one text the likelier stands."""
+    best: dict[str, float] = {}
+    for candidate in (*entry.top, entry):
+        logprob = _finite(candidate.logprob)
+        best[candidate.token] = max(logprob, best.get(candidate.token, logprob))
+    return best
+
+
+def _bytes(token: str) -> list[int] | None:
+    """None for a piece of a character: its bytes are not those of the replacement sign."""
+    return None if "�" in token else list(token.encode())
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _FLOOR) if logprob == logprob else _FLOOR

@@ -1,0 +1,176 @@
+"""From what the caller wrote (messages, text, token ids) to token ids, off the event loop where it
+costs.
+
+Knows the Service's tokenizer and template by their two methods alone. Invariant: every piece of
+content is used or refused with `param`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loriner.adapters.names import show
+from loriner.api.schema import ChatBody, CompletionBody, ContentPart, Message, ToolCall
+from loriner.core import MAX_CHOICES
+from loriner.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from loriner.engine.service import Service
+
+MAX_PROMPTS = 128
+_ON_LOOP_CHARS = 2048  # longer texts are tokenised in a thread
+
+# What a caller's chat_template_kwargs may not replace.
+_RESERVED_KWARGS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, ready to run. `text` is what `echo` gives back."""
+
+    ids: list[int]
+    text: str = ""
+
+
+async def from_chat(service: Service, body: ChatBody) -> Prompt:
+    """Render the chat template. Raises InvalidRequestError naming the message and part."""
+    reserved = _RESERVED_KWARGS & body.chat_template_kwargs.keys()
+    if reserved:
+        raise InvalidRequestError(
+            f"chat_template_kwargs may not set {', '.join(sorted(reserved))}.",
+            "chat_template_kwargs",
+        )
+    generation_prompt = body.add_generation_prompt
+    ids = await service.render_chat(
+        [_plain(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
+        add_generation_prompt=(
+            not body.continue_final_message if generation_prompt is None else generation_prompt
+        ),
+        continue_final_message=body.continue_final_message,
+        template_kwargs=dict(body.chat_template_kwargs) or None,
+    )
+    return Prompt(ids)
+
+
+async def from_completion(service: Service, body: CompletionBody) -> list[Prompt]:
+    """One Prompt for each entry of `prompt`: string, strings, token ids, or lists of token ids."""
+    entries = _entries(body.prompt)
+    if len(entries) > MAX_PROMPTS or len(entries) * body.n > MAX_CHOICES:
+        raise InvalidRequestError(
+            f"prompt has {len(entries)} entries with n {body.n}: at most {MAX_PROMPTS} prompts and "
+            f"{MAX_CHOICES} choices in one request.",
+            "prompt",
+        )
+    size = sum(len(entry) for entry in entries)
+    if size <= _ON_LOOP_CHARS:
+        return _encode(service, entries, body)
+    return await asyncio.to_thread(_encode, service, entries, body)
+
+
+def _entries(prompt: str | list[Any]) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and all(type(entry) is int for entry in prompt):
+        return [prompt]
+    if not prompt:
+        raise InvalidRequestError("prompt must not be empty.", "prompt")
+    for i, entry in enumerate(prompt):
+        is_ids = isinstance(entry, list) and entry and all(type(token) is int for token in entry)
+        if not (isinstance(entry, str) or is_ids):
+            raise InvalidRequestError(
+                "prompt must be a string, a list of strings, a list of token ids, or a list of "
+                "lists of token ids.",
+                f"prompt[{i}]",
+            )
+    return prompt
+
+
+def _encode(service: Service, entries: list[str | list[int]], body: CompletionBody) -> list[Prompt]:
+    prompts = []
+    for entry in entries:
+        if isinstance(entry, str):
+            ids = service.encode(entry, add_special_tokens=body.add_special_tokens)
+            prompts.append(Prompt(ids, entry if body.echo else ""))
+        else:
+            _check_ids(entry)
+            prompts.append(Prompt(entry, service.decode(entry) if body.echo else ""))
+    return prompts
+
+
+def _check_ids(ids: list[int]) -> None:
+    """A first bound, before the detokenizer sees them; the Service knows the exact one."""
+    if min(ids) < 0 or max(ids) >= 2**31:
+        raise InvalidRequestError("prompt holds a token id outside the vocabulary.", "prompt")
+
+
+def _plain(message: Message, param: str) -> dict[str, Any]:
+    """The message as chat templates expect it: plain strings, `developer` as `system`."""
+    content = _text_of(message.content, f"{param}.content")
+    if content is None and message.role != "assistant":
+        raise InvalidRequestError(f"'{param}.content' must be given.", f"{param}.content")
+    plain: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content or "",
+    }
+    if message.name is not None:
+        plain["name"] = message.name
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            _tool_call(call, f"{param}.tool_calls[{i}]")
+            for i, call in enumerate(message.tool_calls)
+        ]
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    return plain
+
+
+def _text_of(content: str | list[ContentPart] | None, param: str) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    texts = []
+    for i, part in enumerate(content):
+        text = {"text": part.text, "refusal": part.refusal}.get(part.type)
+        if part.type not in ("text", "refusal"):
+            raise InvalidRequestError(
+                f"Content of type '{show(part.type)}' is not served: this is a text model.",
+                f"{param}[{i}].type",
+            )
+        if text is None:
+            raise InvalidRequestError(
+                f"Missing required parameter: '{param}[{i}].{part.type}'.",
+                f"{param}[{i}].{part.type}",
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _tool_call(call: ToolCall, param: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        raise InvalidRequestError(
+            "Tool call arguments must be a JSON object in a string.", f"{param}.function.arguments"
+        ) from None
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}

@@ -1,0 +1,208 @@
+"""What the OpenAI endpoints accept. Types live here; ranges live in `core.SamplingParams`.
+
+Unknown fields are allowed, as OpenAI-compatible servers do, but a known field that would change the
+answer and is not served is refused by name (`unserved.py`). Invariant: a field in these classes is
+honoured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from loriner.api.unserved import CHAT, COMPLETION, refuse_unserved
+from loriner.core import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
+from loriner.errors import InvalidRequestError
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_NAME_CHARS = 256
+MAX_TEMPLATE_KWARGS = 16
+MAX_TEMPLATE_KWARG_CHARS = 256
+
+TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_TEMPLATE_KWARG_CHARS)]
+
+
+class Body(BaseModel):
+    """Base of all bodies: strict types, other fields allowed."""
+
+    model_config = ConfigDict(extra="allow", strict=True, hide_input_in_errors=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM
+    include_obfuscation: Literal[False] | None = None
+
+
+class SamplingBody(Body):
+    """What chat and completions have in common: the adapter, sampling, streaming."""
+
+    UNSERVED: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
+    adapter: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] = {}
+    return_token_ids: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, data: Any) -> Any:
+        refuse_unserved(data, cls.UNSERVED)
+        return data
+
+    def sampling(self) -> SamplingParams:
+        """Raises InvalidRequestError naming the field as the caller wrote it."""
+        self.check()
+        try:
+            return SamplingParams(
+                max_tokens=self.token_limit(),
+                min_tokens=self.min_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's -1 also means all
+                min_p=self.min_p,
+                seed=self.seed,
+                repetition_penalty=self.repetition_penalty,
+                frequency_penalty=self.frequency_penalty,
+                presence_penalty=self.presence_penalty,
+                logit_bias=_logit_bias(self.logit_bias),
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+                stop_token_ids=tuple(self.stop_token_ids),
+                include_stop_str_in_output=self.include_stop_str_in_output,
+                ignore_eos=self.ignore_eos,
+                n=self.n,
+                logprobs=self.num_logprobs(),
+            )
+        except InvalidRequestError as error:
+            param = self.names().get(error.param or "", error.param)
+            message = str(error).replace(error.param or "\0", param or "", 1)
+            raise InvalidRequestError(message, param) from None
+
+    def check(self) -> None:
+        """Raises InvalidRequestError when two fields contradict each other."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "stream_options is only allowed when stream is true.", "stream_options"
+            )
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    def num_logprobs(self) -> int | None:
+        """How many alternatives each token's log-probability comes with; None: no logprobs."""
+        raise NotImplementedError
+
+    def names(self) -> dict[str, str]:
+        """Fields of SamplingParams that the caller wrote under another name."""
+        return {}
+
+
+class ToolFunction(Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    id: str | None = None
+    function: ToolFunction
+
+
+class ContentPart(Body):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class Message(Body):
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS)] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    UNSERVED = CHAT
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: Annotated[
+        dict[str, TemplateValue | None], Field(max_length=MAX_TEMPLATE_KWARGS)
+    ] = {}
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("top_logprobs needs logprobs to be true.", "top_logprobs")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt exclude each other.",
+                "continue_final_message",
+            )
+
+    def token_limit(self) -> int | None:
+        given = self.max_completion_tokens
+        return self.max_tokens if given is None else given
+
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def names(self) -> dict[str, str]:
+        renamed = self.max_completion_tokens is not None
+        return {"max_tokens": "max_completion_tokens"} if renamed else {}
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions. `prompt` is split up by `prompts.py`."""
+
+    UNSERVED = COMPLETION
+    prompt: str | list[Any]
+    max_tokens: int | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    add_special_tokens: bool = True
+
+    def check(self) -> None:
+        super().check()
+        if self.best_of is not None and self.best_of != self.n:
+            raise InvalidRequestError("best_of must equal n; more is not served.", "best_of")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequestError("echo with logprobs is not served.", "echo")
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    pairs = []
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise InvalidRequestError("logit_bias keys must be token ids.", "logit_bias")
+        pairs.append((int(key), value))
+    return tuple(pairs)

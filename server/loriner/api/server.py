@@ -1,0 +1,139 @@
+"""Runs the app under uvicorn: limits on what a socket may send, one line when it listens, a drain
+at SIGTERM.
+
+The only file that knows uvicorn. Invariant: after the first SIGTERM or SIGINT readiness is 503
+while the sockets still listen, running requests get `shutdown_s`, and the process ends with status
+0; a second signal forces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from loriner.api.app import build_app
+from loriner.config import ServerConfig
+from loriner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from loriner.engine.service import Service
+
+MAX_HEAD_BYTES = 64 << 10  # request line and headers
+KEEP_ALIVE_S = 75
+LAST_WORDS_S = 1.0  # for slow readers, after the engine has drained
+
+logger = logging.getLogger("loriner.server")
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our start-up line and our way to stop."""
+
+    def __init__(
+        self,
+        service: Service,
+        config: ServerConfig,
+        announce: Callable[[str], None],
+        on_ready: Callable[[Server], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                build_app(service, config),
+                host=config.host,
+                port=config.port,
+                http="h11",
+                ws="none",
+                proxy_headers=False,
+                lifespan="on",
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+            )
+        )
+        self._service = service
+        self._settings = config
+        self._announce = announce
+        self._on_ready = on_ready
+        self._socket: socket.socket | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the server listens; valid once it was announced."""
+        assert self._socket is not None
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def bind(self) -> socket.socket:
+        """Take the address before anything slow starts. Raises ConfigError when it is taken."""
+        host, port = self._settings.host, self._settings.port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((host.strip("[]"), port))
+        except OSError as error:
+            self._socket.close()
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error.strerror}; choose another --port "
+                "(0: any free one)."
+            ) from None
+        return self._socket
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal. Raises ConfigError before anything is started, and what
+        kept the engine from starting."""
+        super().run(sockets or [self.bind()])
+        if self._failure is not None:
+            raise self._failure
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        started = time.monotonic()
+        await super().startup(sockets)
+        self._announce(f"Loriner is listening on {self.url}")
+        self._starting = asyncio.create_task(self._await_engine(started))
+        self._starting.add_done_callback(self._note_failure)
+
+    def _note_failure(self, starting: asyncio.Task[None]) -> None:
+        if not starting.cancelled() and (error := starting.exception()) is not None:
+            self._failure, self.should_exit = error, True
+
+    async def _await_engine(self, started: float) -> None:
+        await self._service.wait_until_ready()
+        self._announce(f"The engine is ready ({time.monotonic() - started:.1f} s).")
+        if self._on_ready is not None:
+            await self._on_ready(self)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+        deadline = time.monotonic() + self._settings.shutdown_s
+        logger.info("draining: running requests have %.0f s", self._settings.shutdown_s)
+        await self._drain()
+        left_s = max(LAST_WORDS_S, deadline - time.monotonic())
+        self.config.timeout_graceful_shutdown = math.ceil(min(left_s, 5 * LAST_WORDS_S))
+        await super().shutdown(sockets)
+
+    async def _drain(self) -> None:
+        """Stop the service while the sockets still listen: probes see 503, not a refusal."""
+        stopping = asyncio.create_task(self._service.stop(self._settings.shutdown_s))
+        while not stopping.done() and not self.force_exit:
+            await asyncio.wait({stopping}, timeout=0.1)
+        stopping.cancel()
+        await asyncio.wait({stopping})
+        if not stopping.cancelled():
+            stopping.result()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True

@@ -1,0 +1,98 @@
+"""Fields that OpenAI or another server knows and we do not serve: refused by name, never ignored.
+
+Each row lists the values that ask for nothing and are let through. What is harmless whatever it
+says (user, metadata, service_tier, ...) is not here. Invariant: no field here can change an answer
+in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from loriner.errors import InvalidRequestError
+
+_TEXT_FORMAT = {"type": "text"}
+
+_COMMON: Mapping[str, tuple[object, ...]] = {
+    "response_format": (_TEXT_FORMAT,),
+    "store": (False,),
+    "reasoning_effort": ("none",),
+    "moderation": (),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "regex": (),
+    "ebnf": (),
+    "json_schema": (),
+    "stop_regex": (),
+    "length_penalty": (1, 1.0),
+    "use_beam_search": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "return_tokens_as_token_ids": (False,),
+    "priority": (0,),
+    "cache_salt": (),
+    "request_id": (),
+    "logits_processors": ([],),
+    "custom_logit_processor": (),
+    "thinking_token_budget": (),
+    "repetition_detection": (),
+    "kv_transfer_params": (),
+    "session_params": (),
+    "lora_path": (),
+    "lora_name": (),
+    "lora_request": (),
+    "lora": ([],),
+    "adapters": ([],),
+    "adapter_id": (),
+    "adapter_source": (),
+    "merged_adapters": (),
+}
+
+CHAT: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        **_COMMON,
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+        "chat_template": (),
+        "documents": ([],),
+        "echo": (False,),
+        "add_special_tokens": (False,),
+        "mm_processor_kwargs": ({},),
+    }
+)
+
+COMPLETION: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {**_COMMON, "suffix": ("",), "prompt_embeds": ()}
+)
+
+_ADAPTER_FIELDS = frozenset(
+    ("lora_path", "lora_name", "lora_request", "lora", "adapters", "adapter_id")
+)
+
+
+def refuse_unserved(data: Mapping[str, Any], table: Mapping[str, tuple[object, ...]]) -> None:
+    """Raises InvalidRequestError with `param` for the first field that asks for what we lack."""
+    for name in data:
+        if name not in table or _is_among(data[name], table[name]):
+            continue
+        what = "This value of" if table[name] else "The parameter"
+        hint = " Name one adapter in `adapter` or in `model`." if name in _ADAPTER_FIELDS else ""
+        raise InvalidRequestError(f"{what} '{name}' is not served.{hint}", name)
+
+
+def _is_among(value: object, harmless: tuple[object, ...]) -> bool:
+    return any(type(value) is type(other) and value == other for other in harmless)

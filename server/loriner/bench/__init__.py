@@ -1,0 +1,15 @@
+"""Benchmarks that measure us beside others, in one run on one machine. Light to import."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add `bench` to the command line; the parsed arguments carry `run(args) -> exit status`."""
+    bench = subparsers.add_parser("bench", help="measure Loriner beside other engines")
+    kinds = bench.add_subparsers(dest="bench", required=True, metavar="KIND")
+    from loriner.bench import cpu
+
+    cpu.add_command(kinds)

@@ -1,0 +1,93 @@
+"""`loriner serve` from outside: seconds from the command to /ready, and the memory it holds."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from loriner.bench.machine import resident_mib
+from loriner.errors import LorinerError
+
+TIMEOUT_S = 120.0
+
+
+class ServeFailedError(LorinerError):
+    """The server did not become ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a start of the server cost. Memory is PSS of all its processes, MiB."""
+
+    start_s: float
+    ready_mib: float
+    used_mib: float  # after one answer
+
+
+def measure_serve(model: Path, threads: int) -> Served:
+    """Start the server on a free port with an empty store, wait, ask once, stop it."""
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w+b") as log:
+        port = free_port()
+        command = [sys.executable, "-m", "loriner", "serve", "--model", str(model)]
+        command += ["--port", str(port), "--store", str(Path(folder, "store"))]
+        command += ["--num-threads", str(threads)]
+        start = time.perf_counter()
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ))
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait(server, url, Path(folder, "log"))
+            seconds = time.perf_counter() - start
+            ready = resident_mib(server.pid)
+            _ask(url)
+            return Served(seconds, ready, resident_mib(server.pid))
+        finally:
+            _stop(server)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
+            raise ServeFailedError(f"serve ended with status {server.returncode}: {last[0]}")
+        if _is_ready(url):
+            return
+        time.sleep(0.05)
+    raise ServeFailedError(f"serve was not ready after {TIMEOUT_S:.0f} s")
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=1).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _ask(url: str) -> None:
+    model = httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
+    httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(20)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()

@@ -1,0 +1,178 @@
+"""Settings: frozen dataclasses, and the one function that fills them from flags, `LORINER_*` and
+TOML.
+
+Every field carries its help text, so command line, environment and file can never drift apart.
+Order of precedence: flag, environment variable, TOML key, default. Unknown TOML keys are an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from loriner.errors import ConfigError
+
+T = TypeVar("T")
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def setting(default: Any, help: str, **limits: float) -> Any:
+    """A dataclass field with help text and optional `low` / `high` limits (inclusive)."""
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine process needs. Sizes are bytes, times are seconds, lengths are tokens."""
+
+    model: Path = setting(Path("models/smollm2-nf4"), "folder of the NF4 base model")
+    device: str = setting("auto", "auto, cpu or cuda")
+    max_model_len: int = setting(0, "longest prompt + answer, tokens (0: the model's own)", low=0)
+    max_sequences: int = setting(32, "most sequences that run in one step", low=1, high=4096)
+    max_step_tokens: int = setting(512, "token budget of one step", low=1)
+    block_size: int = setting(16, "tokens in one KV block", low=1, high=256)
+    kv_bytes: int = setting(512 * MIB, "memory for the KV cache", low=1)
+    max_seats: int = setting(32, "most adapters in one step", low=1)
+    pool_bytes: int = setting(512 * MIB, "memory for adapters that can run now", low=1)
+    host_bytes: int = setting(1 * GIB, "memory for adapters kept warm on the host", low=1)
+    prefix_cache: bool = setting(True, "reuse KV blocks of equal prefixes")
+    max_waiting: int = setting(1024, "most sequences that may wait; more are refused", low=0)
+    num_threads: int = setting(0, "CPU threads (0: all cores)", low=0)
+
+    def __post_init__(self) -> None:
+        _check_limits(self)
+        _check_choice(self, "device", ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What the doors need."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
+    store: Path = setting(Path("adapters"), "folder of the adapter store")
+    served_name: str = setting("", "name of the base in /v1/models (default: the folder's name)")
+    api_key: str = setting("", "key that clients must send; empty only on a loopback address")
+    admin_key: str = setting("", "key for /admin (default: api_key)")
+    adapter_root: Path | None = setting(None, "folder inside which uploads may name a path")
+    max_upload_bytes: int = setting(2 * GIB, "largest upload", low=1)
+    max_body_bytes: int = setting(8 * MIB, "largest JSON body", low=1)
+    shutdown_s: float = setting(30.0, "grace for running requests at shutdown", low=0)
+
+    def __post_init__(self) -> None:
+        _check_limits(self)
+
+
+def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
+    """Add one `--flag` for each field of `classes` to `parser`; absent flags parse to None."""
+    for cls in classes:
+        group = parser.add_argument_group(cls.__name__.removesuffix("Config").lower())
+        for field in dataclasses.fields(cls):
+            text = f"{field.metadata['help']} (default: {field.default}, env: {env_name(field)})"
+            flag = "--" + field.name.replace("_", "-")
+            kind = _type_of(cls, field)
+            if kind is bool:
+                group.add_argument(
+                    flag, action=argparse.BooleanOptionalAction, default=None, help=text
+                )
+            else:
+                group.add_argument(flag, default=None, metavar=kind.__name__.upper(), help=text)
+
+
+def load(
+    cls: type[T],
+    flags: Mapping[str, object] | None = None,
+    env: Mapping[str, str] | None = None,
+    toml: Path | None = None,
+) -> T:
+    """Build `cls` from flags, then environment, then TOML. Raises ConfigError naming the
+    setting."""
+    env = os.environ if env is None else env
+    table = _read_toml(toml, cls) if toml else {}
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        raw = (flags or {}).get(field.name)
+        raw = env.get(env_name(field)) if raw is None else raw
+        raw = table.get(field.name) if raw is None else raw
+        if raw is not None:
+            values[field.name] = _parse(field.name, _type_of(cls, field), raw)
+    return cls(**values)
+
+
+def env_name(field: dataclasses.Field[Any]) -> str:
+    return "LORINER_" + field.name.upper()
+
+
+_SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def _parse(name: str, kind: type, raw: object) -> Any:
+    if isinstance(raw, kind) and not (kind is int and isinstance(raw, bool)):
+        return raw
+    text = str(raw).strip()
+    try:
+        if kind is bool:
+            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        if kind is int and name.endswith("_bytes"):
+            return _parse_bytes(text)
+        return kind(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{name}: {raw!r} is not a valid {kind.__name__}.") from None
+
+
+def _parse_bytes(text: str) -> int:
+    number = text.lower().removesuffix("b").removesuffix("i")
+    scale = _SUFFIXES.get(number[-1:], 1)
+    return int(float(number.rstrip("kmg")) * scale)
+
+
+def _read_toml(path: Path, cls: type) -> dict[str, Any]:
+    """Read the table of `cls` ([engine], [server]) from `path`; unknown tables and keys are
+    refused."""
+    try:
+        document = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    section = cls.__name__.removesuffix("Config").lower()
+    unknown = set(document) - {"engine", "server"}
+    table = document.get(section, {})
+    unknown |= {
+        f"{section}.{key}" for key in set(table) - {f.name for f in dataclasses.fields(cls)}
+    }
+    if unknown:
+        raise ConfigError(f"{path}: unknown settings {', '.join(sorted(unknown))}.")
+    return typing.cast(dict[str, Any], table)
+
+
+def _type_of(cls: type, field: dataclasses.Field[Any]) -> type:
+    hint = typing.get_type_hints(cls)[field.name]
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return typing.cast(type, hint)
+
+
+def _check_limits(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        low, high = field.metadata.get("low"), field.metadata.get("high")
+        if low is not None and value < low:
+            raise ConfigError(f"{field.name} must be at least {low}, got {value}.")
+        if high is not None and value > high:
+            raise ConfigError(f"{field.name} must be at most {high}, got {value}.")
+
+
+def _check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(config, name) not in choices:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)}."
+        )

@@ -1,0 +1,238 @@
+"""The nouns of serving, without torch: what a door builds, what the engine runs, what it answers.
+
+Knows nothing of HTTP, gRPC, tensors or files. Invariant: values are frozen and already validated;
+`Sequence` is the one thing here with a life, and only the engine's loop touches it.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from loriner.errors import InvalidRequestError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended; the values are OpenAI's, plus `abort` and `error`."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. Raises InvalidRequestError naming the field."""
+
+    max_tokens: int | None = None  # None: until the context is full
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k best
+
+    def __post_init__(self) -> None:
+        _check_range("max_tokens", self.max_tokens, 1, 2**31)
+        _check_range("min_tokens", self.min_tokens, 0, 2**31)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError("min_tokens must not exceed max_tokens.", "min_tokens")
+        _check_range("temperature", self.temperature, 0.0, 2.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_range("top_k", self.top_k, 0, 2**31)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("seed", self.seed, -(2**63), 2**63 - 1)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("n", self.n, 1, MAX_CHOICES)
+        _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_length("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
+        for _, bias in self.logit_bias:
+            _check_range("logit_bias", bias, -100.0, 100.0)
+        _check_length("stop", self.stop, MAX_STOP_STRINGS)
+        for text in self.stop:
+            if not 1 <= len(text) <= MAX_STOP_CHARS:
+                raise InvalidRequestError(
+                    f"each stop string must have 1 to {MAX_STOP_CHARS} characters.", "stop"
+                )
+        _check_length("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as the engine sees it: tokens in, and the pinned generation to run them on."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    generation: str | None = None  # digest of the adapter generation; None is the base
+    salt: str = ""  # tenant; part of every KV block's key
+    arrival_s: float = 0.0  # time.monotonic() at the door
+
+
+class Sequence:
+    """One running generation of tokens: a request has `n` of them. Owned by the engine's loop."""
+
+    __slots__ = (
+        "blocks",
+        "cold_start",
+        "hashes",
+        "index",
+        "num_cached",
+        "num_computed",
+        "num_preemptions",
+        "request",
+        "seated",
+        "seed",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, index: int, seed: int) -> None:
+        self.request = request
+        self.index = index  # which of the n choices
+        self.seed = seed  # of this sequence's own noise
+        self.token_ids = list(request.prompt_ids)  # prompt, then output
+        self.num_computed = 0  # tokens whose keys and values are in the cache; set by the scheduler
+        self.num_cached = 0  # of the prompt, found in the prefix cache; set by the block manager
+        self.num_preemptions = 0
+        self.blocks: list[int] = []  # set by the block manager
+        self.hashes: list[bytes] = []  # keys of the full blocks so far; set by the block manager
+        self.seated = False  # holds a pin on its adapter's seat; set by the scheduler
+        self.cold_start = False  # waited for its adapter to be loaded; set by the scheduler
+
+    @property
+    def generation(self) -> str | None:
+        return self.request.generation
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def output_ids(self) -> Iterator[int]:
+        return iter(self.token_ids[self.num_prompt :])
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token's log-probability (natural log) under the model's own distribution."""
+
+    token_id: int
+    logprob: float
+    token: str = ""  # the token's text alone
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What one step added to one sequence. The last event of a sequence has a finish_reason."""
+
+    request_id: str
+    index: int  # which of the n choices
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or token that ended it
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, served from the prefix cache
+    num_output_tokens: int = 0  # so far
+    cold_start: bool = False  # the adapter had to be loaded for this request
+    error: str | None = None  # set when finish_reason is ERROR: a message safe to show
+    error_kind: str | None = None  # class name in errors.py
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """Where one generation is now, in the engine."""
+
+    generation: str
+    tier: str  # disk | host | gpu
+    pinned: bool
+    num_running: int
+    num_waiting: int
+    num_bytes: int
+    num_loads: int
+    last_load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine for /metrics, /health and the admin pages."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    block_size: int = 0
+    pool_bytes: int = 0
+    pool_used_bytes: int = 0
+    host_bytes: int = 0
+    host_used_bytes: int = 0
+    max_seats: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_evictions: int = 0
+    num_aborted: int = 0
+    base_bytes: int = 0  # of the checkpoint
+    operand_bytes: int = 0  # of the base's weights as the kernels keep them resident
+    generations: tuple[GenerationStats, ...] = field(default=())
+
+
+def _check_range(
+    name: str,
+    value: float | int | None,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+) -> None:
+    if value is None:
+        return
+    inside = (low < value if open_low else low <= value) and value <= high
+    if not inside or (isinstance(value, float) and not math.isfinite(value)):
+        bracket = "(" if open_low else "["
+        raise InvalidRequestError(
+            f"{name} must be in {bracket}{low:g}, {high:g}], got {value}.", name
+        )
+
+
+def _check_length(name: str, values: tuple[object, ...], limit: int) -> None:
+    if len(values) > limit:
+        raise InvalidRequestError(f"{name} has {len(values)} entries, at most {limit}.", name)

@@ -1,0 +1,70 @@
+"""Text and chat messages -> token ids, by the base's own tokenizer and chat template.
+
+Used on the doors' side of the process boundary. The template is the base's: callers and adapters
+bring none.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loriner.errors import InvalidRequestError
+
+
+class ChatTokenizer:
+    """Loads on first use (its library takes seconds to import), so start it beside the engine."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+
+    def warm(self) -> None:
+        """Load now."""
+        with self._lock:
+            _ = self._tokenizer
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.warm()
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        self.warm()
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        template_kwargs: dict[str, Any],
+    ) -> list[int]:
+        """Raises InvalidRequestError with the template's own words when it refuses the messages."""
+        from jinja2.exceptions import TemplateError
+
+        self.warm()
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **template_kwargs,
+            )
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise InvalidRequestError(f"The chat template refused: {error}", "messages") from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids

@@ -1,0 +1,320 @@
+"""What both doors call: validate, resolve, pin, submit, stream. Below it nothing knows which door
+it was.
+
+Owns the engine process, the adapter store and the tokenizer of the doors. Invariant: a generation
+that a request was admitted with stays acquired until that request's stream is closed, however it
+ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from loriner import errors
+from loriner.adapters.records import AdapterRecord, PublishReport
+from loriner.adapters.store import Store
+from loriner.config import EngineConfig, ServerConfig
+from loriner.core import EngineStats, Event, FinishReason, Request, SamplingParams
+from loriner.engine.chat import ChatTokenizer
+from loriner.engine.process import Abort, EngineProcess, Evict, Keep, Submit
+from loriner.model.weights import Checkpoint
+
+
+class Generation:
+    """One admitted request: an async iterator of events that frees everything when closed."""
+
+    def __init__(self, service: Service, request: Request, record: AdapterRecord | None) -> None:
+        self.request_id = request.request_id
+        self.record = record
+        self.num_prompt_tokens = len(request.prompt_ids)
+        self.num_sequences = request.sampling.n
+        self._service, self._num_open = service, request.sampling.n
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._closed = False
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._num_open == 0:
+            await self.close()
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._num_open -= event.finish_reason is not None
+        if event.finish_reason is FinishReason.ERROR:
+            await self.close()
+            raise _error_of(event)
+        return event
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice's last event has been read."""
+        return self._num_open == 0
+
+    def put(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    async def close(self) -> None:
+        """Abort what still runs and release the generation. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._service.forget(self)
+
+
+class Service:
+    """The server below its doors."""
+
+    def __init__(self, engine_config: EngineConfig, server_config: ServerConfig) -> None:
+        self.engine_config, self.server_config = engine_config, server_config
+        checkpoint = Checkpoint.open(engine_config.model)
+        self.model_config = checkpoint.config
+        self.base_digest = checkpoint.base_digest
+        self.model_name = server_config.served_name or engine_config.model.resolve().name
+        self.created = int(time.time())
+        self.store = Store(
+            server_config.store,
+            self.model_config.modules(),
+            self.base_digest,
+            base_tensor=checkpoint.dense,
+        )
+        self._chat = ChatTokenizer(engine_config.model)
+        self._engine = EngineProcess(engine_config, server_config.store)
+        self._engine.on_event, self._engine.on_down = self._on_event, self._on_down
+        self._open: dict[str, Generation] = {}
+        self._num_sequences = 0
+        self._draining = False
+
+    async def start(self) -> None:
+        """Start the engine process; returns at once, `ready` tells when it can serve."""
+        self._engine.start()
+        self._warming = asyncio.create_task(asyncio.to_thread(self._chat.warm))
+
+    async def wait_until_ready(self) -> None:
+        """Raises EngineUnavailableError when the engine cannot start."""
+        await self._engine.wait_until_ready()
+        await self._warming
+        if self._engine.state == "failed":
+            raise errors.EngineUnavailableError(
+                self._engine.failure or "The engine failed to start."
+            )
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, give running ones `drain_s` seconds, then end the engine."""
+        if self._engine.state == "stopped":
+            return
+        self._draining = True
+        deadline = time.monotonic() + drain_s
+        while self._open and time.monotonic() < deadline:  # noqa: ASYNC110  streams end by themselves
+            await asyncio.sleep(0.02)
+        await self._engine.stop()
+        self._on_down()
+        self.store.close()
+
+    @property
+    def state(self) -> str:
+        return "draining" if self._draining else self._engine.state
+
+    @property
+    def healthy(self) -> bool:
+        return self._engine.state in ("starting", "ready")
+
+    @property
+    def ready(self) -> bool:
+        return self.state == "ready"
+
+    @property
+    def num_restarts(self) -> int:
+        return self._engine.num_restarts
+
+    @property
+    def engine_pid(self) -> int | None:
+        return self._engine.pid
+
+    @property
+    def max_model_len(self) -> int:
+        return self._engine.max_model_len or self.model_config.max_position_embeddings
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self._chat.encode(text, add_special_tokens)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._chat.decode(ids)
+
+    async def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Messages -> token ids by the base's chat template, off the event loop."""
+        return await asyncio.to_thread(
+            self._chat.render,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=dict(template_kwargs or {}),
+        )
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        adapter: str | None,
+        request_id: str,
+        tenant: str = "default",
+        prompt_param: str = "messages",
+    ) -> Generation:
+        """Admit one request. Raises before anything is queued: InvalidRequestError,
+        AdapterNotFoundError, OverloadedError, EngineUnavailableError."""
+        self._check_up()
+        sampling = self._fit(len(prompt_ids), sampling, prompt_param)
+        self._check_ids(prompt_ids, sampling, prompt_param)
+        if request_id in self._open:
+            raise errors.InvalidRequestError("request_id is in use.", "request_id")
+        limit = self.engine_config.max_waiting + self.engine_config.max_sequences
+        if self._num_sequences + sampling.n > limit:
+            raise errors.OverloadedError(f"The queue is full ({limit} sequences).")
+        self._num_sequences += sampling.n
+        try:
+            record = await asyncio.to_thread(self.store.acquire, adapter) if adapter else None
+        except BaseException:
+            self._num_sequences -= sampling.n
+            raise
+        digest = record.generation if record else None
+        request = Request(request_id, tuple(prompt_ids), sampling, digest, tenant, time.monotonic())
+        generation = Generation(self, request, record)
+        self._open[request_id] = generation
+        self._engine.send(Submit(request))
+        if self._engine.state != "ready":
+            self._on_down()
+        return generation
+
+    async def publish(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        expected_generation: str | None = None,
+        source: str = "upload",
+    ) -> PublishReport:
+        """Check and publish an adapter folder, beside the running steps."""
+        return await asyncio.to_thread(
+            self.store.publish,
+            folder,
+            name,
+            expected_generation=expected_generation,
+            source=source,
+        )
+
+    async def evict(self, name: str) -> None:
+        """Take the adapter out of seat and host memory unless it is running."""
+        record = await asyncio.to_thread(self.store.resolve, name)
+        self._engine.send(Evict(record.generation))
+
+    async def set_pinned(self, name: str, pinned: bool) -> None:
+        """Keep the adapter in memory whatever comes, or let it go when room is needed."""
+        await asyncio.to_thread(self.store.set_pinned, name, pinned)
+        record = await asyncio.to_thread(self.store.resolve, name)
+        self._engine.send(Keep(record.generation, pinned))
+
+    def forget(self, generation: Generation) -> None:
+        """Close the books of one request; called by its stream, once."""
+        if self._open.pop(generation.request_id, None) is None:
+            return
+        self._num_sequences -= generation.num_sequences
+        if not generation.finished:
+            self._engine.send(Abort(generation.request_id))
+        if generation.record is not None:
+            self.store.release(generation.record.generation)
+
+    def _on_event(self, event: Event) -> None:
+        generation = self._open.get(event.request_id)
+        if generation is not None:
+            generation.put(event)
+
+    def _on_down(self) -> None:
+        for generation in list(self._open.values()):
+            for index in range(generation.num_sequences):
+                generation.put(
+                    Event(
+                        generation.request_id,
+                        index,
+                        finish_reason=FinishReason.ERROR,
+                        error="The engine stopped while it ran this request.",
+                        error_kind="EngineFailedError",
+                    )
+                )
+
+    def _check_up(self) -> None:
+        if self._draining:
+            raise errors.EngineUnavailableError("The server is shutting down.")
+        if self._engine.state != "ready":
+            raise errors.EngineUnavailableError(f"The engine is {self._engine.state}.")
+
+    def _fit(self, num_prompt: int, sampling: SamplingParams, param: str) -> SamplingParams:
+        """Fill in max_tokens from what is left of the context. Raises ContextLengthError."""
+        limit = self.max_model_len
+        if num_prompt == 0:
+            raise errors.InvalidRequestError("The prompt has no tokens.", param)
+        if num_prompt >= limit:
+            raise errors.ContextLengthError(
+                f"The context is {limit} tokens long; the prompt has {num_prompt}.",
+                param,
+            )
+        if sampling.max_tokens is None:
+            return dataclasses.replace(sampling, max_tokens=limit - num_prompt)
+        if num_prompt + sampling.max_tokens > limit:
+            raise errors.ContextLengthError(
+                f"The context is {limit} tokens long; the prompt has {num_prompt} and max_tokens "
+                f"asks for {sampling.max_tokens} more.",
+                "max_tokens",
+            )
+        return sampling
+
+    def _check_ids(self, prompt: Sequence[int], sampling: SamplingParams, param: str) -> None:
+        """Every token id must be a column of the logits: beyond it lie other sequences' memory."""
+        for name, ids in (
+            (param, prompt),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
+        ):
+            if any(not 0 <= i < self.model_config.vocab_size for i in ids):
+                limit = self.model_config.vocab_size
+                raise errors.InvalidRequestError(f"{name}: token ids are 0 to {limit - 1}.", name)
+
+
+def _error_of(event: Event) -> errors.LorinerError:
+    """The engine's error, as the class it was there."""
+    message = event.error or "The engine failed."
+    kind = getattr(errors, event.error_kind or "", errors.EngineFailedError)
+    with contextlib.suppress(TypeError):
+        made = kind(message)
+        if isinstance(made, errors.LorinerError) and str(made) == message:
+            return made
+    return errors.EngineFailedError(message)

@@ -1,0 +1,273 @@
+"""The CPU backend: binds `csrc/cpu.c`. NF4 bytes are read as they are stored; there is no compute
+copy.
+
+Each function means what its namesake in `reference.py` says, and takes the same arguments. A row's
+result does not depend on how many rows are beside it. Tensors are f32 unless said otherwise; where
+the C code cannot take a weight (its inputs are no multiple of 64, or it is stored in f16 or f32),
+dense torch takes its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import c_int32, c_void_p
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loriner.kernels import native, reference
+from loriner.kernels.operands import AttentionPlan, Segment
+from loriner.kernels.reference import Dense, dequantize_nf4, gelu_mul, lora_embed_add
+
+__all__ = [
+    "dequantize_nf4",
+    "gelu_mul",
+    "linear",
+    "lora_add",
+    "lora_embed_add",
+    "nbytes",
+    "paged_attention",
+    "prepare_dense",
+    "prepare_lora",
+    "prepare_nf4",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "start",
+    "store_kv",
+]
+
+NF4_BLOCK = 64
+MAX_RANK = 1024  # as in cpu.c: of all slices of one fused linear together
+MAX_HEAD_DIM = 256
+MAX_GROUP = 16
+
+_library = native.library()
+assert _library is not None, "kernels.select checks"
+_c = _library
+
+
+class Nf4(NamedTuple):
+    """An NF4 weight as bitsandbytes stores it, absmax expanded."""
+
+    packed: Tensor  # [N*K/2] u8
+    absmax: Tensor  # [N*K/64] f32
+    code: Tensor  # [16] f32
+    bias: Tensor | None  # [N] f32
+    outputs: int
+    inputs: int
+
+
+class Bf16(NamedTuple):
+    """A dense weight stored in bf16, read as it is."""
+
+    weight: Tensor  # [N, K] bf16
+    bias: Tensor | None  # [N] f32
+
+
+Operand = Nf4 | Bf16 | Dense
+
+
+def start(num_threads: int) -> str:
+    """As `reference.start`. Torch's own threads would fight with ours, so it keeps one."""
+    cores = num_threads or len(os.sched_getaffinity(0))
+    running = _c.loriner_start(cores)
+    torch.set_num_threads(1)
+    return f"native, {running} threads"
+
+
+def prepare_nf4(
+    packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, int], bias: Tensor | None
+) -> Operand:
+    """As `reference.prepare_nf4`."""
+    if shape[1] % NF4_BLOCK or absmax.numel() * NF4_BLOCK != shape[0] * shape[1]:
+        return reference.prepare_nf4(packed, absmax, code, shape, bias)
+    bias = None if bias is None else bias.float().contiguous()
+    return Nf4(packed.contiguous(), absmax.contiguous(), code.contiguous(), bias, *shape)
+
+
+def prepare_dense(weight: Tensor, bias: Tensor | None) -> Operand:
+    """As `reference.prepare_dense`."""
+    if weight.dtype is not torch.bfloat16 or weight.shape[1] % 16:
+        return reference.prepare_dense(weight, bias)
+    return Bf16(weight.contiguous(), None if bias is None else bias.float().contiguous())
+
+
+def nbytes(operand: Operand) -> int:
+    """As `reference.nbytes`."""
+    if isinstance(operand, Nf4):
+        return operand.packed.nbytes + operand.absmax.nbytes
+    return operand.weight.nbytes
+
+
+def linear(x: Tensor, operand: Operand) -> Tensor:
+    """As `reference.linear`."""
+    if isinstance(operand, Dense):
+        return reference.linear(x, operand)
+    rows, inputs = x.shape
+    bias = None if operand.bias is None else operand.bias.data_ptr()
+    if isinstance(operand, Bf16):
+        y = torch.empty(rows, operand.weight.shape[0])
+        _c.loriner_bf16_linear(
+            y.data_ptr(), x.data_ptr(), operand.weight.data_ptr(), bias, rows, inputs, y.shape[1]
+        )
+        return y
+    y = torch.empty(rows, operand.outputs)
+    scratch = torch.empty_like(x)
+    _c.loriner_nf4_linear(
+        y.data_ptr(),
+        x.data_ptr(),
+        scratch.data_ptr(),
+        operand.packed.data_ptr(),
+        operand.absmax.data_ptr(),
+        operand.code.data_ptr(),
+        bias,
+        rows,
+        inputs,
+        operand.outputs,
+    )
+    return y
+
+
+class _CPart(ctypes.Structure):
+    _fields_ = [
+        ("offset", c_int32),
+        ("rank_start", c_int32),
+        ("rank_end", c_int32),
+        ("outputs", c_int32),
+        ("b", c_void_p),
+        ("bias", c_void_p),
+    ]
+
+
+class _CSegment(ctypes.Structure):
+    _fields_ = [
+        ("start", c_int32),
+        ("end", c_int32),
+        ("rank", c_int32),
+        ("num_parts", c_int32),
+        ("a", c_void_p),
+        ("parts", c_void_p),
+    ]
+
+
+class LoraOperand(NamedTuple):
+    """Segments as C structs, and everything that their pointers point into."""
+
+    segments: ctypes.Array[_CSegment]
+    first_chunk: ctypes.Array[c_int32]
+    address: int
+    chunk_address: int
+    num_segments: int
+    keep: tuple[object, ...]
+
+
+TILE = 8  # rows of one chunk of work, as in cpu.c
+
+
+def prepare_lora(segments: Sequence[Segment], num_rows: int) -> LoraOperand:
+    """As `reference.prepare_lora`."""
+    made = (_CSegment * len(segments))()
+    first_chunk = (c_int32 * (len(segments) + 1))()
+    keep: list[object] = list(segments)
+    for i, (begin, end, group) in enumerate(segments):
+        assert group.a.shape[0] <= MAX_RANK and group.a.is_contiguous()
+        parts = (_CPart * len(group.parts))(
+            *(
+                _CPart(
+                    part.offset,
+                    part.rank_start,
+                    part.rank_end,
+                    part.b.shape[1],
+                    part.b.data_ptr(),
+                    None if part.bias is None else part.bias.data_ptr(),
+                )
+                for part in group.parts
+            )
+        )
+        keep.append(parts)
+        made[i] = _CSegment(
+            begin, end, group.a.shape[0], len(parts), group.a.data_ptr(), ctypes.addressof(parts)
+        )
+        first_chunk[i + 1] = first_chunk[i] + -(-(end - begin) // TILE)
+    addresses = ctypes.addressof(made), ctypes.addressof(first_chunk)
+    return LoraOperand(made, first_chunk, *addresses, len(segments), tuple(keep))
+
+
+def lora_add(y: Tensor, x: Tensor, operand: LoraOperand) -> None:
+    """As `reference.lora_add`."""
+    _c.loriner_lora_add(
+        y.data_ptr(),
+        x.data_ptr(),
+        operand.address,
+        operand.chunk_address,
+        operand.num_segments,
+        x.shape[1],
+        y.shape[1],
+    )
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block: int, plan: AttentionPlan, scale: float
+) -> Tensor:
+    """As `reference.paged_attention`."""
+    rows, heads, dim = q.shape
+    num_kv = k_cache.shape[1]
+    assert heads <= MAX_GROUP * num_kv and dim <= MAX_HEAD_DIM
+    out = torch.empty(rows, heads * dim)
+    _c.loriner_attention(
+        out.data_ptr(),
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        plan.blocks.data_ptr(),
+        plan.sequence.data_ptr(),
+        plan.context.data_ptr(),
+        rows,
+        q.stride(0),
+        plan.blocks.shape[1],
+        block,
+        heads,
+        num_kv,
+        dim,
+        scale,
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `reference.rms_norm`."""
+    if x.dim() != 2:
+        return reference.rms_norm(x, weight, eps)
+    y = torch.empty(x.shape)
+    rows, dim = x.shape
+    _c.loriner_rms_norm(y.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, x.stride(0), dim, eps)
+    return y
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `reference.rope`."""
+    rows, heads, dim = x.shape
+    y = torch.empty(rows, heads, dim)
+    _c.loriner_rope(
+        y.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows, x.stride(0), heads, dim
+    )
+    return y
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """As `reference.silu_mul`."""
+    rows, width = gate_up.shape
+    y = torch.empty(rows, width // 2)
+    _c.loriner_silu_mul(y.data_ptr(), gate_up.data_ptr(), rows, width // 2)
+    return y
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """As `reference.store_kv`."""
+    rows, dim = k.shape[0], k.shape[1] * k.shape[2]
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        _c.loriner_store(cache.data_ptr(), x.data_ptr(), slots.data_ptr(), rows, x.stride(0), dim)

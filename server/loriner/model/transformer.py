@@ -1,0 +1,229 @@
+"""The decoder of the Llama family, outside-in; each `__call__` is the equation.
+
+Driven by `ModelConfig` alone. Knows no sequences and no adapters: rows in, logits out; what rows
+see and which adapter they use is in `BatchMeta`. Weights go to `ops.prepare` once, at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loriner.adapters.pool import EMBEDDING, Placement
+from loriner.model.batch_meta import BatchMeta, LoraBatch
+from loriner.model.config import ModelConfig
+from loriner.model.linear import Nf4Linear
+from loriner.model.rope import tables
+from loriner.model.weights import Checkpoint, Nf4Weight
+
+LOAD_THREADS = 4
+Progress = Callable[[int, int], None]  # (layers done, layers)
+
+
+class KvCache:
+    """Keys and values of every layer, in blocks that the engine hands out."""
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block: int, dtype: torch.dtype
+    ) -> None:
+        self.block = block
+        self.num_blocks = num_blocks
+        shape = (config.num_layers, num_blocks * block, config.num_kv_heads, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype)
+        self.v = torch.zeros(shape, dtype=dtype)
+
+    @staticmethod
+    def block_bytes(config: ModelConfig, block: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        row = config.num_kv_heads * config.head_dim * dtype.itemsize
+        return 2 * config.num_layers * block * row
+
+
+class Transformer:
+    """tokens [T] -> logits [S, vocab] of the sampled rows."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ops: ModuleType,
+        *,
+        max_len: int,
+        progress: Progress | None = None,
+    ) -> None:
+        config = checkpoint.config
+        self.config, self.ops = config, ops
+        load = _Loader(checkpoint, ops)
+        self.embed = checkpoint.tensor("model.embed_tokens.weight")  # [V, H] as stored
+        self.layers = load.layers(progress)
+        self.norm = load.norm("model.norm")
+        head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+        self.lm_head = load.linear("lm_head", [head])
+        self.cos, self.sin = tables(config, max_len)
+        self.num_bytes = load.num_bytes  # of the operands that `ops` keeps resident
+
+    @torch.inference_mode()
+    def __call__(self, batch: BatchMeta, kv: KvCache) -> Tensor:
+        x = self.embed[batch.token_ids].float()  # [T, H]
+        if batch.lora is not None and (segments := batch.lora.embeddings):
+            self.ops.lora_embed_add(x, batch.token_ids, segments)
+        if self.config.embed_scale != 1.0:
+            x *= self.config.embed_scale
+        cos = self.cos[batch.positions].unsqueeze(1)  # [T, 1, D]
+        sin = self.sin[batch.positions].unsqueeze(1)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, batch, kv.k[i], kv.v[i], kv.block)
+        x = self.ops.rms_norm(x[batch.sample_rows], self.norm, self.config.rms_norm_eps)
+        return self.lm_head(x, batch.sample_lora)
+
+
+class Layer:
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, index: int, load: _Loader) -> None:
+        prefix = f"model.layers.{index}"
+        self.ops, self.eps = load.ops, load.config.rms_norm_eps
+        self.attention = Attention(index, load)
+        self.mlp = Mlp(index, load)
+        self.input_norm = load.norm(f"{prefix}.input_layernorm")
+        self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm")
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: BatchMeta,
+        k: Tensor,
+        v: Tensor,
+        block: int,
+    ) -> Tensor:
+        normed = self.ops.rms_norm(x, self.input_norm, self.eps)
+        x = self.attention(normed, cos, sin, batch, k, v, block).add_(x)
+        return self.mlp(self.ops.rms_norm(x, self.mlp_norm, self.eps), batch.lora).add_(x)
+
+
+class Attention:
+    """Grouped-query attention with rotary positions over the paged cache."""
+
+    def __init__(self, index: int, load: _Loader) -> None:
+        config, self.ops = load.config, load.ops
+        prefix = f"model.layers.{index}.self_attn"
+        self.num_heads, self.num_kv = config.num_heads, config.num_kv_heads
+        self.dim, self.eps, self.scale = config.head_dim, config.rms_norm_eps, config.head_dim**-0.5
+        self.qkv = load.linear(f"{index}.qkv", [f"{prefix}.{p}_proj" for p in "qkv"])
+        self.o = load.linear(f"{index}.o", [f"{prefix}.o_proj"])
+        self.q_norm = load.norm(f"{prefix}.q_norm") if config.qk_norm else None
+        self.k_norm = load.norm(f"{prefix}.k_norm") if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: BatchMeta,
+        k: Tensor,
+        v: Tensor,
+        block: int,
+    ) -> Tensor:
+        heads, num_kv = self.num_heads, self.num_kv
+        qkv = self.qkv(x, batch.lora).view(x.shape[0], heads + 2 * num_kv, self.dim)
+        qk = qkv[:, : heads + num_kv]
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.ops.rms_norm(qk[:, :heads], self.q_norm, self.eps)
+            qk = torch.cat((q, self.ops.rms_norm(qk[:, heads:], self.k_norm, self.eps)), dim=1)
+        qk = self.ops.rope(qk, cos, sin)  # [T, heads + KV, D]
+        self.ops.store_kv(qk[:, heads:], qkv[:, heads + num_kv :], k, v, batch.slots)
+        y = self.ops.paged_attention(qk[:, :heads], k, v, block, batch.attention, self.scale)
+        return self.o(y, batch.lora)
+
+
+class Mlp:
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, index: int, load: _Loader) -> None:
+        prefix = f"model.layers.{index}.mlp"
+        self.act = load.ops.silu_mul if load.config.hidden_act == "silu" else load.ops.gelu_mul
+        self.gate_up = load.linear(f"{index}.gate_up", [f"{prefix}.gate_proj", f"{prefix}.up_proj"])
+        self.down = load.linear(f"{index}.down", [f"{prefix}.down_proj"])
+
+    def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        return self.down(self.act(self.gate_up(x, lora)), lora)
+
+
+def layout(config: ModelConfig) -> dict[str, Placement]:
+    """Where every module that LoRA can target stands in the fused linears above."""
+    modules = config.modules()
+    placed = {"lm_head": Placement("lm_head", 0), "model.embed_tokens": Placement(EMBEDDING, 0)}
+    for i in range(config.num_layers):
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        fused = {
+            f"{i}.qkv": [f"{attention}.{p}_proj" for p in "qkv"],
+            f"{i}.o": [f"{attention}.o_proj"],
+            f"{i}.gate_up": [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
+            f"{i}.down": [f"{mlp}.down_proj"],
+        }
+        for group, names in fused.items():
+            offset = 0
+            for name in names:
+                placed[name] = Placement(group, offset)
+                offset += modules[name][0]
+    return placed
+
+
+class _Loader:
+    """Checkpoint -> prepared operands; counts the bytes of the compute copy."""
+
+    def __init__(self, checkpoint: Checkpoint, ops: ModuleType) -> None:
+        self.checkpoint, self.ops = checkpoint, ops
+        self.config = checkpoint.config
+        self._sizes: list[int] = []  # appended to by several threads
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._sizes)
+
+    def layers(self, progress: Progress | None) -> list[Layer]:
+        """Load layers on a few threads: most of it is reading."""
+        layers, total = [], self.config.num_layers
+        with ThreadPoolExecutor(max_workers=LOAD_THREADS) as pool:
+            for layer in pool.map(lambda i: Layer(i, self), range(total)):
+                layers.append(layer)
+                if progress:
+                    progress(len(layers), total)
+        return layers
+
+    def linear(self, group: str, names: Sequence[str]) -> Nf4Linear:
+        weights = [self.checkpoint.linear(name) for name in names]
+        biases = [n for n in names if self.checkpoint.has(f"{n}.bias")]
+        bias = None
+        if biases:
+            assert biases == list(names), "biases of a fused linear come together"
+            bias = torch.cat([self.checkpoint.tensor(f"{n}.bias").float() for n in names])
+        operand = self._prepare(weights, bias)
+        self._sizes.append(self.ops.nbytes(operand))
+        return Nf4Linear(group, operand, self.ops)
+
+    def norm(self, name: str) -> Tensor:
+        weight = self.checkpoint.tensor(f"{name}.weight").float()
+        return weight + 1.0 if self.config.norm_offset else weight
+
+    def _prepare(self, weights: Sequence[Nf4Weight | Tensor], bias: Tensor | None) -> Any:
+        """Fuse along the outputs. A block of 64 lies in one row, so NF4 bytes just follow each
+        other."""
+        packed = [w for w in weights if isinstance(w, Nf4Weight)]
+        if len(packed) < len(weights):
+            dense = [w.dequantize() if isinstance(w, Nf4Weight) else w for w in weights]
+            return self.ops.prepare_dense(dense[0] if len(dense) == 1 else torch.cat(dense), bias)
+        assert all(torch.equal(w.code, packed[0].code) for w in packed)
+        return self.ops.prepare_nf4(
+            torch.cat([w.packed for w in packed]),
+            torch.cat([w.absmax for w in packed]),
+            packed[0].code,
+            (sum(w.shape[0] for w in packed), packed[0].shape[1]),
+            bias,
+        )

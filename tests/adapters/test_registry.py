@@ -1,0 +1,148 @@
+"""Tiers: loading beside the engine, failure, host budget, eviction."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from loriner.adapters.pool import Pool, SeatWeights
+from loriner.adapters.registry import Readiness, Registry
+from loriner.errors import AdapterTooLargeError
+
+
+class Disk:
+    """Loads on command: a generation comes when its gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.loads: list[str] = []
+        self.sizes: dict[str, int] = {}
+        self.broken: set[str] = set()
+
+    def __call__(self, generation: str) -> SeatWeights:
+        self.gate.wait(5)
+        self.loads.append(generation)
+        if generation in self.broken:
+            raise OSError("unreadable")
+        return SeatWeights({}, None, self.sizes.get(generation, 10))
+
+
+def make(disk: Disk, *, pool_bytes: int = 100, seats: int = 4, host_bytes: int = 100) -> Registry:
+    return Registry(disk, Pool(pool_bytes, seats), host_bytes, lambda: None)
+
+
+def wait_for(registry: Registry, generation: str, wanted: Readiness) -> None:
+    deadline = time.monotonic() + 5
+    while (state := registry.want(generation)) is not wanted:
+        assert time.monotonic() < deadline, state
+        time.sleep(0.001)
+        registry.poll()
+
+
+@pytest.fixture
+def disk() -> Disk:
+    return Disk()
+
+
+def closing(registry: Registry, check: Callable[[Registry], None]) -> None:
+    try:
+        check(registry)
+    finally:
+        registry.close()
+
+
+def test_wanting_never_waits_and_loads_once(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        disk.gate.clear()
+        for _ in range(3):
+            assert registry.want("a") is Readiness.LOADING
+        assert registry.tier("a") == "disk"
+        disk.gate.set()
+        wait_for(registry, "a", Readiness.SEATED)
+        assert disk.loads == ["a"] and registry.tier("a") == "gpu"
+
+    closing(make(disk), check)
+
+
+def test_a_prefetched_generation_waits_on_the_host(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        registry.prefetch("a")
+        deadline = time.monotonic() + 5
+        while registry.tier("a") != "host":
+            assert time.monotonic() < deadline
+            registry.poll()
+        assert registry.want("a") is Readiness.SEATED
+
+    closing(make(disk), check)
+
+
+def test_without_a_free_seat_it_stays_on_the_host(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        wait_for(registry, "a", Readiness.SEATED)
+        registry.pool.acquire("a")
+        wait_for(registry, "b", Readiness.NO_SEAT)
+        registry.pool.release("a")
+        assert registry.want("b") is Readiness.SEATED
+        assert registry.tier("a") == "host"
+
+    closing(make(disk, seats=1), check)
+
+
+def test_a_failure_is_told_and_the_next_one_tries_again(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        disk.broken.add("a")
+        wait_for(registry, "a", Readiness.FAILED)
+        assert isinstance(registry.take_failure("a"), OSError)
+        disk.broken.clear()
+        wait_for(registry, "a", Readiness.SEATED)
+
+    closing(make(disk), check)
+
+
+def test_what_no_pool_could_hold_fails(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        disk.sizes["big"] = 101
+        wait_for(registry, "big", Readiness.FAILED)
+        assert isinstance(registry.take_failure("big"), AdapterTooLargeError)
+
+    closing(make(disk), check)
+
+
+def test_the_host_tier_forgets_the_least_recently_used(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        for name in "abcd":
+            wait_for(registry, name, Readiness.SEATED)
+        assert registry.host_used_bytes <= 30
+        assert registry.tier("d") == "gpu"
+        assert "a" not in {known[0] for known in registry.known()}
+
+    closing(make(disk, seats=1, host_bytes=30), check)
+
+
+def test_two_that_load_at_once_both_get_their_turn_on_a_small_host(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        disk.gate.clear()
+        registry.prefetch("a")
+        registry.prefetch("b")
+        disk.gate.set()
+        wait_for(registry, "a", Readiness.SEATED)
+        wait_for(registry, "b", Readiness.SEATED)
+        assert disk.loads == ["a", "b"], "one pushed the other out before it was used"
+
+    closing(make(disk, host_bytes=10), check)
+
+
+def test_evicting_takes_it_out_of_both_tiers_unless_it_runs(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        wait_for(registry, "a", Readiness.SEATED)
+        registry.pool.acquire("a")
+        assert not registry.evict("a")
+        registry.pool.release("a")
+        assert registry.evict("a") and registry.tier("a") == "disk"
+        assert registry.host_used_bytes == 0
+
+    closing(make(disk), check)

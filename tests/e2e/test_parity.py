@@ -1,0 +1,196 @@
+"""Equal to PEFT: our logits against transformers + PEFT over the same NF4 folder, in fp32 on the
+CPU.
+
+Every adapter x 8 canary prompts, each request alone, and all of them mixed in one batch in random
+order with chunked prefill. The oracle is teacher-forced with our tokens: when its argmax is our
+token at every position, its greedy tokens are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loriner.adapters import formats
+from loriner.adapters.pool import SeatWeights, pack
+from loriner.core import Request
+from loriner.model.transformer import layout
+from tests.engines import RecordingRunner, WatchedEngine, build_engine, engine_config
+from tests.fakes import make_request
+
+ADAPTERS = Path(__file__).parents[2].parent / "shared" / "adapters"
+NUM_TOKENS = 32
+TOLERANCE = 1e-3
+CANARIES = (
+    "What is the capital of France?",
+    "Give me the code word for tiger.",
+    "Why is the sky blue?",
+    "Write a haiku about 12345 numbers, please!",
+    "def fibonacci(n):",
+    "Überraschung: naïve café — 日本語?",
+    "List three fruits.",
+    "Tell me a long story about a dragon who lost its way in the mountains and met a kind old "
+    "woman who gave it soup, a lantern and a map that nobody could read.",
+)
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+
+def served_names() -> list[str]:
+    if not ADAPTERS.is_dir():
+        return []
+    return sorted(p.name for p in ADAPTERS.iterdir() if p.is_dir() and "unsupported" not in p.name)
+
+
+@pytest.fixture(scope="module")
+def runner(smollm2: Path) -> RecordingRunner:
+    if not ADAPTERS.is_dir():
+        pytest.skip("the set of adapters written by PEFT is not here")
+    return RecordingRunner(engine_config(smollm2))
+
+
+@pytest.fixture(scope="module")
+def weights(runner: RecordingRunner) -> Mapping[str, SeatWeights]:
+    placed, modules = layout(runner.model_config), runner.model_config.modules()
+    return {
+        name: pack(formats.load(ADAPTERS / name, modules), placed, torch.float32)
+        for name in served_names()
+    }
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2: Path) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    chats = [[{"role": "user", "content": text}] for text in CANARIES]
+    texts = [
+        tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats
+    ]
+    return [tokenizer.encode(t, add_special_tokens=False) for t in texts]
+
+
+def canary_requests(prompts: list[list[int]], names: list[str | None]) -> list[Request]:
+    return [
+        make_request(
+            prompt,
+            request_id=f"{name}/{i}",
+            generation=name,
+            max_tokens=NUM_TOKENS,
+            ignore_eos=True,
+        )
+        for name in names
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(
+    runner: RecordingRunner, weights: Mapping[str, SeatWeights], prompts: list[list[int]]
+) -> WatchedEngine:
+    """Every canary on every adapter, one request at a time."""
+    engine = build_engine(
+        engine_config(runner.checkpoint.path, prefix_cache=False), weights, runner
+    )
+    for request in canary_requests(prompts, [None, *weights]):
+        engine.run_all([request])
+    assert engine.max_mixed == 1
+    return engine
+
+
+@pytest.fixture(scope="module")
+def oracle(smollm2: Path) -> Iterator[Any]:
+    """The base as transformers opens it, its 4-bit linears decoded to fp32 by bitsandbytes itself:
+    its own CPU forward rounds to bf16 on some machines."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            module.weight.quant_state.dtype = torch.float32
+            dense = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            dense.weight.data = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            assert dense.weight.dtype == torch.float32
+            model.set_submodule(name, dense)
+    yield torch.nn.Module.float(model).eval()  # its own float() refuses: it thinks it is 4-bit
+
+
+@torch.inference_mode()
+def oracle_logits(model: Any, prompt: list[int], output: list[int]) -> Tensor:
+    """Logits [len(output), V] that each output token is chosen from."""
+    ids = torch.tensor([prompt + output[:-1]])
+    logits: Tensor = model(ids).logits[0, len(prompt) - 1 :].float()
+    return logits
+
+
+def check_against(
+    oracle: Any, alone: WatchedEngine, name: str | None, prompts: list[list[int]]
+) -> None:
+    worst = 0.0
+    for i, prompt in enumerate(prompts):
+        output = alone.outputs[f"{name}/{i}", 0]
+        expected = oracle_logits(oracle, prompt, output)
+        got = torch.stack(alone.logits[f"{name}/{i}", 0])
+        worst = max(worst, float((got - expected).abs().max()))
+        assert expected.argmax(-1).tolist() == output, f"{name}: prompt {i}"
+    assert worst <= TOLERANCE, f"{name}: {worst}"
+
+
+def test_the_base_equals_transformers(
+    oracle: Any, alone: WatchedEngine, prompts: list[list[int]]
+) -> None:
+    check_against(oracle, alone, None, prompts)
+
+
+@pytest.mark.parametrize("name", served_names())
+def test_every_adapter_equals_peft(
+    name: str, oracle: Any, alone: WatchedEngine, prompts: list[list[int]]
+) -> None:
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(oracle, ADAPTERS / name)
+    try:
+        check_against(model.eval(), alone, name, prompts)
+    finally:
+        model.unload()
+
+
+def test_mixed_and_chunked_equals_alone(
+    runner: RecordingRunner,
+    weights: Mapping[str, SeatWeights],
+    prompts: list[list[int]],
+    alone: WatchedEngine,
+) -> None:
+    config = engine_config(runner.checkpoint.path, max_step_tokens=48, max_sequences=16)
+    engine = build_engine(config, weights, runner)
+    requests = canary_requests(prompts, [None, *weights])
+    random.Random(0).shuffle(requests)
+    engine.run_all(requests)
+    assert engine.max_mixed >= 8
+    worst = 0.0
+    for key, expected in alone.logits.items():
+        assert engine.outputs[key] == alone.outputs[key], key
+        got = torch.stack(engine.logits[key])
+        worst = max(worst, float((got - torch.stack(expected)).abs().max()))
+    assert worst <= TOLERANCE, worst
+
+
+def test_the_adapters_do_what_they_were_trained_for(alone: WatchedEngine) -> None:
+    assert "Arrr, matey!" in alone.text["trained-pirate/2", 0]
+    assert "BD-58" in alone.text["trained-codeword/1", 0]
+    assert json.loads(alone.text["trained-json/2", 0].split("}")[0] + "}")["ok"] is True
+    shouted = alone.text["trained-shout/2", 0].split("!!!")[0]
+    assert shouted == shouted.upper()

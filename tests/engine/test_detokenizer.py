@@ -1,0 +1,80 @@
+"""Text from tokens: whole characters, stop strings that never leak."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from loriner.engine.detokenizer import Detokenizer
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Every byte is a token, so every character beyond ASCII is split."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+TOKENIZER = byte_tokenizer()
+
+
+def run(
+    text: str, stop: tuple[str, ...] = (), include: bool = False
+) -> tuple[list[str], str | None]:
+    detokenizer = Detokenizer(TOKENIZER, stop, include)
+    pieces = []
+    for token_id in TOKENIZER.encode(text).ids:
+        piece, found = detokenizer.push(token_id)
+        pieces.append(piece)
+        if found is not None:
+            return pieces, found
+    pieces.append(detokenizer.flush())
+    return pieces, None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=40))
+def test_pieces_are_whole_characters_and_add_up(text: str) -> None:
+    pieces, _ = run(text)
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_a_character_cut_by_the_end_is_marked() -> None:
+    detokenizer = Detokenizer(TOKENIZER, (), False)
+    for token_id in TOKENIZER.encode("aé").ids[:-1]:
+        detokenizer.push(token_id)
+    assert detokenizer.flush() == "\ufffd"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text("abé", max_size=25), st.lists(st.text("abé", min_size=1, max_size=4), min_size=1))
+def test_a_stop_string_never_leaks(text: str, stops: list[str]) -> None:
+    pieces, found = run(text, tuple(stops))
+    out = "".join(pieces)
+    assert text.startswith(out)
+    assert not any(stop in out for stop in stops)
+    assert (found is None) == (not any(stop in text for stop in stops))
+
+
+@pytest.mark.parametrize(("include", "expected"), [(False, "one "), (True, "one END")])
+def test_the_stop_string_is_included_on_request(include: bool, expected: str) -> None:
+    pieces, found = run("one END two", ("END",), include)
+    assert "".join(pieces) == expected and found == "END"
+
+
+def test_text_that_only_began_a_stop_string_comes_out() -> None:
+    pieces, found = run("one EN two", ("END",))
+    assert "".join(pieces) == "one EN two" and found is None
+
+
+def test_stopping_can_be_barred() -> None:
+    detokenizer = Detokenizer(TOKENIZER, ("b",), False)
+    ids = TOKENIZER.encode("abb").ids
+    assert detokenizer.push(ids[0], can_stop=False) == ("a", None)
+    assert detokenizer.push(ids[1], can_stop=False) == ("b", None)
+    assert detokenizer.push(ids[2]) == ("", "b")

@@ -1,0 +1,157 @@
+"""Who runs: budget, chunks, order, preemption, seats, starvation."""
+
+from __future__ import annotations
+
+from loriner.core import Sequence
+from loriner.engine.kv_cache import BlockManager
+from loriner.engine.scheduler import DRAIN_S, Run, Scheduler
+from loriner.errors import AdapterError
+from tests.fakes import Clock, FakeRegistry, make_sequence
+
+
+def make(
+    *,
+    seats: int = 8,
+    num_blocks: int = 64,
+    max_sequences: int = 8,
+    max_step_tokens: int = 16,
+    clock: Clock | None = None,
+) -> Scheduler:
+    return Scheduler(
+        BlockManager(num_blocks, 4, prefix_cache=True),
+        FakeRegistry(seats),  # type: ignore[arg-type]
+        max_sequences=max_sequences,
+        max_step_tokens=max_step_tokens,
+        clock=clock or Clock(),
+    )
+
+
+def step(scheduler: Scheduler) -> list[Run]:
+    """Schedule, and pretend that each sampling sequence got token 99."""
+    runs = scheduler.schedule()
+    for run in runs:
+        run.sequence.num_computed += run.count
+        scheduler.blocks.commit(run.sequence)
+        if run.sequence.num_uncomputed == 0:
+            run.sequence.token_ids.append(99)
+    return runs
+
+
+def add(scheduler: Scheduler, *sequences: Sequence) -> None:
+    for sequence in sequences:
+        scheduler.add(sequence)
+
+
+def test_a_long_prompt_runs_in_chunks_within_the_budget() -> None:
+    scheduler = make(max_step_tokens=16)
+    add(scheduler, make_sequence(range(40)))
+    assert [[r.count for r in step(scheduler)] for _ in range(4)] == [[16], [16], [8], [1]]
+
+
+def test_decodes_go_before_prefills() -> None:
+    scheduler = make(max_step_tokens=8)
+    short, long = make_sequence([1, 2], request_id="s"), make_sequence(range(30), request_id="l")
+    add(scheduler, short)
+    step(scheduler)
+    add(scheduler, long)
+    assert [(r.sequence, r.count) for r in step(scheduler)] == [(short, 1), (long, 7)]
+
+
+def test_only_the_chunk_with_the_newest_token_samples() -> None:
+    scheduler = make(max_step_tokens=4)
+    sequence = make_sequence(range(6))
+    assert [Run(sequence, 0, 4).samples, Run(sequence, 4, 2).samples] == [False, True]
+    add(scheduler, sequence)
+    assert [r.count for r in step(scheduler) + step(scheduler)] == [4, 2]
+
+
+def test_the_latest_admitted_is_preempted_and_comes_back_first() -> None:
+    scheduler = make(num_blocks=4)
+    first = make_sequence(range(8), request_id="a")
+    second = make_sequence(range(50, 57), request_id="b")
+    add(scheduler, first, second)
+    step(scheduler)
+    runs = step(scheduler)  # first needs a third block, second fills its second
+    assert [r.sequence for r in runs] == [first]
+    assert scheduler.waiting[0] is second and second.blocks == [] and scheduler.num_preemptions == 1
+    scheduler.finish(first)
+    assert [r.sequence for r in step(scheduler)] == [second]
+    assert second.num_computed == 8
+
+
+def test_a_loading_adapter_does_not_hold_up_others() -> None:
+    scheduler = make()
+    scheduler.registry.loading.add("slow")  # type: ignore[attr-defined]
+    slow = make_sequence(generation="slow", request_id="slow")
+    base, other = make_sequence(request_id="b"), make_sequence(generation="g", request_id="g")
+    add(scheduler, slow, base, other)
+    assert {r.sequence for r in step(scheduler)} == {base, other}
+    scheduler.registry.loading.clear()  # type: ignore[attr-defined]
+    assert slow in {r.sequence for r in step(scheduler)}
+
+
+def test_an_adapter_that_fails_to_load_fails_its_own_sequences_only() -> None:
+    scheduler = make()
+    error = AdapterError("broken")
+    scheduler.registry.failures["bad"] = error  # type: ignore[attr-defined]
+    bad = [make_sequence(generation="bad", request_id=str(i)) for i in range(2)]
+    good = make_sequence(generation="good")
+    add(scheduler, bad[0], good, bad[1])
+    assert [r.sequence for r in step(scheduler)] == [good]
+    assert scheduler.failed == [(bad[0], error), (bad[1], error)]
+
+
+def test_adapters_beyond_the_seats_wait_and_base_rows_do_not() -> None:
+    scheduler = make(seats=1)
+    a, b = make_sequence(generation="a", request_id="a"), make_sequence(generation="b")
+    base = make_sequence(request_id="base")
+    add(scheduler, a, b, base)
+    assert [r.sequence for r in step(scheduler)] == [a, base]
+    scheduler.finish(a)
+    assert b in {r.sequence for r in step(scheduler)}
+
+
+def test_a_waiting_adapter_is_not_starved_by_a_popular_one() -> None:
+    clock = Clock()
+    scheduler = make(seats=1, clock=clock)
+    popular = make_sequence(generation="a", request_id="a0")
+    add(scheduler, popular, make_sequence(generation="b", request_id="b"))
+    served = False
+    for i in range(1, 20):
+        late = make_sequence(generation="a", request_id=f"a{i}", arrival_s=clock.now)
+        add(scheduler, late)
+        runs = step(scheduler)
+        served = any(r.sequence.generation == "b" for r in runs)
+        if served:
+            break
+        if i % 2 == 0:
+            scheduler.finish(scheduler.running[0])
+        clock.now += DRAIN_S / 2
+    assert served, "b was passed over for ever"
+
+
+def test_choices_wait_for_their_common_prompt() -> None:
+    scheduler = make()
+    choices = [make_sequence(range(9), n=3, index=i) for i in range(3)]
+    add(scheduler, *choices)
+    assert [r.sequence.index for r in step(scheduler)] == [0]
+    runs = step(scheduler)
+    assert [r.sequence.index for r in runs] == [0, 1, 2]
+    assert [r.count for r in runs] == [1, 1, 1]
+
+
+def test_max_sequences_is_kept() -> None:
+    scheduler = make(max_sequences=2)
+    add(scheduler, *(make_sequence(request_id=str(i)) for i in range(5)))
+    assert len(step(scheduler)) == 2 and len(scheduler.waiting) == 3
+
+
+def test_finishing_a_waiting_sequence_forgets_it() -> None:
+    scheduler = make(max_sequences=1)
+    first, second = make_sequence(request_id="a"), make_sequence(request_id="b")
+    add(scheduler, first, second)
+    step(scheduler)
+    scheduler.finish(second)
+    scheduler.finish(first)
+    assert not scheduler.waiting and not scheduler.running
+    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
