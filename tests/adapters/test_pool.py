@@ -83,7 +83,8 @@ def test_slices_of_a_fused_linear_share_one_a_at_their_exact_ranks() -> None:
     group = packed.groups["0.qkv"]
     assert group.a.shape == (5, 4)
     assert [(p.offset, p.rank_start, p.rank_end) for p in group.parts] == [(0, 0, 2), (6, 2, 5)]
-    torch.testing.assert_close(group.parts[1].b, adapter.modules["v"].b.t() * 0.5)
+    assert torch.equal(group.parts[1].b, adapter.modules["v"].b.t())
+    assert [part.scale for part in group.parts] == [2.0, 0.5]
     assert packed.num_bytes == 4 * (5 * 4 + 2 * 6 + 3 * 2)
 
 
@@ -94,7 +95,16 @@ def test_an_embedding_is_laid_out_for_look_up() -> None:
     assert packed.embedding.a.shape == (9, 2) and packed.embedding.b.shape == (2, 4)
 
 
+def test_bf16_weights_stay_bf16() -> None:
+    half = LoraWeight(torch.randn(2, 4).bfloat16(), torch.randn(6, 2).bfloat16(), None, 1.0)
+    packed = pack(Adapter.of({"q": half}), LAYOUT, torch.float32)
+    assert packed.groups["0.qkv"].a.dtype is torch.bfloat16
+    assert packed.num_bytes == 2 * (2 * 4 + 2 * 6)
+    mixed = pack(Adapter.of({"q": half, "v": lora(1, 4, 2)}), LAYOUT, torch.float32)
+    assert mixed.groups["0.qkv"].a.dtype is torch.float32
+
+
 def test_weights_that_overflow_with_their_scaling_are_refused() -> None:
-    weight = LoraWeight(torch.ones(1, 4), torch.full((6, 1), 3e38), None, 64.0)
+    bias = LoraWeight(torch.ones(1, 4), torch.ones(6, 1), torch.full((6,), 3e38), 64.0)
     with pytest.raises(InvalidAdapterError, match="finite"):
-        pack(Adapter.of({"q": weight}), LAYOUT, torch.float32)
+        pack(Adapter.of({"q": bias}), LAYOUT, torch.float32)

@@ -32,7 +32,7 @@ EMBEDDING = "embed"  # the group of the token embedding
 
 @dataclass(frozen=True, slots=True)
 class SeatWeights:
-    """One generation's weights as kernels read them; scaling is folded into B and bias."""
+    """One generation's weights as kernels read them."""
 
     groups: Mapping[str, LoraGroup]
     embedding: LoraEmbedding | None
@@ -59,16 +59,19 @@ def pack(adapter: Adapter, layout: Layout, dtype: torch.dtype) -> SeatWeights:
 
 
 def _pack_group(weights: list[tuple[int, LoraWeight]], dtype: torch.dtype) -> LoraGroup:
+    """bf16 weights stay bf16, which is exact and half the bytes; all others become `dtype`."""
+    tensors = [t for _, weight in weights for t in (weight.a, weight.b)]
+    kept = torch.bfloat16 if all(t.dtype is torch.bfloat16 for t in tensors) else dtype
     parts = []
     row = 0
     weights.sort(key=lambda item: item[0])
     for offset, weight in weights:
-        rank = weight.a.shape[0]
-        b = (weight.b.t().to(dtype) * weight.scaling).contiguous()  # [R, n]
-        bias = None if weight.bias is None else weight.bias.to(dtype) * weight.scaling
-        parts.append(LoraPart(offset, row, row + rank, b, bias))
+        rank, scaling = weight.a.shape[0], weight.scaling
+        b = weight.b.t().to(kept).contiguous()  # [R, n]
+        bias = None if weight.bias is None else weight.bias.to(dtype) * scaling
+        parts.append(LoraPart(offset, row, row + rank, b, scaling, bias))
         row += rank
-    a = torch.cat([weight.a.to(dtype) for _, weight in weights])  # [sum of R, K]
+    a = torch.cat([weight.a.to(kept) for _, weight in weights])  # [sum of R, K]
     return LoraGroup(a, tuple(parts))
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from ctypes import c_int32, c_void_p
+from ctypes import c_float, c_int32, c_void_p
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loriner.kernels import native, reference
@@ -48,24 +49,26 @@ MAX_GROUP = 16
 _library = native.library()
 assert _library is not None, "kernels.select checks"
 _c = _library
+VL = _c.loriner_lanes()  # outputs that the C code computes side by side
 
 
 class Nf4(NamedTuple):
-    """An NF4 weight as bitsandbytes stores it, absmax expanded."""
+    """An NF4 weight: bitsandbytes' bytes with VL outputs side by side, and their scales
+    likewise."""
 
-    packed: Tensor  # [N*K/2] u8
-    absmax: Tensor  # [N*K/64] f32
+    packed: Tensor  # [groups, K/2, VL] u8
+    absmax: Tensor  # [groups, K/64, VL] f32
     code: Tensor  # [16] f32
-    bias: Tensor | None  # [N] f32
+    bias: Tensor | None  # [groups * VL] f32
     outputs: int
-    inputs: int
 
 
 class Bf16(NamedTuple):
-    """A dense weight stored in bf16, read as it is."""
+    """A weight stored in bf16, with VL outputs side by side."""
 
-    weight: Tensor  # [N, K] bf16
-    bias: Tensor | None  # [N] f32
+    weight: Tensor  # [groups, K, VL] bf16
+    bias: Tensor | None  # [groups * VL] f32
+    outputs: int
 
 
 Operand = Nf4 | Bf16 | Dense
@@ -82,18 +85,34 @@ def start(num_threads: int) -> str:
 def prepare_nf4(
     packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, int], bias: Tensor | None
 ) -> Operand:
-    """As `reference.prepare_nf4`."""
-    if shape[1] % NF4_BLOCK or absmax.numel() * NF4_BLOCK != shape[0] * shape[1]:
+    """As `reference.prepare_nf4`. Bytes are moved, none is changed."""
+    outputs, inputs = shape
+    if inputs % NF4_BLOCK or absmax.numel() * NF4_BLOCK != outputs * inputs:
         return reference.prepare_nf4(packed, absmax, code, shape, bias)
-    bias = None if bias is None else bias.float().contiguous()
-    return Nf4(packed.contiguous(), absmax.contiguous(), code.contiguous(), bias, *shape)
+    return Nf4(
+        _side_by_side(packed.view(outputs, -1)),
+        _side_by_side(absmax.view(outputs, -1)),
+        code.contiguous(),
+        _padded(bias),
+        outputs,
+    )
 
 
 def prepare_dense(weight: Tensor, bias: Tensor | None) -> Operand:
     """As `reference.prepare_dense`."""
-    if weight.dtype is not torch.bfloat16 or weight.shape[1] % 16:
+    if weight.dtype is not torch.bfloat16 or weight.shape[1] % 2:
         return reference.prepare_dense(weight, bias)
-    return Bf16(weight.contiguous(), None if bias is None else bias.float().contiguous())
+    return Bf16(_side_by_side(weight), _padded(bias), weight.shape[0])
+
+
+def _side_by_side(rows: Tensor) -> Tensor:
+    """[N, C] -> [N / VL, C, VL], the last group filled up with zeros."""
+    rows = F.pad(rows, (0, 0, 0, -len(rows) % VL))
+    return rows.view(-1, VL, rows.shape[1]).transpose(1, 2).contiguous()
+
+
+def _padded(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else F.pad(bias.float(), (0, -len(bias) % VL))
 
 
 def nbytes(operand: Operand) -> int:
@@ -108,27 +127,26 @@ def linear(x: Tensor, operand: Operand) -> Tensor:
     if isinstance(operand, Dense):
         return reference.linear(x, operand)
     rows, inputs = x.shape
-    bias = None if operand.bias is None else operand.bias.data_ptr()
-    if isinstance(operand, Bf16):
-        y = torch.empty(rows, operand.weight.shape[0])
-        _c.loriner_bf16_linear(
-            y.data_ptr(), x.data_ptr(), operand.weight.data_ptr(), bias, rows, inputs, y.shape[1]
-        )
-        return y
     y = torch.empty(rows, operand.outputs)
-    scratch = torch.empty_like(x)
-    _c.loriner_nf4_linear(
-        y.data_ptr(),
-        x.data_ptr(),
-        scratch.data_ptr(),
-        operand.packed.data_ptr(),
-        operand.absmax.data_ptr(),
-        operand.code.data_ptr(),
-        bias,
-        rows,
-        inputs,
-        operand.outputs,
-    )
+    room = torch.empty_like(x)
+    scratch = room.data_ptr()
+    bias = None if operand.bias is None else operand.bias.data_ptr()
+    sizes = (rows, inputs, operand.outputs)
+    if isinstance(operand, Bf16):
+        _c.loriner_bf16_linear(
+            y.data_ptr(), x.data_ptr(), scratch, operand.weight.data_ptr(), bias, *sizes
+        )
+    else:
+        _c.loriner_nf4_linear(
+            y.data_ptr(),
+            x.data_ptr(),
+            scratch,
+            operand.packed.data_ptr(),
+            operand.absmax.data_ptr(),
+            operand.code.data_ptr(),
+            bias,
+            *sizes,
+        )
     return y
 
 
@@ -140,6 +158,7 @@ class _CPart(ctypes.Structure):
         ("outputs", c_int32),
         ("b", c_void_p),
         ("bias", c_void_p),
+        ("scale", c_float),
     ]
 
 
@@ -149,6 +168,7 @@ class _CSegment(ctypes.Structure):
         ("end", c_int32),
         ("rank", c_int32),
         ("num_parts", c_int32),
+        ("is_bf16", c_int32),
         ("a", c_void_p),
         ("parts", c_void_p),
     ]
@@ -184,13 +204,20 @@ def prepare_lora(segments: Sequence[Segment], num_rows: int) -> LoraOperand:
                     part.b.shape[1],
                     part.b.data_ptr(),
                     None if part.bias is None else part.bias.data_ptr(),
+                    part.scale,
                 )
                 for part in group.parts
             )
         )
         keep.append(parts)
         made[i] = _CSegment(
-            begin, end, group.a.shape[0], len(parts), group.a.data_ptr(), ctypes.addressof(parts)
+            begin,
+            end,
+            group.a.shape[0],
+            len(parts),
+            group.a.dtype is torch.bfloat16,
+            group.a.data_ptr(),
+            ctypes.addressof(parts),
         )
         first_chunk[i + 1] = first_chunk[i] + -(-(end - begin) // TILE)
     addresses = ctypes.addressof(made), ctypes.addressof(first_chunk)
@@ -211,12 +238,12 @@ def lora_add(y: Tensor, x: Tensor, operand: LoraOperand) -> None:
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block: int, plan: AttentionPlan, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
 ) -> Tensor:
     """As `reference.paged_attention`."""
     rows, heads, dim = q.shape
-    num_kv = k_cache.shape[1]
-    assert heads <= MAX_GROUP * num_kv and dim <= MAX_HEAD_DIM
+    num_kv, size = v_cache.shape[1:3]
+    assert heads <= MAX_GROUP * num_kv and dim <= MAX_HEAD_DIM and dim % 4 == 0
     out = torch.empty(rows, heads * dim)
     _c.loriner_attention(
         out.data_ptr(),
@@ -229,7 +256,7 @@ def paged_attention(
         rows,
         q.stride(0),
         plan.blocks.shape[1],
-        block,
+        size,
         heads,
         num_kv,
         dim,
@@ -268,6 +295,17 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """As `reference.store_kv`."""
-    rows, dim = k.shape[0], k.shape[1] * k.shape[2]
-    for x, cache in ((k, k_cache), (v, v_cache)):
-        _c.loriner_store(cache.data_ptr(), x.data_ptr(), slots.data_ptr(), rows, x.stride(0), dim)
+    rows, num_kv, dim = k.shape
+    _c.loriner_store(
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        slots.data_ptr(),
+        rows,
+        k.stride(0),
+        v.stride(0),
+        v_cache.shape[2],
+        num_kv,
+        dim,
+    )

@@ -32,7 +32,7 @@ COMPILE_TIMEOUT_S = 180
 PTR, INT, FLOAT = c_void_p, c_int, c_float
 SIGNATURES: dict[str, list[type]] = {
     "loriner_nf4_linear": [PTR, PTR, PTR, PTR, PTR, PTR, PTR, INT, INT, INT],
-    "loriner_bf16_linear": [PTR, PTR, PTR, PTR, INT, INT, INT],
+    "loriner_bf16_linear": [PTR, PTR, PTR, PTR, PTR, INT, INT, INT],
     "loriner_lora_add": [PTR, PTR, PTR, PTR, INT, INT, INT],
     "loriner_attention": [
         PTR,
@@ -53,7 +53,7 @@ SIGNATURES: dict[str, list[type]] = {
     ],
     "loriner_rms_norm": [PTR, PTR, PTR, INT, INT, INT, FLOAT],
     "loriner_rope": [PTR, PTR, PTR, PTR, INT, INT, INT, INT],
-    "loriner_store": [PTR, PTR, PTR, INT, INT, INT],
+    "loriner_store": [PTR, PTR, PTR, PTR, PTR, INT, INT, INT, INT, INT, INT],
     "loriner_silu_mul": [PTR, PTR, INT, INT],
 }
 
@@ -107,6 +107,7 @@ def _bind(path: Path) -> ctypes.PyDLL:
         function = getattr(bound, name)
         function.argtypes, function.restype = arguments, None
     bound.loriner_start.argtypes, bound.loriner_start.restype = [c_int], c_int
+    bound.loriner_lanes.argtypes, bound.loriner_lanes.restype = [], c_int
     return bound
 
 

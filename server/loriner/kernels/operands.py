@@ -11,19 +11,20 @@ from torch import Tensor
 
 
 class LoraPart(NamedTuple):
-    """One adapter's B for one slice of a fused linear, e.g. `k` of q|k|v. Scaling is folded in."""
+    """One adapter's B for one slice of a fused linear, e.g. `k` of q|k|v."""
 
     offset: int  # first output column of the slice
     rank_start: int  # rows [rank_start, rank_end) of the group's A belong to this slice
     rank_end: int
-    b: Tensor  # [R, n]: B transposed, contiguous
-    bias: Tensor | None = None  # [n], scaling folded in
+    b: Tensor  # [R, n]: B transposed, contiguous, in the dtype of the group's A
+    scale: float = 1.0  # of (x A^T) B
+    bias: Tensor | None = None  # [n] f32, its scaling folded in
 
 
 class LoraGroup(NamedTuple):
     """One adapter's weights for one fused linear."""
 
-    a: Tensor  # [sum of R, K], contiguous
+    a: Tensor  # [sum of R, K], contiguous, f32 or bf16
     parts: tuple[LoraPart, ...]
 
 

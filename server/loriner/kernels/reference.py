@@ -70,15 +70,16 @@ def prepare_lora(segments: Sequence[Segment], num_rows: int) -> Sequence[Segment
 
 
 def lora_add(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> None:
-    """Semantics: y[s:e, o:o+n] += (x[s:e] @ A[r0:r1]^T) @ B + bias, for each segment and part.
+    """Semantics: y[s:e, o:o+n] += scale * (x[s:e] @ A[r0:r1]^T) @ B + bias, for each segment and
+    part.
 
     y [T, N] is changed in place; x [T, K]. Rows in no segment (base only) are not touched.
     """
     for start, end, group in segments:
-        z = x[start:end] @ group.a.t()  # [rows, sum of R]
-        for offset, r0, r1, b, bias in group.parts:
+        z = x[start:end] @ group.a.float().t()  # [rows, sum of R]
+        for offset, r0, r1, b, scale, bias in group.parts:
             out = y[start:end, offset : offset + b.shape[1]]
-            out += z[:, r0:r1] @ b
+            out += scale * z[:, r0:r1] @ b.float()
             if bias is not None:
                 out += bias
 
@@ -120,30 +121,36 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Semantics: cache[slots[t]] = k[t], v[t].  k, v [T, KV, D]; caches [blocks * block, KV, D]."""
-    k_cache.index_copy_(0, slots, k)
-    v_cache.index_copy_(0, slots, v)
+    """Semantics: slot s = block * size + i holds the key and value of its row t: k_cache[block, :,
+    :, i] = k[t], v_cache[block, :, i] = v[t].
+
+    k, v [T, KV, D]; slots [T] int64; k_cache [blocks, KV, D, size], v_cache [blocks, KV, size, D],
+    both changed in place.
+    """
+    size = v_cache.shape[2]
+    block, position = slots // size, slots % size
+    k_cache[block, :, :, position] = k
+    v_cache[block, :, position] = v
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block: int, plan: AttentionPlan, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
 ) -> Tensor:
     """Semantics: y[t] = softmax(scale * q[t] K^T) V over the first context[t] keys of its sequence
     (arXiv 1706.03762, eq. 1).
 
-    q [T, heads, D]; caches [blocks * block, KV, D]; heads is a multiple of KV. Returns [T, heads *
-    D].
+    q [T, heads, D]; caches as in `store_kv`; heads is a multiple of KV. Returns [T, heads * D].
     """
     out = torch.empty(q.shape, dtype=q.dtype)
+    num_kv, size, dim = v_cache.shape[1:]
     for i, (start, end) in enumerate(plan.spans):
         context = int(plan.context[end - 1])
-        blocks = plan.blocks[i, : -(-context // block)].to(torch.int64)
-        slots = (blocks[:, None] * block + torch.arange(block)).flatten()[:context]
-        k, v = k_cache[slots].transpose(0, 1), v_cache[slots].transpose(0, 1)  # [KV, context, D]
-        shape = (k.shape[0], -1, end - start, q.shape[2])  # [KV, group, rows, D]
-        queries = q[start:end].transpose(0, 1).reshape(shape)
-        scores = scale * queries @ k.unsqueeze(1).transpose(-1, -2)  # [KV, group, rows, context]
+        blocks = plan.blocks[i, : -(-context // size)].to(torch.int64)
+        k = k_cache[blocks].permute(1, 2, 0, 3).reshape(num_kv, 1, dim, -1)[..., :context]
+        v = v_cache[blocks].transpose(0, 1).reshape(num_kv, 1, -1, dim)[:, :, :context]
+        queries = q[start:end].transpose(0, 1).reshape(num_kv, -1, end - start, dim)
+        scores = scale * queries @ k  # [KV, group, rows, context]
         hidden = torch.arange(context) >= plan.context[start:end, None]  # [rows, context]
         scores.masked_fill_(hidden, -torch.inf)
-        out[start:end] = (scores.softmax(-1) @ v.unsqueeze(1)).flatten(0, 1).transpose(0, 1)
+        out[start:end] = (scores.softmax(-1) @ v).flatten(0, 1).transpose(0, 1)
     return out.flatten(1)

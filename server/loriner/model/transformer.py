@@ -33,9 +33,9 @@ class KvCache:
     ) -> None:
         self.block = block
         self.num_blocks = num_blocks
-        shape = (config.num_layers, num_blocks * block, config.num_kv_heads, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype)
-        self.v = torch.zeros(shape, dtype=dtype)
+        heads = (config.num_layers, num_blocks, config.num_kv_heads)
+        self.k = torch.zeros(*heads, config.head_dim, block, dtype=dtype)
+        self.v = torch.zeros(*heads, block, config.head_dim, dtype=dtype)
 
     @staticmethod
     def block_bytes(config: ModelConfig, block: int, dtype: torch.dtype) -> int:
@@ -76,7 +76,7 @@ class Transformer:
         cos = self.cos[batch.positions].unsqueeze(1)  # [T, 1, D]
         sin = self.sin[batch.positions].unsqueeze(1)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, batch, kv.k[i], kv.v[i], kv.block)
+            x = layer(x, cos, sin, batch, kv.k[i], kv.v[i])
         x = self.ops.rms_norm(x[batch.sample_rows], self.norm, self.config.rms_norm_eps)
         return self.lm_head(x, batch.sample_lora)
 
@@ -100,10 +100,9 @@ class Layer:
         batch: BatchMeta,
         k: Tensor,
         v: Tensor,
-        block: int,
     ) -> Tensor:
         normed = self.ops.rms_norm(x, self.input_norm, self.eps)
-        x = self.attention(normed, cos, sin, batch, k, v, block).add_(x)
+        x = self.attention(normed, cos, sin, batch, k, v).add_(x)
         return self.mlp(self.ops.rms_norm(x, self.mlp_norm, self.eps), batch.lora).add_(x)
 
 
@@ -128,7 +127,6 @@ class Attention:
         batch: BatchMeta,
         k: Tensor,
         v: Tensor,
-        block: int,
     ) -> Tensor:
         heads, num_kv = self.num_heads, self.num_kv
         qkv = self.qkv(x, batch.lora).view(x.shape[0], heads + 2 * num_kv, self.dim)
@@ -138,7 +136,7 @@ class Attention:
             qk = torch.cat((q, self.ops.rms_norm(qk[:, heads:], self.k_norm, self.eps)), dim=1)
         qk = self.ops.rope(qk, cos, sin)  # [T, heads + KV, D]
         self.ops.store_kv(qk[:, heads:], qkv[:, heads + num_kv :], k, v, batch.slots)
-        y = self.ops.paged_attention(qk[:, :heads], k, v, block, batch.attention, self.scale)
+        y = self.ops.paged_attention(qk[:, :heads], k, v, batch.attention, self.scale)
         return self.o(y, batch.lora)
 
 

@@ -19,7 +19,6 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define VL 16
-#define ROWS 2 /* output rows decoded together */
 typedef __m512 vf;
 INLINE vf v_set(float a) { return _mm512_set1_ps(a); }
 INLINE vf v_load(const float *p) { return _mm512_loadu_ps(p); }
@@ -42,7 +41,6 @@ INLINE void decode(const uint8_t *p, code_table t, vf *even, vf *odd) {
 #elif defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #define VL 8
-#define ROWS 1
 typedef __m256 vf;
 INLINE vf v_set(float a) { return _mm256_set1_ps(a); }
 INLINE vf v_load(const float *p) { return _mm256_loadu_ps(p); }
@@ -74,7 +72,6 @@ INLINE void decode(const uint8_t *p, code_table t, vf *even, vf *odd) {
 }
 #else
 #define VL 8
-#define ROWS 1
 typedef float vf __attribute__((vector_size(32)));
 INLINE vf v_set(float a) { return (vf){a, a, a, a, a, a, a, a}; }
 INLINE vf v_load(const float *p) { vf a; memcpy(&a, p, sizeof a); return a; }
@@ -105,6 +102,7 @@ INLINE void decode(const uint8_t *p, code_table t, vf *even, vf *odd) {
 #endif
 
 #define TILE 8        /* activation rows that share one decode of the weights */
+#define GROUPS 4      /* most groups of VL outputs that one row works on at once */
 #define NF4_BLOCK 64  /* weights under one scale */
 #define MAX_THREADS 256
 
@@ -226,153 +224,165 @@ INLINE float fast_exp(float x) {
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
-/* ---- linear: y[t, n] = sum over k of x[t, k] w[n, k] + bias[n] ---- */
+/* ---- linear: y[t, n] = sum over k of x[t, k] w[n, k] + bias[n] ----
+ *
+ * Weights lie in groups of VL outputs: byte [group][k / 2][lane] of NF4, scale [group][k / 64][lane], number
+ * [group][k][lane] of bf16. A lane is an output, so nothing is ever summed across lanes. Each output is the
+ * sum of two chains, even k and odd k, whatever the number of rows.
+ */
 
 typedef struct {
     float *y;
-    const float *x;
-    const void *weight; /* packed NF4 bytes, or bf16 */
-    const float *absmax, *code, *bias;
-    int rows, inputs, outputs, chunk;
+    const float *x; /* by tiles: [rows / TILE][inputs][rows of the tile] */
+    const void *weight;
+    const float *absmax, *code, *bias; /* bias is padded to whole groups */
+    int rows, inputs, outputs, chunk;  /* chunk: groups of one chunk of work */
 } linear_job;
 
-/* `tile` rows of x (already in decode order) against `count` rows of NF4 weights */
-INLINE void nf4_tile(const linear_job *j, code_table codes, int t, int n, const int tile, const int count) {
-    vf acc[TILE][ROWS];
+static void finish(const linear_job *j, int t, int group, vf sum) {
+    float *y = j->y + (size_t)t * j->outputs + (size_t)group * VL;
+    const int left = j->outputs - group * VL;
+    if (j->bias) sum = sum + v_load(j->bias + (size_t)group * VL);
+    if (left >= VL) {
+        v_store(y, sum);
+    } else {
+        float lanes[VL];
+        v_store(lanes, sum);
+        memcpy(y, lanes, sizeof(float) * left);
+    }
+}
+
+/* `tile` rows against `count` groups; both are constants, so that the sums stay in registers */
+INLINE void nf4_tile(const linear_job *j, int t, int group, const int tile, const int count) {
+    vf even_sum[TILE][GROUPS], odd_sum[TILE][GROUPS];
     for (int i = 0; i < tile; i++)
-        for (int r = 0; r < count; r++) acc[i][r] = v_set(0.0f);
-    const int inputs = j->inputs;
-    const uint8_t *packed = (const uint8_t *)j->weight + (size_t)n * inputs / 2;
-    const float *scales = j->absmax + (size_t)n * inputs / NF4_BLOCK;
-    const float *x = j->x + (size_t)t * inputs;
-    for (int k = 0; k < inputs; k += 2 * VL) {
-        vf even[ROWS], odd[ROWS];
-        for (int r = 0; r < count; r++) {
-            vf scale = v_set(scales[r * (inputs / NF4_BLOCK) + k / NF4_BLOCK]);
-            decode(packed + (size_t)r * inputs / 2 + k / 2, codes, &even[r], &odd[r]);
-            even[r] = v_mul(even[r], scale);
-            odd[r] = v_mul(odd[r], scale);
-        }
-        for (int i = 0; i < tile; i++) {
-            vf x0 = v_load(x + (size_t)i * inputs + k), x1 = v_load(x + (size_t)i * inputs + k + VL);
-            for (int r = 0; r < count; r++) {
-                acc[i][r] = v_fma(even[r], x0, acc[i][r]);
-                acc[i][r] = v_fma(odd[r], x1, acc[i][r]);
+        for (int g = 0; g < count; g++) even_sum[i][g] = odd_sum[i][g] = v_set(0.0f);
+    const code_table codes = load_codes(j->code);
+    const size_t inputs = j->inputs, num_blocks = inputs / NF4_BLOCK;
+    const uint8_t *packed = (const uint8_t *)j->weight + group * inputs / 2 * VL;
+    const float *scales = j->absmax + group * num_blocks * VL;
+    const float *x = j->x + t * inputs;
+    for (size_t block = 0; block < num_blocks; block++) {
+        vf scale[GROUPS];
+        for (int g = 0; g < count; g++) scale[g] = v_load(scales + (g * num_blocks + block) * VL);
+        for (int pair = 0; pair < NF4_BLOCK / 2; pair++, packed += VL, x += 2 * tile) {
+            for (int g = 0; g < count; g++) {
+                vf even, odd;
+                decode(packed + g * inputs / 2 * VL, codes, &even, &odd);
+                even = v_mul(even, scale[g]);
+                odd = v_mul(odd, scale[g]);
+                for (int i = 0; i < tile; i++) {
+                    even_sum[i][g] = v_fma(even, v_set(x[i]), even_sum[i][g]);
+                    odd_sum[i][g] = v_fma(odd, v_set(x[tile + i]), odd_sum[i][g]);
+                }
             }
         }
     }
     for (int i = 0; i < tile; i++)
-        for (int r = 0; r < count; r++)
-            j->y[(size_t)(t + i) * j->outputs + n + r] =
-                v_sum(acc[i][r]) + (j->bias ? j->bias[n + r] : 0.0f);
+        for (int g = 0; g < count; g++) finish(j, t + i, group + g, even_sum[i][g] + odd_sum[i][g]);
 }
 
-INLINE void bf16_tile(const linear_job *j, int t, int n, const int tile, const int count) {
-    vf acc[TILE][ROWS];
+INLINE void bf16_tile(const linear_job *j, int t, int group, const int tile, const int count) {
+    vf even_sum[TILE][GROUPS], odd_sum[TILE][GROUPS];
     for (int i = 0; i < tile; i++)
-        for (int r = 0; r < count; r++) acc[i][r] = v_set(0.0f);
-    const int inputs = j->inputs;
-    const uint16_t *weight = (const uint16_t *)j->weight + (size_t)n * inputs;
-    const float *x = j->x + (size_t)t * inputs;
-    for (int k = 0; k < inputs; k += VL) {
-        vf w[ROWS];
-        for (int r = 0; r < count; r++) w[r] = v_bf16(weight + (size_t)r * inputs + k);
-        for (int i = 0; i < tile; i++) {
-            vf xi = v_load(x + (size_t)i * inputs + k);
-            for (int r = 0; r < count; r++) acc[i][r] = v_fma(w[r], xi, acc[i][r]);
+        for (int g = 0; g < count; g++) even_sum[i][g] = odd_sum[i][g] = v_set(0.0f);
+    const size_t inputs = j->inputs;
+    const uint16_t *weight = (const uint16_t *)j->weight + group * inputs * VL;
+    const float *x = j->x + t * inputs;
+    for (size_t pair = 0; pair < inputs / 2; pair++, weight += 2 * VL, x += 2 * tile) {
+        for (int g = 0; g < count; g++) {
+            const vf even = v_bf16(weight + g * inputs * VL);
+            const vf odd = v_bf16(weight + g * inputs * VL + VL);
+            for (int i = 0; i < tile; i++) {
+                even_sum[i][g] = v_fma(even, v_set(x[i]), even_sum[i][g]);
+                odd_sum[i][g] = v_fma(odd, v_set(x[tile + i]), odd_sum[i][g]);
+            }
         }
     }
     for (int i = 0; i < tile; i++)
-        for (int r = 0; r < count; r++)
-            j->y[(size_t)(t + i) * j->outputs + n + r] =
-                v_sum(acc[i][r]) + (j->bias ? j->bias[n + r] : 0.0f);
+        for (int g = 0; g < count; g++) finish(j, t + i, group + g, even_sum[i][g] + odd_sum[i][g]);
 }
 
-/* Call TILE_FN(tile, count) with both as constants, so that accumulators stay in registers. */
-#define BY_TILE(tile, count, CALL)                                                                  \
-    switch (tile) {                                                                                 \
-        case 1: CALL(1, count); break;                                                              \
-        case 2: CALL(2, count); break;                                                              \
-        case 3: CALL(3, count); break;                                                              \
-        case 4: CALL(4, count); break;                                                              \
-        case 5: CALL(5, count); break;                                                              \
-        case 6: CALL(6, count); break;                                                              \
-        case 7: CALL(7, count); break;                                                              \
-        default: CALL(8, count); break;                                                             \
-    }
+typedef void (*tile_fn)(const linear_job *j, int t, int group);
 
-static void nf4_chunk(void *job, int chunk) {
-    const linear_job *j = job;
-    code_table codes = load_codes(j->code);
-    int end = min_int((chunk + 1) * j->chunk, j->outputs);
-    for (int t = 0; t < j->rows; t += TILE) {
-        int tile = min_int(TILE, j->rows - t), n = chunk * j->chunk;
-        for (; n + ROWS <= end; n += ROWS) {
-#define CALL(tile, count) nf4_tile(j, codes, t, n, tile, count)
-            BY_TILE(tile, ROWS, CALL)
-        }
-        for (; n < end; n++) { BY_TILE(tile, 1, CALL) }
-#undef CALL
+/* One function for each size, so that the compiler keeps its sums in registers. Few rows take several
+ * groups at once: there have to be enough independent sums to hide the latency of one. */
+#define VARIANT(name, tile, count)                                                                \
+    static __attribute__((noinline)) void name##_##tile##_##count(const linear_job *j, int t, int g) { \
+        name##_tile(j, t, g, tile, count);                                                        \
     }
-}
+#define KERNEL(name)                                                                              \
+    VARIANT(name, 1, 4) VARIANT(name, 2, 4) VARIANT(name, 3, 2) VARIANT(name, 4, 2)               \
+    VARIANT(name, 1, 1) VARIANT(name, 2, 1) VARIANT(name, 3, 1) VARIANT(name, 4, 1)               \
+    VARIANT(name, 5, 1) VARIANT(name, 6, 1) VARIANT(name, 7, 1) VARIANT(name, 8, 1)               \
+    static const tile_fn name##_one[TILE + 1] = {0, name##_1_1, name##_2_1, name##_3_1, name##_4_1, \
+                                                 name##_5_1, name##_6_1, name##_7_1, name##_8_1}; \
+    static const tile_fn name##_more[TILE + 1] = {0, name##_1_4, name##_2_4, name##_3_2, name##_4_2}; \
+    static void name##_chunk(void *job, int chunk) {                                              \
+        static const int at_once[TILE + 1] = {1, 4, 4, 2, 2, 1, 1, 1, 1};                         \
+        const linear_job *j = job;                                                                \
+        const int end = min_int((chunk + 1) * j->chunk, (j->outputs + VL - 1) / VL);              \
+        for (int t = 0; t < j->rows; t += TILE) {                                                 \
+            const int tile = min_int(TILE, j->rows - t), step = at_once[tile];                    \
+            int g = chunk * j->chunk;                                                             \
+            for (; step > 1 && g + step <= end; g += step) name##_more[tile](j, t, g);            \
+            for (; g < end; g++) name##_one[tile](j, t, g);                                       \
+        }                                                                                         \
+    }
+KERNEL(nf4)
+KERNEL(bf16)
 
-static void bf16_chunk(void *job, int chunk) {
-    const linear_job *j = job;
-    int end = min_int((chunk + 1) * j->chunk, j->outputs);
-    for (int t = 0; t < j->rows; t += TILE) {
-        int tile = min_int(TILE, j->rows - t), n = chunk * j->chunk;
-        for (; n + ROWS <= end; n += ROWS) {
-#define CALL(tile, count) bf16_tile(j, t, n, tile, count)
-            BY_TILE(tile, ROWS, CALL)
-        }
-        for (; n < end; n++) { BY_TILE(tile, 1, CALL) }
-#undef CALL
+/* x [rows, inputs] -> [rows / TILE][inputs][rows of the tile] */
+static void to_tiles(float *out, const float *x, int rows, int inputs) {
+    for (int t = 0; t < rows; t += TILE) {
+        const int tile = min_int(TILE, rows - t);
+        for (int k = 0; k < inputs; k++)
+            for (int i = 0; i < tile; i++)
+                out[(size_t)t * inputs + (size_t)k * tile + i] = x[(size_t)(t + i) * inputs + k];
     }
 }
 
-/* Outputs of one chunk, a multiple of 4: a few chunks for each thread, since claiming one costs about as
- * much as computing 16 outputs of 576 inputs. */
-INLINE int chunk_rows(int outputs) {
-    int chunks = 4 * (pool.num_workers + 1);
-    int rows = (outputs + chunks - 1) / chunks;
-    return (rows + 3) & ~3;
+/* Groups of one chunk: a few chunks for each thread, since claiming one costs a microsecond or so. */
+static void run_linear(chunk_fn run, linear_job *job) {
+    const int num_groups = (job->outputs + VL - 1) / VL;
+    const int chunks = 4 * (pool.num_workers + 1);
+    const int groups = (num_groups + chunks - 1) / chunks;
+    job->chunk = num_groups >= 16 * chunks ? (groups + 3) & ~3 : groups;
+    run_chunks(run, job, (num_groups + job->chunk - 1) / job->chunk);
 }
 
-/* x [rows, inputs] -> decode order: in each 2*VL inputs the even ones first, then the odd ones */
-static void to_decode_order(const float *x, float *out, size_t count) {
-    for (size_t k = 0; k < count; k += 2 * VL)
-        for (int i = 0; i < VL; i++) {
-            out[k + i] = x[k + 2 * i];
-            out[k + VL + i] = x[k + 2 * i + 1];
-        }
-}
+/* Lanes of one group of outputs: the layout that `prepare` makes. */
+int loriner_lanes(void) { return VL; }
 
-/* `scratch` has room for rows * inputs floats; inputs is a multiple of 64. */
+/* inputs is a multiple of 64; `scratch` has room for x. */
 void loriner_nf4_linear(float *y, const float *x, float *scratch, const uint8_t *packed,
                         const float *absmax, const float *code, const float *bias, int rows,
                         int inputs, int outputs) {
-    to_decode_order(x, scratch, (size_t)rows * inputs);
-    linear_job job = {y, scratch, packed, absmax, code, bias, rows, inputs, outputs, chunk_rows(outputs)};
-    run_chunks(nf4_chunk, &job, (outputs + job.chunk - 1) / job.chunk);
+    to_tiles(scratch, x, rows, inputs);
+    linear_job job = {y, scratch, packed, absmax, code, bias, rows, inputs, outputs, 0};
+    run_linear(nf4_chunk, &job);
 }
 
-/* inputs is a multiple of 16. */
-void loriner_bf16_linear(float *y, const float *x, const uint16_t *weight, const float *bias, int rows,
-                         int inputs, int outputs) {
-    linear_job job = {y, x, weight, NULL, NULL, bias, rows, inputs, outputs, chunk_rows(outputs)};
-    run_chunks(bf16_chunk, &job, (outputs + job.chunk - 1) / job.chunk);
+/* inputs is even. */
+void loriner_bf16_linear(float *y, const float *x, float *scratch, const uint16_t *weight,
+                         const float *bias, int rows, int inputs, int outputs) {
+    to_tiles(scratch, x, rows, inputs);
+    linear_job job = {y, scratch, weight, NULL, NULL, bias, rows, inputs, outputs, 0};
+    run_linear(bf16_chunk, &job);
 }
 
-/* ---- lora: y[t, o:o+n] += (x[t] A[r0:r1]^T) B + bias, for the adapter of row t ---- */
+/* ---- lora: y[t, o:o+n] += scale (x[t] A[r0:r1]^T) B + bias, for the adapter of row t ---- */
 
 typedef struct {
     int32_t offset, rank_start, rank_end, outputs;
-    const float *b, *bias; /* [rank, outputs], [outputs] */
+    const void *b;     /* [rank, outputs] */
+    const float *bias; /* [outputs] or NULL */
+    float scale;
 } lora_part;
 
 typedef struct {
-    int32_t start, end, rank, num_parts;
-    const float *a; /* [rank, inputs] */
+    int32_t start, end, rank, num_parts, is_bf16; /* else A and B are f32 */
+    const void *a;                                /* [rank, inputs] */
     const lora_part *parts;
 } lora_segment;
 
@@ -386,36 +396,75 @@ typedef struct {
 
 #define MAX_RANK 1024 /* of all slices of one fused linear together */
 
-static float dot(const float *a, const float *b, int count) {
-    vf sum = v_set(0.0f);
+INLINE vf load_weight(const void *p, size_t at, const int is_bf16) {
+    return is_bf16 ? v_bf16((const uint16_t *)p + at) : v_load((const float *)p + at);
+}
+
+INLINE float one_weight(const void *p, size_t at, const int is_bf16) {
+    if (!is_bf16) return ((const float *)p)[at];
+    union { uint32_t bits; float value; } wide = {.bits = (uint32_t)((const uint16_t *)p)[at] << 16};
+    return wide.value;
+}
+
+/* sum over k of w[at + k] x[k] */
+INLINE float weighted_sum(const void *w, size_t at, const float *x, int count, const int is_bf16) {
+    vf sum[4] = {v_set(0.0f), v_set(0.0f), v_set(0.0f), v_set(0.0f)};
     int k = 0;
-    for (; k + VL <= count; k += VL) sum = v_fma(v_load(a + k), v_load(b + k), sum);
-    float total = v_sum(sum);
-    for (; k < count; k++) total += a[k] * b[k];
+    for (; k + 4 * VL <= count; k += 4 * VL)
+        for (int n = 0; n < 4; n++)
+            sum[n] = v_fma(load_weight(w, at + k + n * VL, is_bf16), v_load(x + k + n * VL), sum[n]);
+    for (; k + VL <= count; k += VL)
+        sum[0] = v_fma(load_weight(w, at + k, is_bf16), v_load(x + k), sum[0]);
+    float total = v_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; k < count; k++) total += one_weight(w, at + k, is_bf16) * x[k];
     return total;
 }
 
-static void expand(float *y, const float *z, const lora_part *part) {
-    const int n = part->outputs, rank = part->rank_end - part->rank_start;
-    const float *b = part->b;
-    int c = 0;
-    for (; c + 4 * VL <= n; c += 4 * VL) {
-        vf acc[4];
-        for (int v = 0; v < 4; v++) acc[v] = v_set(0.0f);
-        for (int r = 0; r < rank; r++) {
-            vf scale = v_set(z[r]);
-            for (int v = 0; v < 4; v++)
-                acc[v] = v_fma(scale, v_load(b + (size_t)r * n + c + v * VL), acc[v]);
-        }
-        for (int v = 0; v < 4; v++) v_store(y + c + v * VL, acc[v] + v_load(y + c + v * VL));
+/* y += z[0] b[r] + ... + z[count - 1] b[r + count - 1], rows of b streamed side by side */
+INLINE void add_rows(float *y, const float *z, const lora_part *part, int r, const int count,
+                     const int is_bf16) {
+    const size_t n = part->outputs;
+    size_t c = 0;
+    for (; c + VL <= n; c += VL) {
+        vf sum = v_load(y + c);
+        for (int i = 0; i < count; i++)
+            sum = v_fma(v_set(z[i]), load_weight(part->b, (r + i) * n + c, is_bf16), sum);
+        v_store(y + c, sum);
     }
-    for (; c < n; c++) {
-        float sum = 0.0f;
-        for (int r = 0; r < rank; r++) sum += z[r] * b[(size_t)r * n + c];
-        y[c] += sum;
+    for (; c < n; c++)
+        for (int i = 0; i < count; i++) y[c] += z[i] * one_weight(part->b, (r + i) * n + c, is_bf16);
+}
+
+INLINE void expand(float *y, const float *shrunk, const lora_part *part, const int is_bf16) {
+    const int rank = part->rank_end - part->rank_start;
+    float z[8];
+    for (int r = 0; r < rank; r += 8) {
+        const int count = min_int(8, rank - r);
+        for (int i = 0; i < count; i++) z[i] = shrunk[r + i] * part->scale;
+        if (count == 8) {
+            add_rows(y, z, part, r, 8, is_bf16);
+        } else {
+            for (int i = 0; i < count; i++) add_rows(y, z + i, part, r + i, 1, is_bf16);
+        }
     }
     if (part->bias)
-        for (c = 0; c < n; c++) y[c] += part->bias[c];
+        for (int c = 0; c < part->outputs; c++) y[c] += part->bias[c];
+}
+
+/* Rows [start, end), at most TILE, of one segment. */
+INLINE void lora_rows(const lora_job *j, const lora_segment *segment, int start, int end,
+                      const int is_bf16) {
+    float z[TILE][MAX_RANK];
+    for (int r = 0; r < segment->rank; r++)
+        for (int t = start; t < end; t++)
+            z[t - start][r] = weighted_sum(segment->a, (size_t)r * j->inputs,
+                                           j->x + (size_t)t * j->inputs, j->inputs, is_bf16);
+    for (int p = 0; p < segment->num_parts; p++) {
+        const lora_part *part = &segment->parts[p];
+        for (int t = start; t < end; t++)
+            expand(j->y + (size_t)t * j->outputs + part->offset, z[t - start] + part->rank_start,
+                   part, is_bf16);
+    }
 }
 
 static void lora_chunk(void *job, int chunk) {
@@ -423,18 +472,10 @@ static void lora_chunk(void *job, int chunk) {
     int s = 0;
     while (j->first_chunk[s + 1] <= chunk) s++;
     const lora_segment *segment = &j->segments[s];
-    int start = segment->start + (chunk - j->first_chunk[s]) * TILE;
-    int end = min_int(start + TILE, segment->end);
-    float z[TILE][MAX_RANK];
-    for (int r = 0; r < segment->rank; r++)
-        for (int t = start; t < end; t++)
-            z[t - start][r] =
-                dot(segment->a + (size_t)r * j->inputs, j->x + (size_t)t * j->inputs, j->inputs);
-    for (int p = 0; p < segment->num_parts; p++) {
-        const lora_part *part = &segment->parts[p];
-        for (int t = start; t < end; t++)
-            expand(j->y + (size_t)t * j->outputs + part->offset, z[t - start] + part->rank_start, part);
-    }
+    const int start = segment->start + (chunk - j->first_chunk[s]) * TILE;
+    const int end = min_int(start + TILE, segment->end);
+    if (segment->is_bf16) lora_rows(j, segment, start, end, 1);
+    else lora_rows(j, segment, start, end, 0);
 }
 
 void loriner_lora_add(float *y, const float *x, const lora_segment *segments,
@@ -443,7 +484,11 @@ void loriner_lora_add(float *y, const float *x, const lora_segment *segments,
     run_chunks(lora_chunk, &job, first_chunk[num_segments]);
 }
 
-/* ---- attention: out[t, h] = softmax(scale q[t, h] K^T) V over the first context[t] keys of its sequence ---- */
+/* ---- attention: out[t, h] = softmax(scale q[t, h] K^T) V over the first context[t] keys of its sequence ----
+ *
+ * K lies as [block][kv head][dim][position], so that scores of a block's keys are lanes; V as
+ * [block][kv head][position][dim].
+ */
 
 typedef struct {
     float *out;
@@ -458,39 +503,80 @@ typedef struct {
 #define MAX_DIM 256
 #define MAX_BLOCK 256
 
+/* p[i] = scale * sum over d of q[d] k[d][i], for the `count` keys of one block */
+INLINE void score(float *p, const float *q, const float *k, int block, int count, int dim, float scale) {
+    int i = 0;
+    for (; i + VL <= block && i < count; i += VL) {
+        vf sum[4] = {v_set(0.0f), v_set(0.0f), v_set(0.0f), v_set(0.0f)};
+        for (int d = 0; d < dim; d += 4)
+            for (int n = 0; n < 4; n++)
+                sum[n] = v_fma(v_set(q[d + n]), v_load(k + (size_t)(d + n) * block + i), sum[n]);
+        v_store(p + i, v_mul((sum[0] + sum[1]) + (sum[2] + sum[3]), v_set(scale)));
+    }
+    for (; i < count; i++) {
+        float sum = 0.0f;
+        for (int d = 0; d < dim; d++) sum += q[d] * k[(size_t)d * block + i];
+        p[i] = sum * scale;
+    }
+}
+
+/* acc[d] = acc[d] * shrink + sum over i of p[i] v[i][d] */
+INLINE void gather(float *acc, const float *p, const float *v, int count, int dim, float shrink) {
+    int d = 0;
+    for (; d + 4 * VL <= dim; d += 4 * VL) {
+        vf sum[4];
+        for (int n = 0; n < 4; n++) sum[n] = v_mul(v_load(acc + d + n * VL), v_set(shrink));
+        for (int i = 0; i < count; i++)
+            for (int n = 0; n < 4; n++)
+                sum[n] = v_fma(v_set(p[i]), v_load(v + (size_t)i * dim + d + n * VL), sum[n]);
+        for (int n = 0; n < 4; n++) v_store(acc + d + n * VL, sum[n]);
+    }
+    for (; d < dim; d++) {
+        float sum = acc[d] * shrink;
+        for (int i = 0; i < count; i++) sum += p[i] * v[(size_t)i * dim + d];
+        acc[d] = sum;
+    }
+}
+
+/* Blocks lie scattered, a page or so each, where no hardware prefetcher follows. */
+INLINE void prefetch_block(const attention_job *j, const int32_t *blocks, int index, int head) {
+    const size_t size = (size_t)j->block * j->dim;
+    const size_t first = ((size_t)blocks[index] * j->num_kv + head) * size;
+    for (size_t i = 0; i < size; i += 16) {
+        __builtin_prefetch(j->k + first + i);
+        __builtin_prefetch(j->v + first + i);
+    }
+}
+
 static void attention_chunk(void *job, int chunk) {
     const attention_job *j = job;
     const int row = chunk / j->num_kv, head = chunk % j->num_kv;
     const int group = j->heads / j->num_kv, dim = j->dim, context = j->context[row];
     const int32_t *blocks = j->blocks + (size_t)j->sequence[row] * j->width;
     const float *q = j->q + (size_t)row * j->q_stride + (size_t)head * group * dim;
-    const size_t stride = (size_t)j->num_kv * dim;
     float acc[MAX_GROUP][MAX_DIM], largest[MAX_GROUP], mass[MAX_GROUP], p[MAX_BLOCK];
     for (int g = 0; g < group; g++) {
         largest[g] = -INFINITY;
         mass[g] = 0.0f;
         memset(acc[g], 0, sizeof(float) * dim);
     }
+    prefetch_block(j, blocks, 0, head);
+    if (context > j->block) prefetch_block(j, blocks, 1, head);
     for (int base = 0; base < context; base += j->block) { /* online softmax, arXiv 1805.02867 */
         const int count = min_int(j->block, context - base);
-        const size_t first = ((size_t)blocks[base / j->block] * j->block) * stride + (size_t)head * dim;
+        if (base + 2 * j->block < context) prefetch_block(j, blocks, base / j->block + 2, head);
+        const size_t first = ((size_t)blocks[base / j->block] * j->num_kv + head) * j->block * dim;
         for (int g = 0; g < group; g++) {
+            score(p, q + g * dim, j->k + first, j->block, count, dim, j->scale);
             float peak = largest[g];
-            for (int i = 0; i < count; i++) {
-                p[i] = j->scale * dot(q + g * dim, j->k + first + i * stride, dim);
+            for (int i = 0; i < count; i++)
                 if (!(p[i] <= peak)) peak = p[i]; /* a NaN becomes the peak and stays in this row */
-            }
             const float shrink = base ? fast_exp(largest[g] - peak) : 0.0f;
-            mass[g] *= shrink;
-            for (int d = 0; d < dim; d++) acc[g][d] *= shrink;
-            largest[g] = peak;
             for (int i = 0; i < count; i++) p[i] = fast_exp(p[i] - peak);
-            for (int i = 0; i < count; i++) {
-                const float weight = p[i];
-                const float *v = j->v + first + i * stride;
-                mass[g] += weight;
-                for (int d = 0; d < dim; d++) acc[g][d] += weight * v[d];
-            }
+            mass[g] *= shrink;
+            for (int i = 0; i < count; i++) mass[g] += p[i];
+            largest[g] = peak;
+            gather(acc[g], p, j->v + first, count, dim, shrink);
         }
     }
     float *out = j->out + ((size_t)row * j->heads + (size_t)head * group) * dim;
@@ -498,6 +584,7 @@ static void attention_chunk(void *job, int chunk) {
         for (int d = 0; d < dim; d++) out[g * dim + d] = acc[g][d] / mass[g];
 }
 
+/* dim is a multiple of 4; lanes of K beyond `context` are computed and not used. */
 void loriner_attention(float *out, const float *q, const float *k, const float *v,
                        const int32_t *blocks, const int32_t *sequence, const int32_t *context,
                        int rows, int q_stride, int width, int block, int heads, int num_kv, int dim,
@@ -507,12 +594,26 @@ void loriner_attention(float *out, const float *q, const float *k, const float *
     run_chunks(attention_chunk, &job, rows * num_kv);
 }
 
+/* Write each row's key and value into its slot; rows of k and v are their strides apart. */
+void loriner_store(float *k_cache, float *v_cache, const float *k, const float *v, const int64_t *slots,
+                   int rows, int k_stride, int v_stride, int block, int num_kv, int dim) {
+    for (int t = 0; t < rows; t++)
+        for (int h = 0; h < num_kv; h++) {
+            const size_t at = ((size_t)(slots[t] / block) * num_kv + h) * block * dim;
+            const int position = slots[t] % block;
+            const float *key = k + (size_t)t * k_stride + h * dim;
+            for (int d = 0; d < dim; d++) k_cache[at + (size_t)d * block + position] = key[d];
+            memcpy(v_cache + at + (size_t)position * dim, v + (size_t)t * v_stride + h * dim,
+                   sizeof(float) * dim);
+        }
+}
+
 /* ---- small ops, by the calling thread ---- */
 
 /* y = x / sqrt(mean(x^2) + eps) * w, over rows of `dim`; rows of x are `stride` apart */
 void loriner_rms_norm(float *y, const float *x, const float *w, int rows, int stride, int dim, float eps) {
     for (int t = 0; t < rows; t++, x += stride, y += dim) {
-        const float scale = 1.0f / sqrtf(dot(x, x, dim) / dim + eps);
+        const float scale = 1.0f / sqrtf(weighted_sum(x, 0, x, dim, 0) / dim + eps);
         for (int d = 0; d < dim; d++) y[d] = x[d] * scale * w[d];
     }
 }
@@ -527,12 +628,6 @@ void loriner_rope(float *y, const float *x, const float *cos, const float *sin, 
             for (int d = 0; d < half; d++) y[d] = in[d] * cos[d] + in[d + half] * sin[d];
             for (int d = half; d < dim; d++) y[d] = in[d] * cos[d] + in[d - half] * sin[d];
         }
-}
-
-/* cache[slots[t]] = x[t]; rows of x are `stride` apart and `dim` long */
-void loriner_store(float *cache, const float *x, const int64_t *slots, int rows, int stride, int dim) {
-    for (int t = 0; t < rows; t++)
-        memcpy(cache + (size_t)slots[t] * dim, x + (size_t)t * stride, sizeof(float) * dim);
 }
 
 /* y = silu(g) * u, where [g | u] are the two halves of each row of x [rows, 2 * dim] */
