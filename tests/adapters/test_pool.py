@@ -41,11 +41,11 @@ def test_a_pinned_seat_is_never_evicted() -> None:
 
 def test_a_kept_seat_makes_no_room() -> None:
     pool = Pool(budget_bytes=20, max_seats=2)
-    pool.keep("a", True)
+    pool.kept = frozenset("a")
     pool.seat("a", weights())
     pool.seat("b", weights())
     assert pool.seat("c", weights()) == ["b"]
-    pool.keep("a", False)
+    pool.kept = frozenset()
     assert pool.seat("d", weights()) == ["a"]
 
 

@@ -279,6 +279,14 @@ class FakeService:
     ) -> FakeReport:
         return self.store.publish(folder, name, expected_generation=expected_generation)
 
+    async def set_alias(
+        self, name: str, target: str, *, expected_generation: str | None = None
+    ) -> Any:
+        return self.store.set_alias(name, target, expected_generation=expected_generation)
+
+    async def delete(self, name: str, *, expected_generation: str | None = None) -> Any:
+        return self.store.delete(name, expected_generation=expected_generation)
+
     async def evict(self, name: str) -> None:
         self.evicted.append(self.store.resolve(name).generation)
 

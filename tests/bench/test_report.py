@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -67,6 +68,15 @@ def test_targets_are_ratios_between_engines_of_the_same_run() -> None:
         "|8adapters/alone|4.00|4.20|yes|",
         "|8adapters/8rows,noadapter|0.85|0.95|yes|",
     ]
+
+
+def test_a_disturbed_figure_on_either_side_gets_no_verdict() -> None:
+    quiet, alone = case("us", 8, 8, 400.0), case("us", 1, 0, 50.0)
+    disturbed = dataclasses.replace(alone, num_quiet=0)
+
+    assert "| yes" in report.target_table({"loriner": [quiet, alone]})
+    table = report.target_table({"loriner": [quiet, disturbed]})
+    assert "8.00" in table and "too noisy to say" in table and "| yes" not in table
 
 
 def test_the_report_names_machine_missing_peers_and_start_up() -> None:

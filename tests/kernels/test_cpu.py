@@ -54,24 +54,34 @@ def random_group(
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 33, 150])
 @pytest.mark.parametrize("base_rows", [0, 3])
-def test_lora_add_equals_the_reference(popularity: str, num_rows: int, base_rows: int) -> None:
+@pytest.mark.parametrize("make", ["nf4", "bf16", "dense"])
+def test_linear_with_adapters_equals_the_reference(
+    popularity: str, num_rows: int, base_rows: int, make: str
+) -> None:
     torch.manual_seed(num_rows)
-    sizes, inputs = (75, 16, 5), 150
-    choices = [(8, 8, 8), (1, 0, 4), (0, 24, 0), (64, 3, 16)]
+    sizes, inputs = (75, 16, 5), 192
+    choices = [(8, 8, 8), (1, 0, 4), (0, 24, 0), (64, 3, 16), (256, 0, 0)]
     segments, start = [], 0
     for i, length in enumerate(segment_lengths(popularity, num_rows)):
         dtype = torch.bfloat16 if i % 2 else torch.float32
         group = random_group(choices[i % len(choices)], sizes, inputs, i % 3 == 0, dtype)
         segments.append(Segment(start, start + length, group))
         start += length
+    weight = random_nf4(sum(sizes), inputs)
+    dense = reference.dequantize_nf4(*weight)
+    operand = {
+        "nf4": lambda: cpu.prepare_nf4(*weight, None),
+        "bf16": lambda: cpu.prepare_dense(dense.bfloat16(), None),
+        "dense": lambda: cpu.prepare_dense(dense, None),
+    }[make]()
+    if make == "bf16":
+        dense = dense.bfloat16().float()
     x = torch.randn(num_rows + base_rows, inputs)
-    y = torch.randn(num_rows + base_rows, sum(sizes))
-    expected = y.clone()
-    reference.lora_add(expected, x, segments)
-    cpu.lora_add(y, x, cpu.prepare_lora(segments, num_rows + base_rows))
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-3)
-    if base_rows:
-        assert torch.equal(y[num_rows:], expected[num_rows:])
+    expected = reference.linear(x, reference.prepare_dense(dense, None), segments)
+    got = cpu.linear(x, operand, cpu.prepare_lora(segments, num_rows + base_rows))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-3)
+    if make != "dense" and base_rows:
+        assert torch.equal(got[num_rows:], cpu.linear(x, operand)[num_rows:])
 
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 129]

@@ -97,7 +97,7 @@ class Pool:
         self.used_bytes = 0
         self.num_evictions = 0
         self._seats: OrderedDict[str, _Seat] = OrderedDict()
-        self._kept: set[str] = set()  # pinned by an operator: never evicted for room
+        self.kept: frozenset[str] = frozenset()  # pinned by an operator: never evicted for room
 
     def __contains__(self, generation: str) -> bool:
         return generation in self._seats
@@ -152,13 +152,6 @@ class Pool:
         seat = self._seats.pop(generation, None)
         self.used_bytes -= seat.weights.num_bytes if seat else 0
 
-    def keep(self, generation: str, kept: bool) -> None:
-        """Mark as never to be evicted for room, or take the mark away."""
-        (self._kept.add if kept else self._kept.discard)(generation)
-
-    def is_kept(self, generation: str) -> bool:
-        return generation in self._kept
-
     def check_integrity(self) -> None:
         assert self.used_bytes == sum(s.weights.num_bytes for s in self._seats.values())
         assert len(self._seats) <= self.max_seats and self.used_bytes <= self.budget_bytes
@@ -170,4 +163,4 @@ class Pool:
         )
 
     def _idle(self) -> list[str]:
-        return [g for g, seat in self._seats.items() if not seat.pins and g not in self._kept]
+        return [g for g, seat in self._seats.items() if not seat.pins and g not in self.kept]

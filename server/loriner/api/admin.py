@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -136,20 +137,17 @@ class AdminDoor:
 
     async def delete(self, request: Request) -> Response:
         name = request.path_params["name"]
-        record = await _named(
-            request,
-            lambda: self._service.store.delete(name, expected_generation=_expected(request, None)),
-        )
+        expected = _expected(request, None)
+        with _naming(request):
+            record = await self._service.delete(name, expected_generation=expected)
         logger.info("deleted %s (%s)", record.name, record.generation)
         return json_response(record)
 
     async def set_alias(self, request: Request) -> Response:
         asked = await body.parse(request, AliasBody, self._config.max_body_bytes)
         expected = _expected(request, asked.expected_generation)
-        record = await asyncio.to_thread(
-            lambda: self._service.store.set_alias(
-                request.path_params["name"], asked.target, expected_generation=expected
-            )
+        record = await self._service.set_alias(
+            request.path_params["name"], asked.target, expected_generation=expected
         )
         logger.info("alias %s now names %s", record.name, record.generation)
         return json_response(record, headers={"etag": f'"{record.generation}"'})
@@ -165,8 +163,14 @@ class AdminDoor:
 
 async def _named(request: Request, call: Callable[..., T], *args: object) -> T:
     """Run `call` in a thread; an unknown adapter is named as the path has it."""
-    try:
+    with _naming(request):
         return await asyncio.to_thread(call, *args)
+
+
+@contextmanager
+def _naming(request: Request) -> Iterator[None]:
+    try:
+        yield
     except AdapterNotFoundError:
         raise AdapterNotFoundError(show(request.path_params["name"]), "name") from None
 

@@ -101,10 +101,10 @@ class Engine:
         self.counters.num_aborted += len(left)
         return [self._end(sequence, FinishReason.ABORT) for sequence in left]
 
-    def keep(self, generation: str, kept: bool) -> None:
-        """Load and hold a generation whatever else wants its seat, or let it go."""
-        self.pool.keep(generation, kept)
-        if kept:
+    def keep(self, generations: Iterable[str]) -> None:
+        """Load these and hold them whatever else wants their seats; let all others go."""
+        self.pool.kept = frozenset(generations)
+        for generation in self.pool.kept:
             self.registry.prefetch(generation)
 
     def step(self) -> list[Event]:
@@ -256,7 +256,7 @@ class Engine:
             yield GenerationStats(
                 generation=generation,
                 tier=self.registry.tier(generation),
-                pinned=self.pool.is_kept(generation),
+                pinned=generation in self.pool.kept,
                 num_running=running[generation],
                 num_waiting=waiting[generation],
                 num_bytes=num_bytes,

@@ -55,8 +55,7 @@ class Evict(msgspec.Struct, frozen=True, tag=True):
 
 
 class Keep(msgspec.Struct, frozen=True, tag=True):
-    generation: str
-    kept: bool
+    generations: tuple[str, ...]  # all that are to stay in memory from now on
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -123,6 +122,7 @@ class EngineProcess:
         self.load_s = 0.0
         self.on_event: Callable[[Event], None] = lambda event: None
         self.on_down: Callable[[], None] = lambda: None
+        self.on_ready: Callable[[], None] = lambda: None
         self._child: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -211,6 +211,7 @@ class EngineProcess:
         elif isinstance(message, Ready):
             self.max_model_len, self.load_s = message.max_model_len, message.load_s
             self._set("ready")
+            self.on_ready()
         else:
             self.failure = message.message
             self._set("failed")
@@ -292,7 +293,7 @@ def _take_in(engine: Any, channel: _Channel) -> list[Event]:
         elif isinstance(message, Evict):
             engine.registry.evict(message.generation)
         elif isinstance(message, Keep):
-            engine.keep(message.generation, message.kept)
+            engine.keep(message.generations)
     return events
 
 

@@ -98,6 +98,8 @@ class Service:
         self._chat = ChatTokenizer(engine_config.model)
         self._engine = EngineProcess(engine_config, server_config.store)
         self._engine.on_event, self._engine.on_down = self._on_event, self._on_down
+        self._engine.on_ready = self._on_ready
+        self._tasks: set[asyncio.Task[None]] = set()
         self._open: dict[str, Generation] = {}
         self._num_sequences = 0
         self._draining = False
@@ -224,13 +226,37 @@ class Service:
         source: str = "upload",
     ) -> PublishReport:
         """Check and publish an adapter folder, beside the running steps."""
-        return await asyncio.to_thread(
+        report = await asyncio.to_thread(
             self.store.publish,
             folder,
             name,
             expected_generation=expected_generation,
             source=source,
         )
+        await self.sync_pins()
+        return report
+
+    async def set_alias(
+        self, name: str, target: str, *, expected_generation: str | None = None
+    ) -> AdapterRecord:
+        """Point `name` at what `target` stands for now; requests under way keep their
+        generation."""
+        record = await asyncio.to_thread(
+            self.store.set_alias, name, target, expected_generation=expected_generation
+        )
+        await self.sync_pins()
+        return record
+
+    async def delete(self, name: str, *, expected_generation: str | None = None) -> AdapterRecord:
+        """Forget a name, and free its generation's memory when no other name has it."""
+        record = await asyncio.to_thread(
+            self.store.delete, name, expected_generation=expected_generation
+        )
+        await self.sync_pins()
+        left = await asyncio.to_thread(self.store.list)
+        if all(other.generation != record.generation for other in left):
+            self._engine.send(Evict(record.generation))
+        return record
 
     async def evict(self, name: str) -> None:
         """Take the adapter out of seat and host memory unless it is running."""
@@ -239,9 +265,32 @@ class Service:
 
     async def set_pinned(self, name: str, pinned: bool) -> None:
         """Keep the adapter in memory whatever comes, or let it go when room is needed."""
-        await asyncio.to_thread(self.store.set_pinned, name, pinned)
         record = await asyncio.to_thread(self.store.resolve, name)
-        self._engine.send(Keep(record.generation, pinned))
+        if pinned and not record.pinned:
+            await asyncio.to_thread(self._check_pin, record)
+        await asyncio.to_thread(self.store.set_pinned, name, pinned)
+        await self.sync_pins()
+
+    async def sync_pins(self) -> None:
+        """Tell the engine what is pinned now; called whenever a name, an alias or a pin changes."""
+        pinned = [r for r in await asyncio.to_thread(self.store.list) if r.pinned]
+        self._engine.send(Keep(tuple({record.generation for record in pinned})))
+
+    def _check_pin(self, wanted: AdapterRecord) -> None:
+        """A seat and half of the pool stay free of pins, so that no other adapter waits for
+        ever."""
+        pinned = {r.generation: r.num_bytes for r in self.store.list() if r.pinned}
+        pinned[wanted.generation] = wanted.num_bytes
+        config = self.engine_config
+        if len(pinned) >= config.max_seats:
+            raise errors.InvalidRequestError(
+                f"At most {config.max_seats - 1} adapters can be pinned (max_seats - 1).", "name"
+            )
+        # as the kernels hold them, an adapter can take twice its size on disk (bf16 to f32)
+        if 2 * sum(pinned.values()) > config.pool_bytes // 2:
+            raise errors.InvalidRequestError(
+                f"Pinned adapters may take half of the pool ({config.pool_bytes} bytes).", "name"
+            )
 
     def forget(self, generation: Generation) -> None:
         """Close the books of one request; called by its stream, once."""
@@ -257,6 +306,11 @@ class Service:
         generation = self._open.get(event.request_id)
         if generation is not None:
             generation.put(event)
+
+    def _on_ready(self) -> None:
+        task = asyncio.create_task(self.sync_pins())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _on_down(self) -> None:
         for generation in list(self._open.values()):

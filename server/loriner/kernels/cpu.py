@@ -27,7 +27,6 @@ __all__ = [
     "dequantize_nf4",
     "gelu_mul",
     "linear",
-    "lora_add",
     "lora_embed_add",
     "nbytes",
     "paged_attention",
@@ -42,7 +41,6 @@ __all__ = [
 ]
 
 NF4_BLOCK = 64
-MAX_RANK = 1024  # as in cpu.c: of all slices of one fused linear together
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 
@@ -122,34 +120,6 @@ def nbytes(operand: Operand) -> int:
     return operand.weight.nbytes
 
 
-def linear(x: Tensor, operand: Operand) -> Tensor:
-    """As `reference.linear`."""
-    if isinstance(operand, Dense):
-        return reference.linear(x, operand)
-    rows, inputs = x.shape
-    y = torch.empty(rows, operand.outputs)
-    room = torch.empty_like(x)
-    scratch = room.data_ptr()
-    bias = None if operand.bias is None else operand.bias.data_ptr()
-    sizes = (rows, inputs, operand.outputs)
-    if isinstance(operand, Bf16):
-        _c.loriner_bf16_linear(
-            y.data_ptr(), x.data_ptr(), scratch, operand.weight.data_ptr(), bias, *sizes
-        )
-    else:
-        _c.loriner_nf4_linear(
-            y.data_ptr(),
-            x.data_ptr(),
-            scratch,
-            operand.packed.data_ptr(),
-            operand.absmax.data_ptr(),
-            operand.code.data_ptr(),
-            bias,
-            *sizes,
-        )
-    return y
-
-
 class _CPart(ctypes.Structure):
     _fields_ = [
         ("offset", c_int32),
@@ -177,11 +147,10 @@ class _CSegment(ctypes.Structure):
 class LoraOperand(NamedTuple):
     """Segments as C structs, and everything that their pointers point into."""
 
-    segments: ctypes.Array[_CSegment]
-    first_chunk: ctypes.Array[c_int32]
+    segments: Sequence[Segment]
     address: int
     chunk_address: int
-    num_segments: int
+    max_rank: int  # of the slices of one adapter together
     keep: tuple[object, ...]
 
 
@@ -192,9 +161,9 @@ def prepare_lora(segments: Sequence[Segment], num_rows: int) -> LoraOperand:
     """As `reference.prepare_lora`."""
     made = (_CSegment * len(segments))()
     first_chunk = (c_int32 * (len(segments) + 1))()
-    keep: list[object] = list(segments)
+    keep: list[object] = [made, first_chunk]
     for i, (begin, end, group) in enumerate(segments):
-        assert group.a.shape[0] <= MAX_RANK and group.a.is_contiguous()
+        assert group.a.is_contiguous() and all(part.b.is_contiguous() for part in group.parts)
         parts = (_CPart * len(group.parts))(
             *(
                 _CPart(
@@ -220,21 +189,38 @@ def prepare_lora(segments: Sequence[Segment], num_rows: int) -> LoraOperand:
             ctypes.addressof(parts),
         )
         first_chunk[i + 1] = first_chunk[i] + -(-(end - begin) // TILE)
-    addresses = ctypes.addressof(made), ctypes.addressof(first_chunk)
-    return LoraOperand(made, first_chunk, *addresses, len(segments), tuple(keep))
-
-
-def lora_add(y: Tensor, x: Tensor, operand: LoraOperand) -> None:
-    """As `reference.lora_add`."""
-    _c.loriner_lora_add(
-        y.data_ptr(),
-        x.data_ptr(),
-        operand.address,
-        operand.chunk_address,
-        operand.num_segments,
-        x.shape[1],
-        y.shape[1],
+    return LoraOperand(
+        segments,
+        ctypes.addressof(made),
+        ctypes.addressof(first_chunk),
+        max(group.a.shape[0] for _, _, group in segments),
+        tuple(keep),
     )
+
+
+def linear(x: Tensor, operand: Operand, lora: LoraOperand | None = None) -> Tensor:
+    """As `reference.linear`. Adapters' A is read from memory while the base's sums are computed."""
+    if isinstance(operand, Dense):
+        return reference.linear(x, operand, None if lora is None else lora.segments)
+    rows, inputs = x.shape
+    y = torch.empty(rows, operand.outputs)
+    scratch = torch.empty_like(x)
+    z = None if lora is None else torch.empty(rows, lora.max_rank)
+    adapters = (
+        (None, None, 0, None, 0)
+        if lora is None or z is None
+        else (lora.address, lora.chunk_address, len(lora.segments), z.data_ptr(), lora.max_rank)
+    )
+    bias = None if operand.bias is None else operand.bias.data_ptr()
+    ends = (bias, rows, inputs, operand.outputs, *adapters)
+    weight = operand.packed if isinstance(operand, Nf4) else operand.weight
+    pointers = (y.data_ptr(), x.data_ptr(), scratch.data_ptr(), weight.data_ptr())
+    if isinstance(operand, Nf4):
+        scales = (operand.absmax.data_ptr(), operand.code.data_ptr())
+        _c.loriner_nf4_linear(*pointers, *scales, *ends)
+    else:
+        _c.loriner_bf16_linear(*pointers, *ends)
+    return y
 
 
 def paged_attention(

@@ -30,30 +30,14 @@ LIBRARIES = ("-lm", "-lpthread")
 COMPILE_TIMEOUT_S = 180
 
 PTR, INT, FLOAT = c_void_p, c_int, c_float
+LORA = [PTR, PTR, INT, PTR, INT]  # segments, first_chunk, num_segments, z, z_stride
 SIGNATURES: dict[str, list[type]] = {
-    "loriner_nf4_linear": [PTR, PTR, PTR, PTR, PTR, PTR, PTR, INT, INT, INT],
-    "loriner_bf16_linear": [PTR, PTR, PTR, PTR, PTR, INT, INT, INT],
-    "loriner_lora_add": [PTR, PTR, PTR, PTR, INT, INT, INT],
-    "loriner_attention": [
-        PTR,
-        PTR,
-        PTR,
-        PTR,
-        PTR,
-        PTR,
-        PTR,
-        INT,
-        INT,
-        INT,
-        INT,
-        INT,
-        INT,
-        INT,
-        FLOAT,
-    ],
+    "loriner_nf4_linear": [*[PTR] * 7, INT, INT, INT, *LORA],
+    "loriner_bf16_linear": [*[PTR] * 5, INT, INT, INT, *LORA],
+    "loriner_attention": [*[PTR] * 7, *[INT] * 7, FLOAT],
     "loriner_rms_norm": [PTR, PTR, PTR, INT, INT, INT, FLOAT],
     "loriner_rope": [PTR, PTR, PTR, PTR, INT, INT, INT, INT],
-    "loriner_store": [PTR, PTR, PTR, PTR, PTR, INT, INT, INT, INT, INT, INT],
+    "loriner_store": [*[PTR] * 5, *[INT] * 6],
     "loriner_silu_mul": [PTR, PTR, INT, INT],
 }
 

@@ -59,29 +59,27 @@ def nbytes(operand: Dense) -> int:
     return operand.weight.nbytes
 
 
-def linear(x: Tensor, operand: Dense) -> Tensor:
-    """Semantics: y = x @ W^T + b.  x [T, K] f32, contiguous; returns [T, N] f32."""
-    return F.linear(x, operand.weight, operand.bias)
-
-
 def prepare_lora(segments: Sequence[Segment], num_rows: int) -> Sequence[Segment]:
-    """Make the segments of one fused linear ready for `lora_add`."""
+    """Make the segments of one fused linear ready for `linear`."""
     return segments
 
 
-def lora_add(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> None:
-    """Semantics: y[s:e, o:o+n] += scale * (x[s:e] @ A[r0:r1]^T) @ B + bias, for each segment and
-    part.
+def linear(x: Tensor, operand: Dense, lora: Sequence[Segment] | None = None) -> Tensor:
+    """Semantics: y = x @ W^T + b, and for each segment and part of `lora`
+    y[s:e, o:o+n] += scale * (x[s:e] @ A[r0:r1]^T) @ B + bias.
 
-    y [T, N] is changed in place; x [T, K]. Rows in no segment (base only) are not touched.
+    x [T, K] f32, contiguous; `lora` from `prepare_lora`. Returns [T, N] f32. Rows in no segment
+    (base only) are as without `lora`.
     """
-    for start, end, group in segments:
+    y = F.linear(x, operand.weight, operand.bias)
+    for start, end, group in lora or ():
         z = x[start:end] @ group.a.float().t()  # [rows, sum of R]
         for offset, r0, r1, b, scale, bias in group.parts:
             out = y[start:end, offset : offset + b.shape[1]]
             out += scale * z[:, r0:r1] @ b.float()
             if bias is not None:
                 out += bias
+    return y
 
 
 def lora_embed_add(

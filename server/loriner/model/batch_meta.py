@@ -26,7 +26,7 @@ class LoraBatch:
         self._operands: dict[str, Any] = {}
 
     def operand(self, group: str) -> Any | None:
-        """What `ops.lora_add` needs for this fused linear; None when no segment targets it."""
+        """What `ops.linear` needs for this fused linear; None when no segment targets it."""
         if group not in self._operands:
             segments = [
                 Segment(start, end, weights.groups[group])

@@ -23,7 +23,6 @@ class Nf4Linear:
 
     def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
         """x [T, K] -> [T, N]."""
-        y: Tensor = self.ops.linear(x, self.weight)
-        if lora is not None and (operand := lora.operand(self.group)) is not None:
-            self.ops.lora_add(y, x, operand)
+        operand = None if lora is None else lora.operand(self.group)
+        y: Tensor = self.ops.linear(x, self.weight, operand)
         return y

@@ -342,34 +342,8 @@ static void to_tiles(float *out, const float *x, int rows, int inputs) {
     }
 }
 
-/* Groups of one chunk: a few chunks for each thread, since claiming one costs a microsecond or so. */
-static void run_linear(chunk_fn run, linear_job *job) {
-    const int num_groups = (job->outputs + VL - 1) / VL;
-    const int chunks = 4 * (pool.num_workers + 1);
-    const int groups = (num_groups + chunks - 1) / chunks;
-    job->chunk = num_groups >= 16 * chunks ? (groups + 3) & ~3 : groups;
-    run_chunks(run, job, (num_groups + job->chunk - 1) / job->chunk);
-}
-
 /* Lanes of one group of outputs: the layout that `prepare` makes. */
 int loriner_lanes(void) { return VL; }
-
-/* inputs is a multiple of 64; `scratch` has room for x. */
-void loriner_nf4_linear(float *y, const float *x, float *scratch, const uint8_t *packed,
-                        const float *absmax, const float *code, const float *bias, int rows,
-                        int inputs, int outputs) {
-    to_tiles(scratch, x, rows, inputs);
-    linear_job job = {y, scratch, packed, absmax, code, bias, rows, inputs, outputs, 0};
-    run_linear(nf4_chunk, &job);
-}
-
-/* inputs is even. */
-void loriner_bf16_linear(float *y, const float *x, float *scratch, const uint16_t *weight,
-                         const float *bias, int rows, int inputs, int outputs) {
-    to_tiles(scratch, x, rows, inputs);
-    linear_job job = {y, scratch, weight, NULL, NULL, bias, rows, inputs, outputs, 0};
-    run_linear(bf16_chunk, &job);
-}
 
 /* ---- lora: y[t, o:o+n] += scale (x[t] A[r0:r1]^T) B + bias, for the adapter of row t ---- */
 
@@ -389,12 +363,11 @@ typedef struct {
 typedef struct {
     float *y;
     const float *x;
+    float *z; /* [rows, z_stride]: x A^T */
     const lora_segment *segments;
     const int32_t *first_chunk; /* of each segment, and one past the last */
-    int num_segments, inputs, outputs;
+    int z_stride, inputs, outputs;
 } lora_job;
-
-#define MAX_RANK 1024 /* of all slices of one fused linear together */
 
 INLINE vf load_weight(const void *p, size_t at, const int is_bf16) {
     return is_bf16 ? v_bf16((const uint16_t *)p + at) : v_load((const float *)p + at);
@@ -451,37 +424,105 @@ INLINE void expand(float *y, const float *shrunk, const lora_part *part, const i
         for (int c = 0; c < part->outputs; c++) y[c] += part->bias[c];
 }
 
-/* Rows [start, end), at most TILE, of one segment. */
-INLINE void lora_rows(const lora_job *j, const lora_segment *segment, int start, int end,
-                      const int is_bf16) {
-    float z[TILE][MAX_RANK];
-    for (int r = 0; r < segment->rank; r++)
-        for (int t = start; t < end; t++)
-            z[t - start][r] = weighted_sum(segment->a, (size_t)r * j->inputs,
-                                           j->x + (size_t)t * j->inputs, j->inputs, is_bf16);
-    for (int p = 0; p < segment->num_parts; p++) {
-        const lora_part *part = &segment->parts[p];
-        for (int t = start; t < end; t++)
-            expand(j->y + (size_t)t * j->outputs + part->offset, z[t - start] + part->rank_start,
-                   part, is_bf16);
-    }
-}
-
-static void lora_chunk(void *job, int chunk) {
-    const lora_job *j = job;
+/* The segment of a chunk, and its rows [start, end): at most TILE of them. */
+INLINE const lora_segment *rows_of(const lora_job *j, int chunk, int *start, int *end) {
     int s = 0;
     while (j->first_chunk[s + 1] <= chunk) s++;
     const lora_segment *segment = &j->segments[s];
-    const int start = segment->start + (chunk - j->first_chunk[s]) * TILE;
-    const int end = min_int(start + TILE, segment->end);
-    if (segment->is_bf16) lora_rows(j, segment, start, end, 1);
-    else lora_rows(j, segment, start, end, 0);
+    *start = segment->start + (chunk - j->first_chunk[s]) * TILE;
+    *end = min_int(*start + TILE, segment->end);
+    return segment;
 }
 
-void loriner_lora_add(float *y, const float *x, const lora_segment *segments,
-                      const int32_t *first_chunk, int num_segments, int inputs, int outputs) {
-    lora_job job = {y, x, segments, first_chunk, num_segments, inputs, outputs};
-    run_chunks(lora_chunk, &job, first_chunk[num_segments]);
+static void shrink_chunk(const lora_job *j, int chunk) {
+    int start, end;
+    const lora_segment *segment = rows_of(j, chunk, &start, &end);
+    for (int r = 0; r < segment->rank; r++)
+        for (int t = start; t < end; t++) {
+            const float *x = j->x + (size_t)t * j->inputs;
+            const size_t at = (size_t)r * j->inputs;
+            j->z[(size_t)t * j->z_stride + r] =
+                segment->is_bf16 ? weighted_sum(segment->a, at, x, j->inputs, 1)
+                                 : weighted_sum(segment->a, at, x, j->inputs, 0);
+        }
+}
+
+static void expand_chunk(void *job, int chunk) {
+    const lora_job *j = job;
+    int start, end;
+    const lora_segment *segment = rows_of(j, chunk, &start, &end);
+    for (int p = 0; p < segment->num_parts; p++) {
+        const lora_part *part = &segment->parts[p];
+        for (int t = start; t < end; t++) {
+            float *y = j->y + (size_t)t * j->outputs + part->offset;
+            const float *z = j->z + (size_t)t * j->z_stride + part->rank_start;
+            if (segment->is_bf16) expand(y, z, part, 1);
+            else expand(y, z, part, 0);
+        }
+    }
+}
+
+/* ---- linear with adapters: shrinks run beside the base's chunks, since they wait for memory while those
+ * wait for arithmetic; expands follow ---- */
+
+typedef struct {
+    linear_job linear;
+    lora_job lora;
+    chunk_fn base;
+    int num_shrinks, num_paired; /* the first 2 * num_paired chunks take turns */
+} joint_job;
+
+static void joint_chunk(void *job, int chunk) {
+    joint_job *j = job;
+    const int rest = chunk - 2 * j->num_paired;
+    const int turn = rest < 0 ? chunk / 2 : j->num_paired + rest;
+    if (rest < 0 ? chunk % 2 == 0 : j->num_shrinks > j->num_paired) shrink_chunk(&j->lora, turn);
+    else j->base(&j->linear, turn);
+}
+
+/* Groups of one chunk: a few chunks for each thread, since claiming one costs a microsecond or so. */
+static void run_linear(chunk_fn base, linear_job *linear, const lora_segment *segments,
+                       const int32_t *first_chunk, int num_segments, const float *x, float *z,
+                       int z_stride) {
+    const int num_groups = (linear->outputs + VL - 1) / VL;
+    const int wanted = 4 * (pool.num_workers + 1);
+    const int groups = (num_groups + wanted - 1) / wanted;
+    linear->chunk = num_groups >= 16 * wanted ? (groups + 3) & ~3 : groups;
+    const int num_chunks = (num_groups + linear->chunk - 1) / linear->chunk;
+    if (num_segments == 0) {
+        run_chunks(base, linear, num_chunks);
+        return;
+    }
+    const int num_shrinks = first_chunk[num_segments];
+    joint_job job = {
+        *linear,
+        {linear->y, x, z, segments, first_chunk, z_stride, linear->inputs, linear->outputs},
+        base,
+        num_shrinks,
+        min_int(num_shrinks, num_chunks),
+    };
+    run_chunks(joint_chunk, &job, num_chunks + num_shrinks);
+    run_chunks(expand_chunk, &job.lora, num_shrinks);
+}
+
+/* inputs is a multiple of 64; `scratch` has room for x, `z` for rows * z_stride. */
+void loriner_nf4_linear(float *y, const float *x, float *scratch, const uint8_t *packed,
+                        const float *absmax, const float *code, const float *bias, int rows,
+                        int inputs, int outputs, const lora_segment *segments,
+                        const int32_t *first_chunk, int num_segments, float *z, int z_stride) {
+    to_tiles(scratch, x, rows, inputs);
+    linear_job job = {y, scratch, packed, absmax, code, bias, rows, inputs, outputs, 0};
+    run_linear(nf4_chunk, &job, segments, first_chunk, num_segments, x, z, z_stride);
+}
+
+/* inputs is even. */
+void loriner_bf16_linear(float *y, const float *x, float *scratch, const uint16_t *weight,
+                         const float *bias, int rows, int inputs, int outputs,
+                         const lora_segment *segments, const int32_t *first_chunk, int num_segments,
+                         float *z, int z_stride) {
+    to_tiles(scratch, x, rows, inputs);
+    linear_job job = {y, scratch, weight, NULL, NULL, bias, rows, inputs, outputs, 0};
+    run_linear(bf16_chunk, &job, segments, first_chunk, num_segments, x, z, z_stride);
 }
 
 /* ---- attention: out[t, h] = softmax(scale q[t, h] K^T) V over the first context[t] keys of its sequence ----
