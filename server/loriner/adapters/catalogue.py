@@ -145,9 +145,9 @@ class Catalogue:
         return next((_generation(row) for row in self._read(query, digest)), None)
 
     def is_referenced(self, digest: str) -> bool:
-        query = """SELECT EXISTS (SELECT 1 FROM names WHERE digest = ?1)
-                   OR EXISTS (SELECT 1 FROM history WHERE digest = ?1)"""
-        return bool(self._read(query, digest)[0][0])
+        query = """SELECT EXISTS (SELECT 1 FROM names WHERE digest = ?)
+                   OR EXISTS (SELECT 1 FROM history WHERE digest = ?)"""
+        return bool(self._read(query, digest, digest)[0][0])
 
     def unreferenced(self) -> list[str]:
         query = """SELECT digest FROM generations WHERE digest NOT IN (SELECT digest FROM names)
@@ -204,9 +204,9 @@ class Catalogue:
     def trim_history(self, name: str, keep: int) -> None:
         """Forget all but the latest `keep` entries of a name."""
         self._writer.execute(
-            """DELETE FROM history WHERE name = ?1 AND id NOT IN
-               (SELECT id FROM history WHERE name = ?1 ORDER BY id DESC LIMIT ?2)""",
-            (name, keep),
+            """DELETE FROM history WHERE name = ? AND id NOT IN
+               (SELECT id FROM history WHERE name = ? ORDER BY id DESC LIMIT ?)""",
+            (name, name, keep),
         )
 
     def set_pinned(self, name: str, pinned: bool) -> None:

