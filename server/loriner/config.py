@@ -51,6 +51,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_limits(self)
+        if self.max_step_tokens < self.max_sequences:
+            raise ConfigError("max_step_tokens must be at least max_sequences: each takes one.")
         _check_choice(self, "device", ("auto", "cpu", "cuda"))
 
 
@@ -126,7 +128,7 @@ def _parse(name: str, kind: type, raw: object) -> Any:
         if kind is int and name.endswith("_bytes"):
             return _parse_bytes(text)
         return kind(text)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ConfigError(f"{name}: {raw!r} is not a valid {kind.__name__}.") from None
 
 
@@ -165,7 +167,7 @@ def _check_limits(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         low, high = field.metadata.get("low"), field.metadata.get("high")
-        if low is not None and value < low:
+        if low is not None and not value >= low:
             raise ConfigError(f"{field.name} must be at least {low}, got {value}.")
         if high is not None and value > high:
             raise ConfigError(f"{field.name} must be at most {high}, got {value}.")

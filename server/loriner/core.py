@@ -62,7 +62,7 @@ class SamplingParams:
         _check_range("top_k", self.top_k, 0, 2**31)
         _check_range("min_p", self.min_p, 0.0, 1.0)
         _check_range("seed", self.seed, -(2**63), 2**63 - 1)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("n", self.n, 1, MAX_CHOICES)

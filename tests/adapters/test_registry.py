@@ -22,6 +22,7 @@ class Disk:
         self.loads: list[str] = []
         self.sizes: dict[str, int] = {}
         self.broken: set[str] = set()
+        self.wanted: set[str] = set()
 
     def __call__(self, generation: str) -> SeatWeights:
         self.gate.wait(5)
@@ -32,15 +33,22 @@ class Disk:
 
 
 def make(disk: Disk, *, pool_bytes: int = 100, seats: int = 4, host_bytes: int = 100) -> Registry:
-    return Registry(disk, Pool(pool_bytes, seats), host_bytes, lambda: None)
+    registry = Registry(disk, Pool(pool_bytes, seats), host_bytes, lambda: None)
+    registry.is_wanted = disk.wanted.__contains__
+    return registry
 
 
 def wait_for(registry: Registry, generation: str, wanted: Readiness) -> None:
+    source = registry._source
+    assert isinstance(source, Disk)
+    source.wanted.add(generation)
     deadline = time.monotonic() + 5
     while (state := registry.want(generation)) is not wanted:
         assert time.monotonic() < deadline, state
         time.sleep(0.001)
         registry.poll()
+    if wanted is Readiness.SEATED:
+        source.wanted.discard(generation)
 
 
 @pytest.fixture
@@ -58,6 +66,7 @@ def closing(registry: Registry, check: Callable[[Registry], None]) -> None:
 def test_wanting_never_waits_and_loads_once(disk: Disk) -> None:
     def check(registry: Registry) -> None:
         disk.gate.clear()
+        disk.wanted.add("a")
         for _ in range(3):
             assert registry.want("a") is Readiness.LOADING
         assert registry.tier("a") == "disk"
@@ -70,6 +79,7 @@ def test_wanting_never_waits_and_loads_once(disk: Disk) -> None:
 
 def test_a_prefetched_generation_waits_on_the_host(disk: Disk) -> None:
     def check(registry: Registry) -> None:
+        disk.wanted.add("a")
         registry.prefetch("a")
         deadline = time.monotonic() + 5
         while registry.tier("a") != "host":
@@ -116,16 +126,17 @@ def test_the_host_tier_forgets_the_least_recently_used(disk: Disk) -> None:
     def check(registry: Registry) -> None:
         for name in "abcd":
             wait_for(registry, name, Readiness.SEATED)
-        assert registry.host_used_bytes <= 30
+        assert registry.host_used_bytes <= 20
         assert registry.tier("d") == "gpu"
         assert "a" not in {known[0] for known in registry.known()}
 
-    closing(make(disk, seats=1, host_bytes=30), check)
+    closing(make(disk, seats=1, host_bytes=20), check)
 
 
 def test_two_that_load_at_once_both_get_their_turn_on_a_small_host(disk: Disk) -> None:
     def check(registry: Registry) -> None:
         disk.gate.clear()
+        disk.wanted |= {"a", "b"}
         registry.prefetch("a")
         registry.prefetch("b")
         disk.gate.set()
@@ -134,6 +145,48 @@ def test_two_that_load_at_once_both_get_their_turn_on_a_small_host(disk: Disk) -
         assert disk.loads == ["a", "b"], "one pushed the other out before it was used"
 
     closing(make(disk, host_bytes=10), check)
+
+
+def test_what_nobody_waits_for_any_more_is_not_loaded(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        disk.gate.clear()
+        disk.wanted |= {"a", "b", "c", "d"}
+        for name in "abcd":
+            registry.prefetch(name)
+        disk.wanted -= {"b", "c"}
+        disk.gate.set()
+        wait_for(registry, "d", Readiness.SEATED)
+        assert disk.loads == ["a", "d"]
+
+    closing(make(disk), check)
+
+
+def test_a_failure_that_nobody_waits_for_is_forgotten(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        disk.broken.add("a")
+        disk.wanted.add("a")
+        registry.prefetch("a")
+        disk.wanted.clear()
+        deadline = time.monotonic() + 5
+        while not disk.loads or registry._loading:
+            assert time.monotonic() < deadline
+            registry.poll()
+        disk.broken.clear()
+        wait_for(registry, "a", Readiness.SEATED)
+
+    closing(make(disk), check)
+
+
+def test_a_pinned_generation_takes_a_free_seat_by_itself(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        registry.pool.kept = frozenset("a")
+        registry.prefetch("a")
+        deadline = time.monotonic() + 5
+        while registry.tier("a") != "gpu":
+            assert time.monotonic() < deadline
+            registry.poll()
+
+    closing(make(disk), check)
 
 
 def test_evicting_takes_it_out_of_both_tiers_unless_it_runs(disk: Disk) -> None:

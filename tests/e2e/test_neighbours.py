@@ -142,6 +142,7 @@ def test_a_sequence_has_the_tokens_it_has_alone(
         num_blocks=num_blocks,
         prefix_cache=prefix_cache,
         max_step_tokens=max_step_tokens,
+        max_sequences=min(16, max_step_tokens),
         max_seats=max_seats,
     )
     submitted: list[Ask] = []

@@ -7,15 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from loriner.config import MIB, EngineConfig, ServerConfig
 from loriner.core import SamplingParams
+from loriner.engine import process
 from loriner.engine.service import Generation, Service
 from loriner.errors import (
     AdapterNotFoundError,
@@ -90,6 +93,67 @@ def test_answers_and_frees_what_it_used(base: Path, tmp_path: Path) -> None:
         assert len(first) == 5 and both == [first, first]
         await until(lambda: service.stats().num_output_tokens == 15)
         await until(lambda: service.stats().num_free_blocks == service.stats().num_blocks)
+
+    scenario(base, tmp_path, run)
+
+
+@pytest.mark.parametrize(("n", "sequences"), [(2, 8), (3, 1), (1, 1)])
+def test_those_who_wait_run_when_all_who_ran_end_at_once(
+    base: Path, tmp_path: Path, n: int, sequences: int
+) -> None:
+    one = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, n=n)
+
+    async def run(service: Service) -> None:
+        streams = [await ask(service, one, name=str(i)) for i in range(3)]
+        answers = await asyncio.wait_for(asyncio.gather(*map(collect, streams)), 10)
+        assert [len(answer) for answer in answers] == [n] * 3
+
+    scenario(base, tmp_path, run, max_sequences=sequences)
+
+
+def test_a_caller_that_leaves_during_admission_holds_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(service: Service) -> None:
+        entered = threading.Event()
+        held: list[str] = []
+
+        def slow_acquire(name: str) -> SimpleNamespace:
+            entered.set()
+            time.sleep(0.2)
+            held.append(name)
+            return SimpleNamespace(generation=name)
+
+        monkeypatch.setattr(service.store, "acquire", slow_acquire)
+        monkeypatch.setattr(service.store, "release", held.remove)
+        asking = asyncio.create_task(service.generate([1], SHORT, adapter="a", request_id="gone"))
+        await asyncio.to_thread(entered.wait)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await asyncio.sleep(0.3)
+        await until(lambda: not held)
+
+    scenario(base, tmp_path, run)
+
+
+def test_the_watch_survives_a_process_that_cannot_be_started(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(service: Service) -> None:
+        spawn, failures = process._spawn, iter([OSError("no more processes")])
+
+        def flaky(*arguments: object) -> object:
+            for failure in failures:
+                raise failure
+            return spawn(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(process, "_spawn", flaky)
+        assert service.engine_pid is not None
+        os.kill(service.engine_pid, signal.SIGKILL)
+        await until(lambda: service.num_restarts == 2)
+        await until(lambda: service.ready)
+        assert len(await collect(await ask(service))) == 5
 
     scenario(base, tmp_path, run)
 

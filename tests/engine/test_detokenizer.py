@@ -44,6 +44,40 @@ def test_pieces_are_whole_characters_and_add_up(text: str) -> None:
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
 
 
+def byte_fallback_tokenizer() -> Tokenizer:
+    """Llama 2's form: words with a leading mark, and bytes for all else."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocabulary |= {"\u2581a": 256, "b": 257, "\u2581": 258}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 258), max_size=30))
+def test_no_sequence_of_tokens_raises(ids: list[int]) -> None:
+    tokenizer = byte_fallback_tokenizer()
+    detokenizer = Detokenizer(tokenizer, (), False)
+    text = "".join(detokenizer.push(token_id)[0] for token_id in ids) + detokenizer.flush()
+    if all(token_id >= 256 for token_id in ids):
+        assert text == tokenizer.decode(ids)
+
+
+def test_tokens_without_text_do_not_pile_up() -> None:
+    detokenizer = Detokenizer(TOKENIZER, (), False)
+    half = TOKENIZER.encode("é").ids[:1]
+    for _ in range(200):
+        detokenizer.push(half[0])
+        assert len(detokenizer._pending) < 17 and len(detokenizer._context) < 17
+
+
 def test_a_character_cut_by_the_end_is_marked() -> None:
     detokenizer = Detokenizer(TOKENIZER, (), False)
     for token_id in TOKENIZER.encode("aé").ids[:-1]:

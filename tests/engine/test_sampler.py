@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loriner.engine import sampler
 from loriner.engine.sampler import sample, uniform
 from tests.fakes import make_sequence
 
@@ -54,6 +55,33 @@ def test_draws_follow_the_probabilities() -> None:
 def test_filters_keep_only_the_likely(params: dict[str, Any], allowed: set[int]) -> None:
     logits = [math.log(p) for p in (0.1, 0.4, 0.3, 0.2)]
     assert set(draw_many(logits, 300, **params)) == allowed
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_p": 0.9},
+        {"top_p": 0.9999},
+        {"top_k": 1500},
+        {"top_k": 50},
+        {"min_p": 0.1},
+        {"min_p": 1e-9},
+    ],
+)
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_looking_at_the_likely_first_changes_nothing(
+    params: dict[str, Any], spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5000) * spread
+    some = [pick(logits, seed=seed, temperature=1.0, **params) for seed in range(40)]
+    monkeypatch.setattr(sampler, "FIRST", 5000)
+    assert some == [pick(logits, seed=seed, temperature=1.0, **params) for seed in range(40)]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-5])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    assert pick([0.0, 1.0, 3.0, 2.0], temperature=temperature) == 2
 
 
 def test_a_seed_draws_the_same_whatever_runs_beside_it() -> None:

@@ -97,7 +97,7 @@ class Pool:
         self.used_bytes = 0
         self.num_evictions = 0
         self._seats: OrderedDict[str, _Seat] = OrderedDict()
-        self.kept: frozenset[str] = frozenset()  # pinned by an operator: never evicted for room
+        self.kept: frozenset[str] = frozenset()  # pinned by an operator: the last to be evicted
 
     def __contains__(self, generation: str) -> bool:
         return generation in self._seats
@@ -125,7 +125,7 @@ class Pool:
         assert generation not in self._seats and self.can_seat(weights.num_bytes)
         evicted = []
         for victim in self._idle():
-            if self._fits(weights.num_bytes):
+            if self.has_room(weights.num_bytes):
                 break
             self.evict(victim)
             self.num_evictions += 1
@@ -157,10 +157,13 @@ class Pool:
         assert len(self._seats) <= self.max_seats and self.used_bytes <= self.budget_bytes
         assert all(seat.pins >= 0 for seat in self._seats.values())
 
-    def _fits(self, num_bytes: int) -> bool:
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether a new generation of this size fits without taking any seat away."""
         return (
             len(self._seats) < self.max_seats and self.used_bytes + num_bytes <= self.budget_bytes
         )
 
     def _idle(self) -> list[str]:
-        return [g for g, seat in self._seats.items() if not seat.pins and g not in self.kept]
+        """Seats that can be given up, least recently used first, those to be kept last."""
+        idle = [g for g, seat in self._seats.items() if not seat.pins]
+        return sorted(idle, key=lambda g: g in self.kept)

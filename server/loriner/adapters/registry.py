@@ -18,7 +18,6 @@ from collections.abc import Callable
 from loriner.adapters.pool import Pool, SeatWeights
 from loriner.errors import AdapterTooLargeError, LorinerError
 
-FRESH_S = 5.0  # a new host copy is not given up this soon: somebody asked for it
 Source = Callable[[str], SeatWeights]  # reads, verifies and packs one generation; runs on a thread
 
 
@@ -32,11 +31,10 @@ class Readiness(enum.Enum):
 
 
 class _Entry:
-    __slots__ = ("failure", "last_load_s", "loaded_at", "num_loads", "weights")
+    __slots__ = ("failure", "last_load_s", "num_loads", "weights")
 
     def __init__(self) -> None:
         self.weights: SeatWeights | None = None
-        self.loaded_at = -FRESH_S
         self.failure: Exception | None = None
         self.num_loads = 0
         self.last_load_s = 0.0
@@ -51,7 +49,9 @@ class Registry:
         self._source = source
         self._on_loaded = on_loaded
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
-        self._loading: set[str] = set()
+        self.is_wanted: Callable[[str], bool] = lambda generation: True  # set by the scheduler
+        self._queue: OrderedDict[str, None] = OrderedDict()  # to be loaded, in order
+        self._loading: str | None = None  # what the thread has
         self._jobs: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[str, SeatWeights | Exception, float]] = (
             queue.SimpleQueue()
@@ -61,7 +61,8 @@ class Registry:
 
     @property
     def host_used_bytes(self) -> int:
-        return sum(e.weights.num_bytes for e in self._entries.values() if e.weights)
+        """Bytes of copies that have no seat."""
+        return sum(self._unseated_bytes(generation) for generation in self._entries)
 
     def want(self, generation: str) -> Readiness:
         """Move `generation` toward a seat as far as possible without waiting."""
@@ -77,14 +78,14 @@ class Registry:
         if not self.pool.can_seat(entry.weights.num_bytes):
             return Readiness.NO_SEAT
         self.pool.seat(generation, entry.weights)
-        entry.loaded_at = -FRESH_S
         self._trim()
         return Readiness.SEATED
 
     def prefetch(self, generation: str) -> None:
         """Start loading to the host if it is not there."""
         entry = self._entries.setdefault(generation, _Entry())
-        if entry.weights is None and entry.failure is None and generation not in self.pool:
+        entry.failure = None
+        if entry.weights is None and generation not in self.pool:
             self._start(generation)
 
     def take_failure(self, generation: str) -> Exception:
@@ -95,26 +96,28 @@ class Registry:
         return failure
 
     def poll(self) -> None:
-        """Take in what the loader finished. Called between steps."""
+        """Take in what the loader finished and give it the next. Called between steps."""
         while not self._done.empty():
             generation, result, seconds = self._done.get()
-            self._loading.discard(generation)
+            self._loading = None
             entry = self._entries.setdefault(generation, _Entry())
             if isinstance(result, Exception):
                 entry.failure = result
+                if not self._is_needed(generation):
+                    del self._entries[generation]  # nobody is left to hear of it
                 continue
             entry.weights, entry.last_load_s = result, seconds
-            entry.loaded_at = time.monotonic()
             entry.num_loads += 1
             if result.num_bytes > self.pool.budget_bytes:
-                entry.weights, entry.failure = (
-                    None,
-                    AdapterTooLargeError(
-                        f"The adapter needs {result.num_bytes} bytes; the pool has "
-                        f"{self.pool.budget_bytes} (pool_bytes)."
-                    ),
+                entry.weights = None
+                entry.failure = AdapterTooLargeError(
+                    f"The adapter needs {result.num_bytes} bytes; the pool has "
+                    f"{self.pool.budget_bytes} (pool_bytes)."
                 )
+            elif generation in self.pool.kept and self.pool.has_room(result.num_bytes):
+                self.pool.seat(generation, result)
         self._trim()
+        self._feed()
 
     def evict(self, generation: str) -> bool:
         """Drop `generation` from seat and host unless it is running; says whether it is gone."""
@@ -143,24 +146,41 @@ class Registry:
         self._thread.join(timeout=5)
 
     def _start(self, generation: str) -> None:
-        if generation not in self._loading:
-            self._loading.add(generation)
-            self._jobs.put(generation)
+        if generation != self._loading:
+            self._queue[generation] = None
+            self._feed()
+
+    def _feed(self) -> None:
+        """Give the loader its next generation, unless copies that wait for a seat fill the host."""
+        while self._queue and self._loading is None:
+            waiting = sum(self._unseated_bytes(g) for g in self._entries if self.is_wanted(g))
+            if waiting >= self.host_bytes:
+                return
+            generation, _ = self._queue.popitem(last=False)
+            if self._is_needed(generation):
+                self._loading = generation
+                self._jobs.put(generation)
+            elif self._entries[generation].weights is None:
+                del self._entries[generation]
+
+    def _is_needed(self, generation: str) -> bool:
+        return self.is_wanted(generation) or generation in self.pool.kept
+
+    def _unseated_bytes(self, generation: str) -> int:
+        weights = self._entries[generation].weights
+        return weights.num_bytes if weights and generation not in self.pool else 0
 
     def _trim(self) -> None:
-        """Forget the least recently used host copies beyond the budget; seated ones share
-        theirs."""
+        """Forget copies without a seat beyond the host's budget, least recently used first, but
+        none that a sequence waits for."""
         excess = self.host_used_bytes - self.host_bytes
-        now = time.monotonic()
         for generation in list(self._entries):
-            entry = self._entries[generation]
             if excess <= 0:
                 return
-            fresh = now - entry.loaded_at < FRESH_S
-            if entry.weights is None or fresh or generation in self.pool:
-                continue
-            excess -= entry.weights.num_bytes
-            del self._entries[generation]
+            num_bytes = self._unseated_bytes(generation)
+            if num_bytes and not self.is_wanted(generation):
+                excess -= num_bytes
+                del self._entries[generation]
 
     def _run(self) -> None:
         while (generation := self._jobs.get()) is not None:

@@ -220,7 +220,8 @@ class Run:
     def _count(self, prompt: int, event: Event) -> tuple[int, Event]:
         _raise_if_aborted(event)
         index = prompt * self.job.sampling.n + event.index
-        self._cached_tokens[prompt] = max(self._cached_tokens[prompt], event.num_cached_tokens)
+        if event.index == 0:  # other choices find the first one's prompt in the cache
+            self._cached_tokens[prompt] = event.num_cached_tokens
         self._output_tokens[index] = event.num_output_tokens
         self.meter.event(index, event)
         return index, event

@@ -1,13 +1,15 @@
 """Tokens -> text, incrementally: never half a character, never a piece of a stop string.
 
-Wraps `tokenizers`' DecodeStream, which holds bytes back until they make whole characters; on top of
-it text that might be the beginning of a stop string is held back until it is known not to be.
+Text is given out when decoding the newest tokens together with those before them ends in a whole
+character. On top of it, text that might be the beginning of a stop string is held back until it is
+known not to be.
 """
 
 from __future__ import annotations
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+MAX_PENDING = 16  # tokens without text: no character takes more, so what is there is given out
 
 
 class Detokenizer:
@@ -15,18 +17,17 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], include_stop: bool) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._stop, self._include_stop = stop, include_stop
         self._held = ""  # decoded, not yet given out
-        self._ids: list[int] = []
-        self._num_chars = 0  # decoded so far, held or given
+        self._context: list[int] = []  # the tokens that became text last: decoders look back
+        self._pending: list[int] = []  # tokens that are no text yet
 
     def push(self, token_id: int, *, can_stop: bool = True) -> tuple[str, str | None]:
         """Text that is now certain, and the stop string that ended it."""
-        self._ids.append(token_id)
-        text = self._stream.step(self._tokenizer, token_id) or ""
-        self._num_chars += len(text)
-        self._held += text
+        self._pending.append(token_id)
+        text = self._new_text()
+        if (text and not text.endswith("\ufffd")) or len(self._pending) >= MAX_PENDING:
+            self._take(text)
         if not self._stop:
             return self._give(len(self._held)), None
         if can_stop and (found := self._find()):
@@ -36,10 +37,18 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What was held back, when the sequence ends otherwise; cut characters become U+FFFD."""
-        rest = self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._num_chars :]
-        self._held += rest
-        self._num_chars += len(rest)
+        self._take(self._new_text())
         return self._give(len(self._held))
+
+    def _new_text(self) -> str:
+        """What the pending tokens add to the text of their context."""
+        before = self._tokenizer.decode(self._context, skip_special_tokens=True)
+        both = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=True)
+        return str(both[len(before) :])
+
+    def _take(self, text: str) -> None:
+        self._held += text
+        self._context, self._pending = self._pending, []
 
     def _give(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]

@@ -76,6 +76,7 @@ class Engine:
         self._eos = runner.model_config.eos_token_ids
         self._sequences: dict[str, dict[int, Sequence]] = {}  # request id -> choice -> sequence
         self._text: dict[Sequence, Detokenizer] = {}
+        self.ran = False  # whether the last step had anything to run
 
     @property
     def has_work(self) -> bool:
@@ -113,6 +114,7 @@ class Engine:
         runs = self.scheduler.schedule()
         events = [self._fail(s, error) for s, error in self.scheduler.failed]
         self.scheduler.failed.clear()
+        self.ran = bool(runs)
         if not runs:
             return events
         try:
@@ -162,12 +164,23 @@ class Engine:
         self, runs: Iterable[Run], sequences: Iterable[Sequence], sampled: Iterable[Sampled]
     ) -> list[Event]:
         self.counters.num_steps += 1
+        chosen = list(zip(sequences, sampled, strict=True))
+        broken = {sequence for sequence, choice in chosen if choice.token_id is None}
         for run in runs:
             run.sequence.num_computed += run.count
-            self.blocks.commit(run.sequence)
+            if run.sequence not in broken:
+                self.blocks.commit(run.sequence)
             if run.start + run.count <= run.sequence.num_prompt:
                 self.counters.num_prompt_tokens += run.count
-        return [self._advance(s, c) for s, c in zip(sequences, sampled, strict=True)]
+        return [self._try_advance(sequence, choice) for sequence, choice in chosen]
+
+    def _try_advance(self, sequence: Sequence, choice: Sampled) -> Event:
+        """`_advance`; what fails there is about this sequence's text, and ends this sequence."""
+        try:
+            return self._advance(sequence, choice)
+        except Exception as error:
+            logger.exception("request %s failed", sequence.request.request_id)
+            return self._fail(sequence, error)
 
     def _advance(self, sequence: Sequence, choice: Sampled) -> Event:
         """Append one token and decide whether the sequence ends with it."""
@@ -217,7 +230,8 @@ class Engine:
     ) -> Event:
         """Free everything the sequence holds, and make its last event."""
         detokenizer = self._text.pop(sequence)
-        text += detokenizer.flush() if flush else ""
+        lost = reason in (FinishReason.ABORT, FinishReason.ERROR)
+        text += detokenizer.flush() if flush and not lost else ""
         if sequence in self.scheduler.running or sequence in self.scheduler.waiting:
             self.scheduler.finish(sequence)
         choices = self._sequences[sequence.request.request_id]

@@ -9,7 +9,6 @@ Invariant: each submitted request's stream ends, with an error if the engine is 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import queue
@@ -152,15 +151,18 @@ class EngineProcess:
         self._set("stopped")
         if self._keeper is not None:
             self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+            await asyncio.wait([self._keeper])
         await self._reap()
 
     async def _keep_running(self) -> None:
         failures = 0
         while self.state != "stopped":
             started = time.monotonic()
-            ran = await self._run_once()
+            ran = False
+            try:
+                ran = await self._run_once()
+            except Exception:
+                logger.exception("the watch over the engine process failed")
             self.on_down()
             if self.state == "failed":
                 return
@@ -179,8 +181,13 @@ class EngineProcess:
         """One life of the child; says whether it ever became ready."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "loriner.engine.process", str(theirs.fileno())]
-        self._child = await asyncio.to_thread(_spawn, command, theirs)
-        theirs.close()
+        try:
+            self._child = await asyncio.to_thread(_spawn, command, theirs)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         self.send(Start(self.config, self.store))
         try:
@@ -249,9 +256,15 @@ class _Channel:
         return message
 
     def read_forever(self) -> None:
-        while (message := self.read()) is not None:
-            self.inbox.put(message)
-        os._exit(0)  # the parent is gone: nobody wants what we would still do
+        status = 1
+        try:
+            while (message := self.read()) is not None:
+                self.inbox.put(message)
+            status = 0
+        finally:
+            os._exit(
+                status
+            )  # the parent is gone, or we can't hear it: nobody wants what we'd still do
 
     def send(self, message: FromEngine) -> None:
         try:
@@ -269,23 +282,24 @@ def _serve(channel: _Channel, start: Start) -> None:
     threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
     stats_at = 0.0
     while True:
+        now = time.monotonic()
+        if now - stats_at > STATS_PERIOD_S or not engine.ran:
+            channel.send(Stats(engine.stats()))
+            stats_at = now
         events = _take_in(engine, channel)
         events += engine.step()
         if events:
             channel.send(Events(events))
-        now = time.monotonic()
-        if now - stats_at > STATS_PERIOD_S or not engine.has_work:
-            channel.send(Stats(engine.stats()))
-            stats_at = now
 
 
 def _take_in(engine: Any, channel: _Channel) -> list[Event]:
-    """Handle all waiting messages; when the engine could not run anything, wait for one."""
+    """Handle all waiting messages. When the last step had nothing to run, wait for one: only a
+    message or a finished load, which sends one, can change that."""
     events: list[Event] = []
-    idle = not engine.has_work or not engine.scheduler.running
-    while idle or not channel.inbox.empty():
+    wait = not engine.ran
+    while wait or not channel.inbox.empty():
         message = channel.inbox.get()
-        idle = False
+        wait = False
         if isinstance(message, Submit):
             engine.submit(message.request)
         elif isinstance(message, Abort):
@@ -329,11 +343,11 @@ def main() -> None:
     channel = _Channel(socket.socket(fileno=int(sys.argv[1])))
     start = channel.read()
     assert isinstance(start, Start)
-    from loriner.errors import LorinerError
+    from loriner.errors import CheckpointError, ConfigError
 
     try:
         _serve(channel, start)
-    except LorinerError as error:
+    except (CheckpointError, ConfigError) as error:  # trying again would not help
         channel.send(Failed(str(error)))
         raise SystemExit(2) from error
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from loriner.core import SamplingParams, Sequence
 
 _MASK = (1 << 64) - 1
+FIRST = 1024  # most likely tokens that are looked at before all are sorted
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,9 @@ def _adjust(row: Tensor, sequence: Sequence, eos_ids: tuple[int, ...]) -> Tensor
         ids = torch.tensor(list(counts), dtype=torch.int64)
         times = torch.tensor(list(counts.values()), dtype=row.dtype)
         row[ids] -= params.frequency_penalty * times + params.presence_penalty
-    for token_id, bias in params.logit_bias:
-        row[token_id] += bias
+    if params.logit_bias:
+        biased, biases = zip(*params.logit_bias, strict=True)
+        row.index_add_(0, torch.tensor(biased), torch.tensor(biases, dtype=row.dtype))
     if sequence.num_output < params.min_tokens:
         row[list({*eos_ids, *params.stop_token_ids})] = -torch.inf
     return row
@@ -88,14 +90,38 @@ def _adjust(row: Tensor, sequence: Sequence, eos_ids: tuple[int, ...]) -> Tensor
 def _draw(row: Tensor, sequence: Sequence) -> int:
     """Temperature, min_p, top_k, top_p, then one uniform number through the inverse of the CDF."""
     params = sequence.request.sampling
-    probs = torch.softmax(row.double() / params.temperature, dim=-1)  # [V]
+    scaled = (row - row.max()).double() / params.temperature
     ids: Tensor | None = None
     if params.top_k or params.top_p < 1.0 or params.min_p:
-        probs, ids = probs.sort(descending=True, stable=True)
+        probs, ids = _likely(scaled, params)
         probs = probs[: _kept(probs, params)]
+    else:
+        probs = torch.softmax(scaled, dim=-1)  # [V]
     target = uniform(sequence.seed, sequence.num_output) * float(probs.sum())
     place = int(torch.searchsorted(probs.cumsum(0), target, right=True).clamp(max=len(probs) - 1))
     return place if ids is None else int(ids[place])
+
+
+def _likely(scaled: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The most likely tokens' probabilities, descending, and their ids: all that the filters can
+    keep.
+
+    Sorting a whole vocabulary takes milliseconds; nearly always the first thousand tokens decide.
+    """
+    total = scaled.logsumexp(dim=-1)
+    first = min(params.top_k or FIRST, FIRST, len(scaled))
+    values, ids = scaled.topk(first)
+    probs = (values - total).exp()
+    if params.top_k:
+        decided = params.top_k <= first
+    elif params.min_p:
+        decided = bool(probs[-1] < params.min_p * probs[0])
+    else:
+        decided = bool(probs.sum() >= params.top_p)
+    if decided or first == len(scaled):
+        return probs, ids
+    values, ids = scaled.sort(descending=True, stable=True)
+    return (values - total).exp(), ids
 
 
 def _kept(probs: Tensor, params: SamplingParams) -> int:
@@ -106,10 +132,9 @@ def _kept(probs: Tensor, params: SamplingParams) -> int:
     if params.top_k:
         count = min(count, params.top_k)
     if params.top_p < 1.0:
-        kept = probs[:count] / probs[:count].sum()
-        before = (
-            kept.cumsum(0) - kept
-        )  # mass of the more likely ones (arXiv 1904.09751, section 3.1)
+        cut = params.min_p or params.top_k
+        kept = probs[:count] / (probs[:count].sum() if cut else 1.0)  # else `probs` may be a part
+        before = kept.cumsum(0) - kept  # mass of the likelier ones (arXiv 1904.09751, section 3.1)
         count = int((before < params.top_p).sum())
     return max(count, 1)
 

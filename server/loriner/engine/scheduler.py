@@ -56,9 +56,13 @@ class Scheduler:
         ] = []  # taken by the engine after each schedule
         self.num_preemptions = 0
         self._clock = clock
+        self._leaders: dict[str, Sequence] = {}  # first choice of each request
+        registry.is_wanted = self._is_wanted
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
+        if sequence.index == 0:
+            self._leaders[sequence.request.request_id] = sequence
         if sequence.generation is not None:
             sequence.cold_start = self.registry.tier(sequence.generation) == "disk"
             self.registry.prefetch(sequence.generation)
@@ -72,6 +76,8 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Forget `sequence`, wherever it is; its blocks and pin are free at once."""
+        if sequence.index == 0:
+            self._leaders.pop(sequence.request.request_id, None)
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
@@ -110,7 +116,7 @@ class Scheduler:
                 return
             if sequence.generation in failed:
                 continue
-            if (draining and sequence.generation is not None) or self._waits_for_sibling(sequence):
+            if (draining and self._takes_a_seat(sequence)) or self._waits_for_sibling(sequence):
                 continue
             readiness = self._readiness(sequence)
             if readiness is Readiness.FAILED:
@@ -123,6 +129,11 @@ class Scheduler:
             if not self.blocks.can_allocate(sequence, len(sequence.token_ids)):
                 return  # order of arrival: a long prompt is not overtaken for ever
             budget -= self._start(sequence, runs, budget)
+
+    def _takes_a_seat(self, sequence: Sequence) -> bool:
+        """Whether `sequence` would prolong the use of a seat that a waiting one needs."""
+        generation, pool = sequence.generation, self.registry.pool
+        return generation is not None and not (generation in pool.kept and generation in pool)
 
     def _readiness(self, sequence: Sequence) -> Readiness:
         if sequence.generation is None:
@@ -144,19 +155,18 @@ class Scheduler:
         """Choices after the first wait until the first has put their common prompt in the cache."""
         if sequence.index == 0 or not self.blocks.prefix_cache or sequence.num_output:
             return False
-        return any(
-            s.request.request_id == sequence.request.request_id
-            and s.index == 0
-            and s.num_computed < s.num_prompt
-            for s in (*self.running, *self.waiting)
-        )
+        leader = self._leaders.get(sequence.request.request_id)
+        return leader is not None and leader.num_computed < leader.num_prompt
+
+    def _is_wanted(self, generation: str) -> bool:
+        return any(s.generation == generation for s in self.waiting)
 
     def _fail(self, sequence: Sequence) -> None:
         """The adapter of `sequence` could not be loaded: all that wait for it hear why."""
         assert sequence.generation is not None
         failure = self.registry.take_failure(sequence.generation)
         for other in [s for s in self.waiting if s.generation == sequence.generation]:
-            self.waiting.remove(other)
+            self.finish(other)
             self.failed.append((other, failure))
 
     def _preempt(self, sequence: Sequence) -> None:

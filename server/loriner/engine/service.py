@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,11 @@ from loriner.core import EngineStats, Event, FinishReason, Request, SamplingPara
 from loriner.engine.chat import ChatTokenizer
 from loriner.engine.process import Abort, EngineProcess, Evict, Keep, Submit
 from loriner.model.weights import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGPROBS_PER_REQUEST = 1 << 20
+STOP_S = 5.0  # for releases that are under way when the service stops
 
 
 class Generation:
@@ -100,6 +106,7 @@ class Service:
         self._engine.on_event, self._engine.on_down = self._on_event, self._on_down
         self._engine.on_ready = self._on_ready
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pins = asyncio.Lock()
         self._open: dict[str, Generation] = {}
         self._num_sequences = 0
         self._draining = False
@@ -128,6 +135,8 @@ class Service:
             await asyncio.sleep(0.02)
         await self._engine.stop()
         self._on_down()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_S)
         self.store.close()
 
     @property
@@ -200,11 +209,13 @@ class Service:
         if request_id in self._open:
             raise errors.InvalidRequestError("request_id is in use.", "request_id")
         limit = self.engine_config.max_waiting + self.engine_config.max_sequences
+        if sampling.n > limit:
+            raise errors.InvalidRequestError(f"n: at most {limit} sequences can be queued.", "n")
         if self._num_sequences + sampling.n > limit:
             raise errors.OverloadedError(f"The queue is full ({limit} sequences).")
         self._num_sequences += sampling.n
         try:
-            record = await asyncio.to_thread(self.store.acquire, adapter) if adapter else None
+            record = await self._acquire(adapter) if adapter else None
         except BaseException:
             self._num_sequences -= sampling.n
             raise
@@ -273,8 +284,13 @@ class Service:
 
     async def sync_pins(self) -> None:
         """Tell the engine what is pinned now; called whenever a name, an alias or a pin changes."""
-        pinned = [r for r in await asyncio.to_thread(self.store.list) if r.pinned]
-        self._engine.send(Keep(tuple({record.generation for record in pinned})))
+        async with self._pins:
+            try:
+                records = await asyncio.to_thread(self.store.list)
+            except errors.LorinerError:
+                logger.exception("the pins could not be read")
+                return
+            self._engine.send(Keep(tuple({r.generation for r in records if r.pinned})))
 
     def _check_pin(self, wanted: AdapterRecord) -> None:
         """A seat and half of the pool stay free of pins, so that no other adapter waits for
@@ -292,6 +308,35 @@ class Service:
                 f"Pinned adapters may take half of the pool ({config.pool_bytes} bytes).", "name"
             )
 
+    async def _acquire(self, adapter: str) -> AdapterRecord:
+        """Resolve and hold. A caller that leaves meanwhile leaves no hold behind."""
+        task = asyncio.create_task(asyncio.to_thread(self.store.acquire, adapter))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._give_back)
+            raise
+
+    def _give_back(self, task: asyncio.Task[AdapterRecord]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            self._release(task.result().generation)
+
+    def _release(self, generation: str) -> None:
+        """Give up one hold, on a thread: the last one may delete files."""
+
+        async def release() -> None:
+            try:
+                await asyncio.to_thread(self.store.release, generation)
+            except errors.LorinerError:
+                logger.exception("generation %s could not be released", generation)
+
+        self._in_background(release())
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     def forget(self, generation: Generation) -> None:
         """Close the books of one request; called by its stream, once."""
         if self._open.pop(generation.request_id, None) is None:
@@ -300,7 +345,7 @@ class Service:
         if not generation.finished:
             self._engine.send(Abort(generation.request_id))
         if generation.record is not None:
-            self.store.release(generation.record.generation)
+            self._release(generation.record.generation)
 
     def _on_event(self, event: Event) -> None:
         generation = self._open.get(event.request_id)
@@ -308,9 +353,7 @@ class Service:
             generation.put(event)
 
     def _on_ready(self) -> None:
-        task = asyncio.create_task(self.sync_pins())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._in_background(self.sync_pins())
 
     def _on_down(self) -> None:
         for generation in list(self._open.values()):
@@ -342,7 +385,16 @@ class Service:
                 param,
             )
         if sampling.max_tokens is None:
-            return dataclasses.replace(sampling, max_tokens=limit - num_prompt)
+            sampling = dataclasses.replace(sampling, max_tokens=limit - num_prompt)
+        assert sampling.max_tokens is not None
+        if sampling.logprobs is not None:
+            count = sampling.n * sampling.max_tokens * (1 + sampling.logprobs)
+            if count > MAX_LOGPROBS_PER_REQUEST:
+                raise errors.InvalidRequestError(
+                    f"n * max_tokens * (1 + logprobs) is {count}, at most "
+                    f"{MAX_LOGPROBS_PER_REQUEST}.",
+                    "logprobs",
+                )
         if num_prompt + sampling.max_tokens > limit:
             raise errors.ContextLengthError(
                 f"The context is {limit} tokens long; the prompt has {num_prompt} and max_tokens "
