@@ -114,7 +114,7 @@ class ServerProcess:
     def engine(self) -> psutil.Process:
         """The engine's process."""
         children = psutil.Process(self.process.pid).children()
-        (found,) = [child for child in children if "loriner.engine.process" in child.cmdline()]
+        (found,) = [child for child in children if "loriner.engine.worker" in child.cmdline()]
         return found
 
     def _find_url(self) -> str:

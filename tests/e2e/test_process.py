@@ -19,7 +19,8 @@ import pytest
 from loriner.config import MIB, EngineConfig, ServerConfig
 from loriner.core import SamplingParams
 from loriner.engine import process
-from loriner.engine.service import Generation, Service
+from loriner.engine.generation import Generation
+from loriner.engine.service import Service
 from loriner.errors import (
     AdapterNotFoundError,
     ContextLengthError,

@@ -35,7 +35,8 @@ from loriner.errors import (
 )
 
 if TYPE_CHECKING:
-    from loriner.engine.service import Generation, Service
+    from loriner.engine.generation import Generation
+    from loriner.engine.service import Service
 
 Numbered = tuple[int, Event]  # with the prompt's or the choice's index
 

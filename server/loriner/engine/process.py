@@ -1,9 +1,8 @@
-"""The engine's own process and the channel to it: the only file that knows both sides.
+"""The engine's own process as its parent sees it: started, fed, watched, started again.
 
-Frames are a 4-byte length and MessagePack of the tagged structs below, over a socket pair that no
-other process can open; nothing is ever unpickled. The parent holds one end: when the child dies the
-parent's reader sees the end of the stream, and when the parent dies the child does, and leaves.
-Invariant: each submitted request's stream ends, with an error if the engine is lost.
+Knows the messages and nothing of what the child does with them. When the child dies the reader sees
+the end of the stream. Invariant: each submitted request's stream ends, with an error if the engine
+is lost.
 """
 
 from __future__ import annotations
@@ -11,84 +10,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import queue
-import signal
 import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from loriner.config import EngineConfig
-from loriner.core import EngineStats, Event, Request
+from loriner.core import EngineStats, Event
+from loriner.engine.messages import (
+    HEAD,
+    MAX_FRAME_BYTES,
+    Events,
+    FromEngine,
+    Ready,
+    Start,
+    Stats,
+    ToEngine,
+    frame,
+)
 
 logger = logging.getLogger(__name__)
 
-MAX_FRAME_BYTES = 256 << 20
-STATS_PERIOD_S = 0.25
 RESTART_DELAYS_S = (0.1, 1.0, 2.0, 5.0, 10.0, 30.0)
 HEALTHY_AFTER_S = 60.0  # a process that lived this long starts the delays anew
-
-
-class Start(msgspec.Struct, frozen=True, tag=True):
-    config: EngineConfig
-    store: Path
-
-
-class Submit(msgspec.Struct, frozen=True, tag=True):
-    request: Request
-
-
-class Abort(msgspec.Struct, frozen=True, tag=True):
-    request_id: str
-
-
-class Evict(msgspec.Struct, frozen=True, tag=True):
-    generation: str
-
-
-class Keep(msgspec.Struct, frozen=True, tag=True):
-    generations: tuple[str, ...]  # all that are to stay in memory from now on
-
-
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    max_model_len: int
-    load_s: float
-
-
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    message: str
-
-
-class Events(msgspec.Struct, frozen=True, tag=True):
-    events: list[Event]
-
-
-class Stats(msgspec.Struct, frozen=True, tag=True):
-    stats: EngineStats
-
-
-ToEngine = Start | Submit | Abort | Evict | Keep
-FromEngine = Ready | Failed | Events | Stats
-
-
-def _encode_path(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    raise NotImplementedError(type(value))
-
-
-def _decode_path(kind: type, value: Any) -> Any:
-    return kind(value) if issubclass(kind, Path) else value
-
-
-_ENCODER = msgspec.msgpack.Encoder(enc_hook=_encode_path)
 
 
 def _child_environment() -> dict[str, str]:
@@ -101,11 +49,6 @@ def _spawn(command: list[str], channel: socket.socket) -> subprocess.Popen[bytes
     return subprocess.Popen(
         command, pass_fds=[channel.fileno()], start_new_session=True, env=_child_environment()
     )
-
-
-def _frame(message: object) -> bytes:
-    body = _ENCODER.encode(message)
-    return struct.pack("<I", len(body)) + body
 
 
 class EngineProcess:
@@ -144,7 +87,7 @@ class EngineProcess:
     def send(self, message: ToEngine) -> None:
         """Send to the child; dropped when it is down, because its streams have been told."""
         if self._writer is not None:
-            self._writer.write(_frame(message))
+            self._writer.write(frame(message))
 
     async def stop(self) -> None:
         """End the child and the watch over it."""
@@ -180,7 +123,7 @@ class EngineProcess:
     async def _run_once(self) -> bool:
         """One life of the child; says whether it ever became ready."""
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "loriner.engine.process", str(theirs.fileno())]
+        command = [sys.executable, "-m", "loriner.engine.worker", str(theirs.fileno())]
         try:
             self._child = await asyncio.to_thread(_spawn, command, theirs)
         except OSError:
@@ -202,7 +145,7 @@ class EngineProcess:
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while True:
             try:
-                (size,) = struct.unpack("<I", await reader.readexactly(4))
+                (size,) = HEAD.unpack(await reader.readexactly(HEAD.size))
                 if size > MAX_FRAME_BYTES:
                     raise ConnectionError(f"a frame of {size} bytes")
                 self._handle(self._decoder.decode(await reader.readexactly(size)))
@@ -236,121 +179,3 @@ class EngineProcess:
         if self.state != "stopped":
             self.state = state
         self._changed.set()
-
-
-class _Channel:
-    """The child's side: a reader thread fills `inbox`; `send` writes from the engine's thread."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._file = sock.makefile("rb")
-        self._decoder = msgspec.msgpack.Decoder(ToEngine, dec_hook=_decode_path)
-        self.inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()  # None only wakes
-
-    def read(self) -> ToEngine | None:
-        head = self._file.read(4)
-        if len(head) < 4:
-            return None
-        body = self._file.read(struct.unpack("<I", head)[0])
-        message: ToEngine = self._decoder.decode(body)
-        return message
-
-    def read_forever(self) -> None:
-        status = 1
-        try:
-            while (message := self.read()) is not None:
-                self.inbox.put(message)
-            status = 0
-        finally:
-            os._exit(
-                status
-            )  # the parent is gone, or we can't hear it: nobody wants what we'd still do
-
-    def send(self, message: FromEngine) -> None:
-        try:
-            self._sock.sendall(_frame(message))
-        except OSError:
-            os._exit(0)
-
-
-def _serve(channel: _Channel, start: Start) -> None:
-    """The engine's loop: take in what came, step, publish."""
-    began = time.monotonic()
-    engine = _build(start, lambda: channel.inbox.put(None))
-    channel.send(Stats(engine.stats()))
-    channel.send(Ready(engine.runner.max_len, time.monotonic() - began))
-    threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
-    stats_at = 0.0
-    while True:
-        now = time.monotonic()
-        if now - stats_at > STATS_PERIOD_S or not engine.ran:
-            channel.send(Stats(engine.stats()))
-            stats_at = now
-        events = _take_in(engine, channel)
-        events += engine.step()
-        if events:
-            channel.send(Events(events))
-
-
-def _take_in(engine: Any, channel: _Channel) -> list[Event]:
-    """Handle all waiting messages. When the last step had nothing to run, wait for one: only a
-    message or a finished load, which sends one, can change that."""
-    events: list[Event] = []
-    wait = not engine.ran
-    while wait or not channel.inbox.empty():
-        message = channel.inbox.get()
-        wait = False
-        if isinstance(message, Submit):
-            engine.submit(message.request)
-        elif isinstance(message, Abort):
-            events += engine.abort(message.request_id)
-        elif isinstance(message, Evict):
-            engine.registry.evict(message.generation)
-        elif isinstance(message, Keep):
-            engine.keep(message.generations)
-    return events
-
-
-def _build(start: Start, on_loaded: Callable[[], None]) -> Any:
-    from tokenizers import Tokenizer
-
-    from loriner.adapters.pool import pack
-    from loriner.adapters.store import Store
-    from loriner.engine.engine import Engine
-    from loriner.engine.runner import Runner
-    from loriner.model.transformer import layout
-
-    runner = Runner(start.config)
-    checkpoint, placed = runner.checkpoint, layout(runner.model_config)
-    store = Store(
-        start.store,
-        runner.model_config.modules(),
-        checkpoint.base_digest,
-        base_tensor=checkpoint.dense,
-    )
-
-    def source(generation: str) -> Any:
-        return pack(store.load(generation), placed, runner.dtype)
-
-    tokenizer = Tokenizer.from_file(str(start.config.model / "tokenizer.json"))
-    return Engine(start.config, runner, tokenizer, source, on_loaded)
-
-
-def main() -> None:
-    """Entry point of the child."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when we end
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
-    channel = _Channel(socket.socket(fileno=int(sys.argv[1])))
-    start = channel.read()
-    assert isinstance(start, Start)
-    from loriner.errors import CheckpointError, ConfigError
-
-    try:
-        _serve(channel, start)
-    except (CheckpointError, ConfigError) as error:  # trying again would not help
-        channel.send(Failed(str(error)))
-        raise SystemExit(2) from error
-
-
-if __name__ == "__main__":
-    main()

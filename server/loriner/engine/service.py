@@ -9,13 +9,10 @@ ends.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from loriner import errors
@@ -23,66 +20,16 @@ from loriner.adapters.records import AdapterRecord, PublishReport
 from loriner.adapters.store import Store
 from loriner.config import EngineConfig, ServerConfig
 from loriner.core import EngineStats, Event, FinishReason, Request, SamplingParams
+from loriner.engine.admission import check_ids, fit
 from loriner.engine.chat import ChatTokenizer
-from loriner.engine.process import Abort, EngineProcess, Evict, Keep, Submit
+from loriner.engine.generation import Generation
+from loriner.engine.messages import Abort, Evict, Keep, Submit
+from loriner.engine.process import EngineProcess
 from loriner.model.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-MAX_LOGPROBS_PER_REQUEST = 1 << 20
 STOP_S = 5.0  # for releases that are under way when the service stops
-
-
-class Generation:
-    """One admitted request: an async iterator of events that frees everything when closed."""
-
-    def __init__(self, service: Service, request: Request, record: AdapterRecord | None) -> None:
-        self.request_id = request.request_id
-        self.record = record
-        self.num_prompt_tokens = len(request.prompt_ids)
-        self.num_sequences = request.sampling.n
-        self._service, self._num_open = service, request.sampling.n
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._closed = False
-
-    def __aiter__(self) -> Generation:
-        return self
-
-    async def __anext__(self) -> Event:
-        if self._num_open == 0:
-            await self.close()
-            raise StopAsyncIteration
-        event = await self._events.get()
-        self._num_open -= event.finish_reason is not None
-        if event.finish_reason is FinishReason.ERROR:
-            await self.close()
-            raise _error_of(event)
-        return event
-
-    async def __aenter__(self) -> Generation:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    @property
-    def finished(self) -> bool:
-        """Whether every choice's last event has been read."""
-        return self._num_open == 0
-
-    def put(self, event: Event) -> None:
-        self._events.put_nowait(event)
-
-    async def close(self) -> None:
-        """Abort what still runs and release the generation. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
-            self._service.forget(self)
 
 
 class Service:
@@ -204,8 +151,8 @@ class Service:
         """Admit one request. Raises before anything is queued: InvalidRequestError,
         AdapterNotFoundError, OverloadedError, EngineUnavailableError."""
         self._check_up()
-        sampling = self._fit(len(prompt_ids), sampling, prompt_param)
-        self._check_ids(prompt_ids, sampling, prompt_param)
+        sampling = fit(sampling, len(prompt_ids), self.max_model_len, prompt_param)
+        check_ids(prompt_ids, sampling, self.model_config.vocab_size, prompt_param)
         if request_id in self._open:
             raise errors.InvalidRequestError("request_id is in use.", "request_id")
         limit = self.engine_config.max_waiting + self.engine_config.max_sequences
@@ -221,7 +168,7 @@ class Service:
             raise
         digest = record.generation if record else None
         request = Request(request_id, tuple(prompt_ids), sampling, digest, tenant, time.monotonic())
-        generation = Generation(self, request, record)
+        generation = Generation(request, record, self._forget)
         self._open[request_id] = generation
         self._engine.send(Submit(request))
         if self._engine.state != "ready":
@@ -337,7 +284,7 @@ class Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def forget(self, generation: Generation) -> None:
+    def _forget(self, generation: Generation) -> None:
         """Close the books of one request; called by its stream, once."""
         if self._open.pop(generation.request_id, None) is None:
             return
@@ -373,54 +320,3 @@ class Service:
             raise errors.EngineUnavailableError("The server is shutting down.")
         if self._engine.state != "ready":
             raise errors.EngineUnavailableError(f"The engine is {self._engine.state}.")
-
-    def _fit(self, num_prompt: int, sampling: SamplingParams, param: str) -> SamplingParams:
-        """Fill in max_tokens from what is left of the context. Raises ContextLengthError."""
-        limit = self.max_model_len
-        if num_prompt == 0:
-            raise errors.InvalidRequestError("The prompt has no tokens.", param)
-        if num_prompt >= limit:
-            raise errors.ContextLengthError(
-                f"The context is {limit} tokens long; the prompt has {num_prompt}.",
-                param,
-            )
-        if sampling.max_tokens is None:
-            sampling = dataclasses.replace(sampling, max_tokens=limit - num_prompt)
-        assert sampling.max_tokens is not None
-        if sampling.logprobs is not None:
-            count = sampling.n * sampling.max_tokens * (1 + sampling.logprobs)
-            if count > MAX_LOGPROBS_PER_REQUEST:
-                raise errors.InvalidRequestError(
-                    f"n * max_tokens * (1 + logprobs) is {count}, at most "
-                    f"{MAX_LOGPROBS_PER_REQUEST}.",
-                    "logprobs",
-                )
-        if num_prompt + sampling.max_tokens > limit:
-            raise errors.ContextLengthError(
-                f"The context is {limit} tokens long; the prompt has {num_prompt} and max_tokens "
-                f"asks for {sampling.max_tokens} more.",
-                "max_tokens",
-            )
-        return sampling
-
-    def _check_ids(self, prompt: Sequence[int], sampling: SamplingParams, param: str) -> None:
-        """Every token id must be a column of the logits: beyond it lie other sequences' memory."""
-        for name, ids in (
-            (param, prompt),
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
-        ):
-            if any(not 0 <= i < self.model_config.vocab_size for i in ids):
-                limit = self.model_config.vocab_size
-                raise errors.InvalidRequestError(f"{name}: token ids are 0 to {limit - 1}.", name)
-
-
-def _error_of(event: Event) -> errors.LorinerError:
-    """The engine's error, as the class it was there."""
-    message = event.error or "The engine failed."
-    kind = getattr(errors, event.error_kind or "", errors.EngineFailedError)
-    with contextlib.suppress(TypeError):
-        made = kind(message)
-        if isinstance(made, errors.LorinerError) and str(made) == message:
-            return made
-    return errors.EngineFailedError(message)

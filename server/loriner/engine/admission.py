@@ -1,0 +1,53 @@
+"""What every request must satisfy before it is queued, whichever door it came through."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from loriner import errors
+from loriner.core import SamplingParams
+
+MAX_LOGPROBS_PER_REQUEST = 1 << 20
+
+
+def fit(sampling: SamplingParams, num_prompt: int, limit: int, param: str) -> SamplingParams:
+    """Fill in max_tokens from what is left of a context of `limit` tokens.
+
+    Raises ContextLengthError; InvalidRequestError when the log-probabilities would fill the memory.
+    """
+    if num_prompt == 0:
+        raise errors.InvalidRequestError("The prompt has no tokens.", param)
+    if num_prompt >= limit:
+        raise errors.ContextLengthError(
+            f"The context is {limit} tokens long; the prompt has {num_prompt}.",
+            param,
+        )
+    if sampling.max_tokens is None:
+        sampling = dataclasses.replace(sampling, max_tokens=limit - num_prompt)
+    assert sampling.max_tokens is not None
+    if sampling.logprobs is not None:
+        count = sampling.n * sampling.max_tokens * (1 + sampling.logprobs)
+        if count > MAX_LOGPROBS_PER_REQUEST:
+            raise errors.InvalidRequestError(
+                f"n * max_tokens * (1 + logprobs) is {count}, at most {MAX_LOGPROBS_PER_REQUEST}.",
+                "logprobs",
+            )
+    if num_prompt + sampling.max_tokens > limit:
+        raise errors.ContextLengthError(
+            f"The context is {limit} tokens long; the prompt has {num_prompt} and max_tokens "
+            f"asks for {sampling.max_tokens} more.",
+            "max_tokens",
+        )
+    return sampling
+
+
+def check_ids(prompt: Sequence[int], sampling: SamplingParams, vocab_size: int, param: str) -> None:
+    """Every token id must be a column of the logits: beyond it lie other sequences' memory."""
+    for name, ids in (
+        (param, prompt),
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
+    ):
+        if any(not 0 <= i < vocab_size for i in ids):
+            raise errors.InvalidRequestError(f"{name}: token ids are 0 to {vocab_size - 1}.", name)
