@@ -120,8 +120,11 @@ class Server(uvicorn.Server):
         deadline = time.monotonic() + self._settings.shutdown_s
         logger.info("draining: running requests have %.0f s", self._settings.shutdown_s)
         await self._drain()
-        left_s = max(LAST_WORDS_S, deadline - time.monotonic())
-        self.config.timeout_graceful_shutdown = math.ceil(min(left_s, 5 * LAST_WORDS_S))
+        # since Python 3.12 a closed server also waits for its connections, forced or not
+        left_s = 0.0 if self.force_exit else deadline - time.monotonic()
+        self.config.timeout_graceful_shutdown = math.ceil(
+            min(max(left_s, LAST_WORDS_S), 5 * LAST_WORDS_S)
+        )
         await super().shutdown(sockets)
 
     async def _drain(self) -> None:
