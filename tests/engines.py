@@ -3,25 +3,32 @@ watched."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from loriner.adapters.pool import SeatWeights
 from loriner.config import MIB, EngineConfig
-from loriner.core import Event, Request, Sequence
+from loriner.core import UNKNOWN, Event, Request, SamplingParams
 from loriner.engine.batch import Batch
+from loriner.engine.cpu_runner import CpuRunner
 from loriner.engine.engine import Engine
 from loriner.engine.runner import Runner
+from loriner.engine.sampler import Sampled, needs_host, sample
+from loriner.engine.scheduler import Run
+from loriner.engine.step_input import StepInput
 from loriner.model.batch_meta import BatchMeta
 
 Key = tuple[str, int]  # request id, choice
 
 
-class RecordingRunner(Runner):
+class RecordingRunner(CpuRunner):
     """Keeps the logits of the last step, so that a test can compare them with an oracle's."""
 
     last_logits: Tensor
@@ -29,6 +36,76 @@ class RecordingRunner(Runner):
     def run(self, batch: BatchMeta) -> Tensor:
         self.last_logits = super().run(batch)
         return self.last_logits
+
+
+class LateRunner(CpuRunner):
+    """A CPU runner that behaves as a GPU does: a step runs some time after its launch, tokens that
+    the host does not know come from the step before, and what it reads later is what it was given.
+    """
+
+    is_async = True
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.reset()
+
+    def reset(self) -> None:
+        """For another engine."""
+        self.launched: list[StepInput] = []
+        self.broken: set[int] = set()  # launches (from 0) whose result cannot be read
+        self._queue: deque[LateStep] = deque()
+        self._ids = torch.empty(0, dtype=torch.int64)  # of the last step that ran
+
+    def needs_host(self, params: SamplingParams) -> bool:
+        return needs_host(params)
+
+    def launch(self, step: StepInput) -> LateStep:  # type: ignore[override]
+        assert len(self._queue) <= 1, "two steps are under way already"
+        unknown = np.flatnonzero(step.token_source >= 0)
+        if len(unknown):
+            assert self.launched and step.token_source.max() < len(self.launched[-1].draws)
+        ahead = set(unknown.tolist())
+        for row, draw in zip(step.sample_rows.tolist(), step.draws, strict=True):
+            assert row not in ahead or not needs_host(draw.params), "launched over an unknown token"
+            assert UNKNOWN not in draw.token_ids
+        made = LateStep(self, len(self.launched), step, self.meta(step))
+        self.launched.append(step)
+        self._queue.append(made)
+        return made
+
+    def catch_up(self, step: LateStep) -> None:
+        """Run what was launched, up to `step`."""
+        while step in self._queue:
+            self._queue.popleft().run()
+
+    def feed(self, step: StepInput) -> Tensor:
+        source = torch.from_numpy(step.token_source).long()
+        known = torch.from_numpy(step.token_ids).long()
+        if not len(self._ids):
+            return known
+        return torch.where(source >= 0, self._ids[source.clamp(min=0)], known)
+
+
+class LateStep:
+    """One launched step of a `LateRunner`."""
+
+    def __init__(self, runner: LateRunner, index: int, step: StepInput, meta: BatchMeta) -> None:
+        self._runner, self._index, self._step, self._meta = runner, index, step, meta
+        self._sampled: list[Sampled] = []
+
+    def run(self) -> None:
+        runner = self._runner
+        meta = dataclasses.replace(self._meta, token_ids=runner.feed(self._step))
+        logits = runner.run(meta)
+        self._sampled = sample(logits, self._step.draws, runner.model_config.eos_token_ids)
+        chosen = [0 if s.token_id is None else s.token_id for s in self._sampled]
+        runner._ids = torch.tensor(chosen, dtype=torch.int64)
+
+    def result(self) -> list[Sampled]:
+        self._runner.catch_up(self)
+        if self._index in self._runner.broken:
+            raise RuntimeError("secret internals")
+        return self._sampled
 
 
 class WatchedEngine(Engine):
@@ -44,22 +121,23 @@ class WatchedEngine(Engine):
         self.text: dict[Key, str] = {}
         self.ends: dict[Key, Event] = {}
         self.max_mixed = 0  # most distinct adapters seen in one step
+        self._sampled: tuple[Run, ...] = ()
         build = self._builder.build
 
-        def watched(runs: Iterable[object]) -> Batch:
-            batch = build(runs)  # type: ignore[arg-type]
+        def watched(runs: list[Run]) -> Batch:
+            batch = build(runs)
             self._sampled = batch.sampled
-            self.max_mixed = max(self.max_mixed, len({r.sequence.generation for r in runs}))  # type: ignore[attr-defined]
+            self.max_mixed = max(self.max_mixed, len({r.sequence.generation for r in runs}))
             return batch
 
-        self._builder.build = watched  # type: ignore[method-assign]
-        self._sampled: tuple[Sequence, ...] = ()
+        self._builder.build = watched  # type: ignore[method-assign, assignment]
 
     def step(self) -> list[Event]:
         self._sampled = ()
         events = super().step()
         if isinstance(self.runner, RecordingRunner):
-            for row, sequence in enumerate(self._sampled):
+            for row, run in enumerate(self._sampled):
+                sequence = run.sequence
                 key = (sequence.request.request_id, sequence.index)
                 self.logits.setdefault(key, []).append(self.runner.last_logits[row].clone())
         self.note(events)

@@ -41,9 +41,21 @@ class EngineConfig:
     max_sequences: int = setting(32, "most sequences that run in one step", low=1, high=4096)
     max_step_tokens: int = setting(512, "token budget of one step", low=1)
     block_size: int = setting(16, "tokens in one KV block", low=1, high=256)
-    kv_bytes: int = setting(512 * MIB, "memory for the KV cache", low=1)
+    kv_bytes: int = setting(
+        0, "memory for the KV cache (0: 512 MiB on a CPU, from what is free on a GPU)", low=0
+    )
     max_seats: int = setting(32, "most adapters in one step", low=1)
-    pool_bytes: int = setting(512 * MIB, "memory for adapters that can run now", low=1)
+    pool_bytes: int = setting(
+        0,
+        "memory for adapters that can run now (0: 512 MiB on a CPU, from what is free on a GPU)",
+        low=0,
+    )
+    gpu_memory_fraction: float = setting(
+        0.9, "of the GPU's memory, all of ours together: base, adapters, KV cache", low=0.01, high=1
+    )
+    pool_fraction: float = setting(
+        0.3, "of what the base leaves on the GPU, for adapters; the rest is KV cache", low=0, high=1
+    )
     host_bytes: int = setting(1 * GIB, "memory for adapters kept warm on the host", low=1)
     prefix_cache: bool = setting(True, "reuse KV blocks of equal prefixes")
     max_waiting: int = setting(1024, "most sequences that may wait; more are refused", low=0)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import msgspec
 
 from loriner.errors import InvalidRequestError
 
@@ -19,6 +20,8 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+
+UNKNOWN = -1  # a token that the GPU has and the host has not
 
 
 class FinishReason(enum.StrEnum):
@@ -82,6 +85,13 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether the tokens so far weigh in the choice of the next."""
+        return bool(
+            self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -96,54 +106,86 @@ class Request:
 
 
 class Sequence:
-    """One running generation of tokens: a request has `n` of them. Owned by the engine's loop."""
+    """One running generation of tokens: a request has `n` of them. Owned by the engine's loop.
+
+    `token_ids` may end in UNKNOWN: chosen by a step under way, whose result is not here yet.
+    """
 
     __slots__ = (
         "blocks",
         "cold_start",
+        "done",
+        "generation",
         "hashes",
         "index",
+        "limit",
+        "looks_back",
+        "memo",
+        "needs_host",
         "num_cached",
         "num_computed",
+        "num_keyed",
+        "num_known",
         "num_preemptions",
+        "num_prompt",
+        "num_settled",
         "request",
+        "row",
         "seated",
         "seed",
+        "source",
         "token_ids",
     )
 
-    def __init__(self, request: Request, index: int, seed: int) -> None:
+    def __init__(self, request: Request, index: int, seed: int, max_len: int = 2**31) -> None:
         self.request = request
         self.index = index  # which of the n choices
         self.seed = seed  # of this sequence's own noise
+        self.generation = request.generation
+        self.num_prompt = len(request.prompt_ids)
+        max_tokens = request.sampling.max_tokens
+        self.limit = min(max_len, max_len if max_tokens is None else self.num_prompt + max_tokens)
         self.token_ids = list(request.prompt_ids)  # prompt, then output
-        self.num_computed = 0  # tokens whose keys and values are in the cache; set by the scheduler
+        self.num_known = self.num_prompt  # of `token_ids`; the others are UNKNOWN
+        self.num_computed = 0  # tokens whose keys and values are in the cache once all launched
+        # steps have ended; set by the engine
+        self.num_settled = 0  # of those, by steps that have ended; set by the block manager
         self.num_cached = 0  # of the prompt, found in the prefix cache; set by the block manager
         self.num_preemptions = 0
         self.blocks: list[int] = []  # set by the block manager
+        self.row = -1  # of the block table, while there are blocks; set by the block manager
         self.hashes: list[bytes] = []  # keys of the full blocks so far; set by the block manager
+        self.num_keyed = 0  # blocks that the prefix cache has seen; set by the block manager
+        self.source = -1  # its place among the tokens that the last step chose; set by the engine
+        self.needs_host = False  # its next step needs the last one's token; set by the engine
+        self.looks_back = request.sampling.looks_back
+        self.memo: dict[str, object] = {}  # what a runner makes of `sampling` and `seed` once
         self.seated = False  # holds a pin on its adapter's seat; set by the scheduler
         self.cold_start = False  # waited for its adapter to be loaded; set by the scheduler
-
-    @property
-    def generation(self) -> str | None:
-        return self.request.generation
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
+        self.done = False  # has had its last event; set by the engine
 
     @property
     def num_output(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_ids)
+        """Output tokens that are known."""
+        return self.num_known - self.num_prompt
 
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
 
     @property
-    def output_ids(self) -> Iterator[int]:
-        return iter(self.token_ids[self.num_prompt :])
+    def all_known(self) -> bool:
+        return self.num_known == len(self.token_ids)
+
+    def learn(self, place: int, token_id: int) -> None:
+        """The token at `place`, which was UNKNOWN, is this one."""
+        assert self.num_known == place and self.token_ids[place] == UNKNOWN
+        self.token_ids[place] = token_id
+        self.num_known = place + 1
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        self.num_known += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +198,7 @@ class TokenLogprob:
     top: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """What one step added to one sequence. The last event of a sequence has a finish_reason."""
 
     request_id: str

@@ -15,7 +15,7 @@ def weights(num_bytes: int = 10) -> SeatWeights:
 
 
 def test_evicts_the_least_recently_used_idle_seat() -> None:
-    pool = Pool(budget_bytes=30, max_seats=8)
+    pool = Pool(30, max_seats=8)
     for name in "abc":
         pool.seat(name, weights())
     pool.acquire("a")
@@ -26,7 +26,7 @@ def test_evicts_the_least_recently_used_idle_seat() -> None:
 
 
 def test_a_pinned_seat_is_never_evicted() -> None:
-    pool = Pool(budget_bytes=20, max_seats=8)
+    pool = Pool(20, max_seats=8)
     pool.seat("a", weights())
     pool.acquire("a")
     pool.seat("b", weights())
@@ -34,13 +34,13 @@ def test_a_pinned_seat_is_never_evicted() -> None:
     assert "a" in pool and "b" not in pool
     assert not pool.can_evict("a")
     pool.acquire("c")
-    assert not pool.can_seat(1)
+    assert not pool.can_seat(weights(1))
     pool.release("c")
-    assert pool.can_seat(10) and not pool.can_seat(11)
+    assert pool.can_seat(weights(10)) and not pool.can_seat(weights(11))
 
 
 def test_a_kept_seat_makes_room_last() -> None:
-    pool = Pool(budget_bytes=20, max_seats=2)
+    pool = Pool(20, max_seats=2)
     pool.kept = frozenset("a")
     pool.seat("a", weights())
     pool.seat("b", weights())
@@ -50,14 +50,14 @@ def test_a_kept_seat_makes_room_last() -> None:
 
 
 def test_the_number_of_seats_is_kept() -> None:
-    pool = Pool(budget_bytes=1000, max_seats=2)
+    pool = Pool(1000, max_seats=2)
     for name in "abc":
         pool.seat(name, weights())
     assert len(pool) == 2 and pool.used_bytes == 20
 
 
 def test_every_pin_is_counted() -> None:
-    pool = Pool(budget_bytes=20, max_seats=2)
+    pool = Pool(20, max_seats=2)
     pool.seat("a", weights())
     pool.acquire("a")
     pool.acquire("a")
@@ -108,3 +108,33 @@ def test_weights_that_overflow_with_their_scaling_are_refused() -> None:
     bias = LoraWeight(torch.ones(1, 4), torch.ones(6, 1), torch.full((6,), 3e38), 64.0)
     with pytest.raises(InvalidAdapterError, match="finite"):
         pack(Adapter.of({"q": bias}), LAYOUT, torch.float32)
+
+
+def test_a_seat_has_a_number_of_its_own_while_it_lasts() -> None:
+    pool = Pool(1000, max_seats=3)
+    for name in "abc":
+        pool.seat(name, weights())
+    assert {pool.seat_id(name) for name in "abc"} == {0, 1, 2}
+    freed = pool.seat_id("b")
+    pool.evict("b")
+    pool.seat("d", weights())
+    assert pool.seat_id("d") == freed and pool.is_ready("d")
+    pool.check_integrity()
+
+
+def test_a_refusal_is_not_remembered_once_something_changed() -> None:
+    pool = Pool(20, max_seats=4)
+    pool.seat("a", weights())
+    pool.seat("b", weights())
+    pool.acquire("a")
+    assert not pool.can_seat(weights(11))
+    pool.release("a")
+    assert pool.can_seat(weights(11)) and pool.can_seat(weights(20))
+
+
+def test_without_idle_bytes_seats_are_enough() -> None:
+    pool = Pool(20, max_seats=1)
+    pool.seat("a", weights(0))
+    assert pool.seat("b", weights(20)) == ["a"]
+    pool.acquire("b")
+    assert not pool.can_seat(weights(0))

@@ -199,3 +199,65 @@ def test_evicting_takes_it_out_of_both_tiers_unless_it_runs(disk: Disk) -> None:
         assert registry.host_used_bytes == 0
 
     closing(make(disk), check)
+
+
+def test_several_loaders_work_side_by_side(disk: Disk) -> None:
+    barrier = threading.Barrier(3, timeout=5)
+
+    def source(generation: str) -> SeatWeights:
+        barrier.wait()
+        return SeatWeights({}, None, 10)
+
+    registry = Registry(source, Pool(100, 4), 100, lambda: None, num_loaders=3)
+    try:
+        for name in "abc":
+            registry.prefetch(name)
+        deadline = time.monotonic() + 5
+        while any(registry.want(name) is not Readiness.SEATED for name in "abc"):
+            assert time.monotonic() < deadline
+            registry.poll()
+        registry.check_integrity()
+    finally:
+        registry.close()
+
+
+def test_no_second_load_starts_without_room_for_it_on_the_host(disk: Disk) -> None:
+    registry = Registry(disk, Pool(100, 4), 25, lambda: None, num_loaders=3)
+    disk.wanted |= set("abcd")
+    registry.is_wanted = disk.wanted.__contains__
+    try:
+        wait_for(registry, "a", Readiness.SEATED)
+        disk.gate.clear()
+        for name in "bcd":
+            registry.prefetch(name)
+        assert len(registry._loading) == 2
+        disk.gate.set()
+        for name in "bcd":
+            wait_for(registry, name, Readiness.SEATED)
+    finally:
+        registry.close()
+
+
+def test_thousands_of_generations_cost_no_more_than_a_few(disk: Disk) -> None:
+    """Calls that run in each step don't walk what is known."""
+
+    class Counting(dict[str, object]):
+        walks = 0
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            Counting.walks += 1
+            return super().__iter__()
+
+        items = values = keys = __iter__  # type: ignore[assignment]
+
+    def check(registry: Registry) -> None:
+        for i in range(50):
+            wait_for(registry, str(i), Readiness.SEATED)
+        registry._entries = Counting(registry._entries)  # type: ignore[assignment]
+        for i in range(100):
+            wait_for(registry, str(i), Readiness.SEATED)
+            registry.host_used_bytes + registry.pool.used_bytes
+            registry.take_changes(8)
+        assert Counting.walks == 0
+
+    closing(make(disk, host_bytes=200), check)

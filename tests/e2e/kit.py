@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loriner.adapters import formats
 from loriner.adapters.pool import SeatWeights, pack
-from loriner.engine.runner import Runner
+from loriner.engine.cpu_runner import CpuRunner
 from loriner.model.config import ModelConfig
 from loriner.model.transformer import layout
 from tests.adapters.samples import SEVEN, config, tensors, write_adapter
@@ -33,7 +33,7 @@ class Kit:
         self.modules = ModelConfig.from_hf(tiny_config(max_position_embeddings=MAX_LEN)).modules()
         self.adapters = {f"a{i}": self._write(folder / f"a{i}", i) for i in range(len(RANKS))}
         self.alone = cache(self._alone)
-        self._runner = Runner(engine_config(self.base))
+        self._runner = CpuRunner(engine_config(self.base))
 
     def expected(self, cases: Iterable[Case]) -> dict[Case, list[int]]:
         return {case: self.alone(*case) for case in cases}

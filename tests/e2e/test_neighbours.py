@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from loriner.adapters.adapter import Adapter, LoraWeight
 from loriner.adapters.pool import SeatWeights, pack
 from loriner.core import FinishReason, Request
-from loriner.engine.runner import Runner
+from loriner.engine.cpu_runner import CpuRunner
 from loriner.model.transformer import KvCache, layout
-from tests.engines import WatchedEngine, build_engine, engine_config
+from tests.engines import LateRunner, WatchedEngine, build_engine, engine_config
 from tests.fakes import make_request
 from tests.tiny import write_tiny_base
 
@@ -57,17 +57,24 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.base = write_tiny_base(folder / "base")
-        self.runner = Runner(engine_config(self.base))
+        self.runner = CpuRunner(engine_config(self.base))
+        self.late_runner = LateRunner(engine_config(self.base))
         self.weights = random_adapters(self.runner)
         self.alone = cache(self._alone)
 
     def engine(
-        self, *, num_blocks: int = 256, prefix_cache: bool = True, **config: int
+        self,
+        *,
+        num_blocks: int = 256,
+        prefix_cache: bool = True,
+        late: bool = False,
+        **config: int,
     ) -> WatchedEngine:
-        self.runner.kv = KvCache(self.runner.model_config, num_blocks, BLOCK, torch.float32)
-        self.runner.max_len = num_blocks * BLOCK
+        runner = self.late_runner if late else self.runner
+        runner.kv = KvCache(runner.model_config, num_blocks, BLOCK, torch.float32)
+        runner.max_len = num_blocks * BLOCK
         made = engine_config(self.base, block_size=BLOCK, prefix_cache=prefix_cache, **config)
-        return build_engine(made, self.weights, self.runner)
+        return build_engine(made, self.weights, runner)
 
     def _alone(self, ask: Ask) -> list[list[int]]:
         engine = self.engine(prefix_cache=False)
@@ -76,7 +83,7 @@ class Lab:
         return [engine.outputs["r", i] for i in range(ask.n)]
 
 
-def random_adapters(runner: Runner) -> Mapping[str, SeatWeights]:
+def random_adapters(runner: CpuRunner) -> Mapping[str, SeatWeights]:
     generator = torch.Generator().manual_seed(3)
     modules, placed = runner.model_config.modules(), layout(runner.model_config)
     made = {}
@@ -118,7 +125,7 @@ actions = st.one_of(
 
 
 @settings(
-    max_examples=40,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -129,6 +136,7 @@ actions = st.one_of(
     max_step_tokens=st.sampled_from([5, 16, 512]),
     max_seats=st.sampled_from([1, 2, 8]),
     prefix_cache=st.booleans(),
+    late=st.booleans(),
 )
 def test_a_sequence_has_the_tokens_it_has_alone(
     lab: Lab,
@@ -137,10 +145,12 @@ def test_a_sequence_has_the_tokens_it_has_alone(
     max_step_tokens: int,
     max_seats: int,
     prefix_cache: bool,
+    late: bool,
 ) -> None:
     engine = lab.engine(
         num_blocks=num_blocks,
         prefix_cache=prefix_cache,
+        late=late,
         max_step_tokens=max_step_tokens,
         max_sequences=min(16, max_step_tokens),
         max_seats=max_seats,

@@ -16,7 +16,7 @@ PROMPT = list(range(10))
 def compute(blocks: BlockManager, sequence: Sequence) -> None:
     blocks.allocate(sequence, len(sequence.token_ids))
     sequence.num_computed = len(sequence.token_ids)
-    blocks.commit(sequence)
+    blocks.commit(sequence, sequence.num_computed)
 
 
 def test_a_prefix_is_reused_but_the_last_token_is_always_computed() -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from loriner.core import Sequence
 from loriner.engine import sampler
 from loriner.engine.sampler import sample, uniform
+from loriner.engine.step_input import Draw
 from tests.fakes import make_sequence
 
 EOS = (0,)
@@ -20,11 +22,16 @@ EOS = (0,)
 def pick(logits: list[float] | Tensor, output: list[int] = [], seed: int = 7, **params: Any) -> int:  # noqa: B006
     sequence = make_sequence((1, 2), **params)
     sequence.seed = seed
-    sequence.token_ids += output
+    for token in output:
+        sequence.append(token)
     row = logits if isinstance(logits, Tensor) else torch.tensor(logits)
-    token_id = sample(row[None], [sequence], EOS)[0].token_id
+    token_id = sample(row[None], draws(sequence), EOS)[0].token_id
     assert token_id is not None
     return token_id
+
+
+def draws(*sequences: Sequence) -> list[Draw]:
+    return [Draw.of(sequence, sequence.num_known) for sequence in sequences]
 
 
 def draw_many(logits: list[float], count: int = 2000, **params: Any) -> Counter[int]:
@@ -79,6 +86,12 @@ def test_looking_at_the_likely_first_changes_nothing(
     assert some == [pick(logits, seed=seed, temperature=1.0, **params) for seed in range(40)]
 
 
+@pytest.mark.parametrize("params", [{"top_k": 2}, {"top_p": 0.3}])
+def test_of_equals_the_lowest_ids_are_kept(params: dict[str, Any]) -> None:
+    logits = [0.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+    assert set(draw_many(logits, 200, **params)) == {1, 2}
+
+
 @pytest.mark.parametrize("temperature", [1e-300, 1e-5])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     assert pick([0.0, 1.0, 3.0, 2.0], temperature=temperature) == 2
@@ -90,8 +103,8 @@ def test_a_seed_draws_the_same_whatever_runs_beside_it() -> None:
     sequences = [make_sequence(temperature=1.0, request_id=str(i)) for i in range(3)]
     for seed, sequence in enumerate(sequences):
         sequence.seed = seed
-    together = [s.token_id for s in sample(logits, sequences, EOS)]
-    alone = [sample(logits[i][None], [sequences[i]], EOS)[0].token_id for i in range(3)]
+    together = [s.token_id for s in sample(logits, draws(*sequences), EOS)]
+    alone = [sample(logits[i][None], draws(sequences[i]), EOS)[0].token_id for i in range(3)]
     assert together == alone
 
 
@@ -127,7 +140,7 @@ def test_min_tokens_bars_the_end() -> None:
 def test_logprobs_are_the_models_own() -> None:
     sequence = make_sequence(logprobs=2, logit_bias=((3, 100.0),))
     logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
-    chosen = sample(logits, [sequence], EOS)[0]
+    chosen = sample(logits, draws(sequence), EOS)[0]
     expected = torch.log_softmax(logits[0], dim=-1)
     assert chosen.token_id == 3 and chosen.logprob == pytest.approx(float(expected[3]))
     assert [i for i, _ in chosen.top] == [2, 3]
@@ -137,11 +150,15 @@ def test_a_broken_row_fails_alone() -> None:
     logits = torch.zeros(3, 4)
     logits[1, 2] = torch.nan
     sequences = [make_sequence(request_id=str(i)) for i in range(3)]
-    assert [s.token_id is None for s in sample(logits, sequences, EOS)] == [False, True, False]
+    assert [s.token_id is None for s in sample(logits, draws(*sequences), EOS)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_logits_are_not_changed() -> None:
     logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
     before = logits.clone()
-    sample(logits, [make_sequence(logit_bias=((1, 5.0),), repetition_penalty=2.0)], EOS)
+    sample(logits, draws(make_sequence(logit_bias=((1, 5.0),), repetition_penalty=2.0)), EOS)
     assert torch.equal(logits, before)

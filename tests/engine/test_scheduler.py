@@ -30,10 +30,10 @@ def step(scheduler: Scheduler) -> list[Run]:
     """Schedule, and pretend that each sampling sequence got token 99."""
     runs = scheduler.schedule()
     for run in runs:
-        run.sequence.num_computed += run.count
-        scheduler.blocks.commit(run.sequence)
-        if run.sequence.num_uncomputed == 0:
-            run.sequence.token_ids.append(99)
+        run.sequence.num_computed += run.num_rows
+        scheduler.blocks.commit(run.sequence, run.sequence.num_computed)
+        if run.samples:
+            run.sequence.append(99)
     return runs
 
 
@@ -45,7 +45,7 @@ def add(scheduler: Scheduler, *sequences: Sequence) -> None:
 def test_a_long_prompt_runs_in_chunks_within_the_budget() -> None:
     scheduler = make(max_step_tokens=16)
     add(scheduler, make_sequence(range(40)))
-    assert [[r.count for r in step(scheduler)] for _ in range(4)] == [[16], [16], [8], [1]]
+    assert [[r.num_rows for r in step(scheduler)] for _ in range(4)] == [[16], [16], [8], [1]]
 
 
 def test_decodes_go_before_prefills() -> None:
@@ -54,15 +54,16 @@ def test_decodes_go_before_prefills() -> None:
     add(scheduler, short)
     step(scheduler)
     add(scheduler, long)
-    assert [(r.sequence, r.count) for r in step(scheduler)] == [(short, 1), (long, 7)]
+    assert [(r.sequence, r.num_rows) for r in step(scheduler)] == [(short, 1), (long, 7)]
 
 
 def test_only_the_chunk_with_the_newest_token_samples() -> None:
     scheduler = make(max_step_tokens=4)
     sequence = make_sequence(range(6))
-    assert [Run(sequence, 0, 4).samples, Run(sequence, 4, 2).samples] == [False, True]
+    assert [Run.of(sequence, 4).samples, Run.of(sequence, 6).samples] == [False, True]
     add(scheduler, sequence)
-    assert [r.count for r in step(scheduler) + step(scheduler)] == [4, 2]
+    runs = step(scheduler) + step(scheduler)
+    assert [(r.num_rows, r.samples) for r in runs] == [(4, False), (2, True)]
 
 
 def test_the_latest_admitted_is_preempted_and_comes_back_first() -> None:
@@ -73,7 +74,11 @@ def test_the_latest_admitted_is_preempted_and_comes_back_first() -> None:
     step(scheduler)
     runs = step(scheduler)  # first needs a third block, second fills its second
     assert [r.sequence for r in runs] == [first]
-    assert scheduler.waiting[0] is second and second.blocks == [] and scheduler.num_preemptions == 1
+    assert (
+        next(iter(scheduler.waiting)) is second
+        and second.blocks == []
+        and scheduler.num_preemptions == 1
+    )
     scheduler.finish(first)
     assert [r.sequence for r in step(scheduler)] == [second]
     assert second.num_computed == 8
@@ -125,7 +130,7 @@ def test_a_waiting_adapter_is_not_starved_by_a_popular_one() -> None:
         if served:
             break
         if i % 2 == 0:
-            scheduler.finish(scheduler.running[0])
+            scheduler.finish(next(iter(scheduler.running)))
         clock.now += DRAIN_S / 2
     assert served, "b was passed over for ever"
 
@@ -137,7 +142,7 @@ def test_choices_wait_for_their_common_prompt() -> None:
     assert [r.sequence.index for r in step(scheduler)] == [0]
     runs = step(scheduler)
     assert [r.sequence.index for r in runs] == [0, 1, 2]
-    assert [r.count for r in runs] == [1, 1, 1]
+    assert [r.num_rows for r in runs] == [1, 1, 1]
 
 
 def test_max_sequences_is_kept() -> None:

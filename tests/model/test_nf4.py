@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from loriner.kernels.operands import NestedScales
 from loriner.kernels.reference import dequantize_nf4
 from loriner.model import nf4
-from loriner.model.nf4 import NestedAbsmax, dynamic_map, nf4_code, quantize_nf4
+from loriner.model.nf4 import dynamic_map, nf4_code, quantize_nf4
 
 bnb: Any = pytest.importorskip("bitsandbytes.functional")
 
@@ -88,7 +89,7 @@ def test_nested_scales_equal_bitsandbytes_around_the_same_offset(
     weight = random_weight(shape, scale).bfloat16()
     ours, (packed, state) = quantize_nf4(weight, double_quant=True), oracle(weight)
     nested = ours.absmax
-    assert isinstance(nested, NestedAbsmax)
+    assert isinstance(nested, NestedScales)
     index, scales = bnb.quantize_blockwise(
         state.absmax - torch.tensor(nested.offset), blocksize=256
     )
@@ -108,7 +109,7 @@ def test_nested_weights_whose_mean_is_exact_equal_bitsandbytes_in_every_part(
     weight = (random_weight((rows, cols), 4.0) * 8).round() / 8
     ours, (packed, state) = quantize_nf4(weight, double_quant=True), oracle(weight, nested=True)
     nested = ours.absmax
-    assert isinstance(nested, NestedAbsmax)
+    assert isinstance(nested, NestedScales)
 
     assert nested.offset == state.offset.item()
     assert torch.equal(ours.packed, packed)
@@ -120,7 +121,7 @@ def test_nested_weights_whose_mean_is_exact_equal_bitsandbytes_in_every_part(
 def test_offset_is_within_rounding_of_bitsandbytes(seed: int) -> None:
     weight = random_weight((192, 576), 0.02, seed).bfloat16()
     nested = quantize_nf4(weight, double_quant=True).absmax
-    assert isinstance(nested, NestedAbsmax)
+    assert isinstance(nested, NestedScales)
     offset = oracle(weight, nested=True)[1].offset.item()
 
     assert abs(nested.offset - offset) <= 2 * torch.finfo(torch.float32).eps * offset
@@ -147,7 +148,7 @@ def test_decoding_equals_bitsandbytes(double_quant: bool) -> None:
     packed, state = oracle(weight, nested=double_quant)
     if double_quant:
         parts = (state.absmax, state.state2.absmax, state.state2.code, state.offset.item())
-        absmax = NestedAbsmax(*parts).expand()
+        absmax = NestedScales(*parts).expand()
     else:
         absmax = state.absmax
     expected = bnb.dequantize_4bit(packed.unsqueeze(1), state)
@@ -171,8 +172,8 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
     torch.set_num_threads(2)
     two = quantize_nf4(weight, double_quant=True).absmax
     torch.set_num_threads(1)
-    assert isinstance(one, NestedAbsmax)
-    assert isinstance(two, NestedAbsmax)
+    assert isinstance(one, NestedScales)
+    assert isinstance(two, NestedScales)
 
     assert one.offset == two.offset
     assert torch.equal(one.index, two.index)
@@ -184,7 +185,7 @@ def test_bytes_are_the_same_on_every_machine() -> None:
     weight = ((count * 7919 % 10007 - 5003).float() / 5003 * (1 + count // 576)).view(96, 576)
     quantized = quantize_nf4(weight.bfloat16(), double_quant=True)
     nested = quantized.absmax
-    assert isinstance(nested, NestedAbsmax)
+    assert isinstance(nested, NestedScales)
     parts = (quantized.packed, nested.index, nested.absmax, nested.code)
     digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 

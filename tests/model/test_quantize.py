@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loriner.errors import CheckpointError
+from loriner.kernels.operands import Nf4
 from loriner.model import quantize as module
 from loriner.model.nf4 import quantize_nf4
 from loriner.model.quantize import quantize
 from loriner.model.shards import Shards
-from loriner.model.weights import Checkpoint, Nf4Weight
+from loriner.model.weights import Checkpoint
 from tests.tiny import tiny_config, tiny_tensors, write_tiny_dense
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -62,10 +63,10 @@ def test_linears_are_quantised_and_all_else_is_bf16(
     assert checkpoint.base_digest == digest
     for name in checkpoint.config.linears():
         weight = checkpoint.linear(name)
-        assert isinstance(weight, Nf4Weight)
+        assert isinstance(weight, Nf4)
         expected = quantize_nf4(source[f"{name}.weight"], double_quant=double_quant)
         assert torch.equal(weight.packed, expected.packed)
-        assert torch.equal(weight.absmax, expected.expanded())
+        assert torch.equal(weight.expanded(), expected.expanded())
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert torch.equal(checkpoint.tensor(name), source[name])
 

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loriner.errors import CheckpointError
-from loriner.model.weights import Checkpoint, Nf4Weight
+from loriner.kernels import reference
+from loriner.kernels.operands import Nf4
+from loriner.model.weights import Checkpoint
 from tests.tiny import CLASSES, IM_END, write_tiny_base, write_tiny_dense
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -41,7 +43,7 @@ def edit_tensors(folder: Path, changes: dict[str, Tensor | None]) -> None:
 
 def dequantized(checkpoint: Checkpoint, name: str) -> Tensor:
     weight = checkpoint.linear(name)
-    return weight.dequantize() if isinstance(weight, Nf4Weight) else weight.float()
+    return reference.dequantized(weight) if isinstance(weight, Nf4) else weight.float()
 
 
 def bitsandbytes_weights(model: Any) -> dict[str, Tensor]:
@@ -142,12 +144,15 @@ def quantized_by_transformers(folder: Path, double_quant: bool, storage: str) ->
 
 def test_parts_have_the_promised_shapes_and_dtypes(base: Path) -> None:
     weight = Checkpoint.open(base).linear(QUERY)
-    assert isinstance(weight, Nf4Weight)
+    assert isinstance(weight, Nf4)
 
     assert (weight.packed.dtype, weight.packed.shape) == (torch.uint8, (64 * 64 // 2,))
-    assert (weight.absmax.dtype, weight.absmax.shape) == (torch.float32, (64,))
+    assert (weight.expanded().dtype, weight.expanded().shape) == (torch.float32, (64,))
     assert (weight.code.dtype, weight.code.shape) == (torch.float32, (16,))
-    assert (weight.dequantize().dtype, weight.dequantize().shape) == (torch.float32, (64, 64))
+    assert (reference.dequantized(weight).dtype, reference.dequantized(weight).shape) == (
+        torch.float32,
+        (64, 64),
+    )
 
 
 def test_dense_tensors_come_as_stored(base: Path) -> None:

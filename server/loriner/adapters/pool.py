@@ -1,7 +1,8 @@
 """Seats: the memory from which adapters run, each generation at its exact rank.
 
-Knows bytes, pins and age; does not know who uses a seat or where adapters come from. Invariant: a
-pinned seat is never evicted, and the bytes in use are the sum over seats (`check_integrity`).
+Knows bytes, pins and age; does not know who uses a seat, where adapters come from, or what kind of
+memory it is (`Memory`). Invariant: a pinned seat is never evicted, and no two generations share a
+seat's number or bytes (`check_integrity`).
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loriner.adapters.adapter import Adapter, LoraWeight
+from loriner.adapters.memory import HostSeats, Memory
+from loriner.adapters.memory import Weights as Weights
 from loriner.errors import InvalidAdapterError
 from loriner.kernels.operands import LoraEmbedding, LoraGroup, LoraPart
 
@@ -37,6 +40,9 @@ class SeatWeights:
     groups: Mapping[str, LoraGroup]
     embedding: LoraEmbedding | None
     num_bytes: int
+
+    def free(self) -> None:
+        """The garbage collector does it: steps may still read them."""
 
 
 def pack(adapter: Adapter, layout: Layout, dtype: torch.dtype) -> SeatWeights:
@@ -81,23 +87,33 @@ def _tensors(group: LoraGroup) -> list[Tensor]:
 
 
 class _Seat:
-    __slots__ = ("pins", "weights")
+    __slots__ = ("num_bytes", "pins", "seat_id", "weights")
 
-    def __init__(self, weights: SeatWeights) -> None:
-        self.weights = weights
+    def __init__(self, seat_id: int, num_bytes: int, weights: Weights | None) -> None:
+        self.seat_id = seat_id
+        self.num_bytes = num_bytes
+        self.weights = weights  # where the seat is the host's weights themselves
         self.pins = 0
 
 
 class Pool:
-    """Generations that can run now, least recently used first."""
+    """Generations that can run now. `memory`: where their seats lie; a number is that many bytes
+    of the host's."""
 
-    def __init__(self, budget_bytes: int, max_seats: int) -> None:
-        self.budget_bytes = budget_bytes
+    def __init__(self, memory: Memory | int, max_seats: int) -> None:
+        self.memory: Memory = HostSeats(memory) if isinstance(memory, int) else memory
         self.max_seats = max_seats
-        self.used_bytes = 0
         self.num_evictions = 0
-        self._seats: OrderedDict[str, _Seat] = OrderedDict()
         self.kept: frozenset[str] = frozenset()  # pinned by an operator: the last to be evicted
+        self._seats: dict[str, _Seat] = {}
+        self._idle: OrderedDict[str, None] = (
+            OrderedDict()
+        )  # without pins, least recently used first
+        self._pinned_bytes = 0
+        self._free_ids = list(range(max_seats - 1, -1, -1))  # the last is the next
+        self._version = 0  # of all that `can_seat` depends on
+        self._refused: tuple[int, frozenset[str], int] | None = None
+        self._answer: tuple[int, frozenset[str], Weights, list[str]] | None = None
 
     def __contains__(self, generation: str) -> bool:
         return generation in self._seats
@@ -105,44 +121,79 @@ class Pool:
     def __len__(self) -> int:
         return len(self._seats)
 
+    @property
+    def budget_bytes(self) -> int:
+        return self.memory.budget_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self.memory.used_bytes
+
     def weights(self, generation: str) -> SeatWeights:
-        return self._seats[generation].weights
+        """What the CPU's kernels read."""
+        weights = self._seats[generation].weights
+        assert isinstance(weights, SeatWeights)
+        return weights
+
+    def seat_id(self, generation: str) -> int:
+        """The seat's number, below `max_seats`; it stays while the seat does."""
+        return self._seats[generation].seat_id
+
+    def is_ready(self, generation: str) -> bool:
+        """Whether the weights have arrived, so that a step may read them."""
+        return self.memory.is_ready(self._seats[generation].seat_id)
 
     def num_pins(self, generation: str) -> int:
         seat = self._seats.get(generation)
         return seat.pins if seat else 0
 
-    def can_seat(self, num_bytes: int) -> bool:
-        """Whether a new generation of this size fits once every idle seat is given up."""
-        idle = [self._seats[g].weights.num_bytes for g in self._idle()]
-        seats = len(self._seats) - len(idle)
-        return (
-            seats < self.max_seats and self.used_bytes - sum(idle) + num_bytes <= self.budget_bytes
-        )
+    def note_launch(self, event: Any) -> None:
+        """To be called after each launch of a step: memory given up from now on is overwritten
+        only after `event`."""
+        self.memory.note_launch(event)
 
-    def seat(self, generation: str, weights: SeatWeights) -> list[str]:
+    def has_room(self, weights: Weights) -> bool:
+        """Whether a new generation fits without taking any seat away."""
+        return bool(self._free_ids) and self.memory.can_place(weights)
+
+    def can_seat(self, weights: Weights) -> bool:
+        """Whether a new generation fits once every idle seat is given up."""
+        return self._victims(weights) is not None
+
+    def seat(self, generation: str, weights: Weights) -> list[str]:
         """Give `generation` a seat, evicting the least recently used idle ones; returns those."""
-        assert generation not in self._seats and self.can_seat(weights.num_bytes)
-        evicted = []
-        for victim in self._idle():
-            if self.has_room(weights.num_bytes):
-                break
+        assert generation not in self._seats
+        victims = self._victims(weights)
+        assert victims is not None, "seat without can_seat"
+        for victim in victims:
             self.evict(victim)
-            self.num_evictions += 1
-            evicted.append(victim)
-        self._seats[generation] = _Seat(weights)
-        self.used_bytes += weights.num_bytes
-        return evicted
+        self.num_evictions += len(victims)
+        seat_id = self._free_ids.pop()
+        self.memory.place(seat_id, weights)
+        shared = weights if self.memory.shares_host else None
+        self._seats[generation] = _Seat(seat_id, weights.num_bytes, shared)
+        self._idle[generation] = None
+        self._version += 1
+        self._answer = None
+        return victims
 
     def acquire(self, generation: str) -> None:
         """Pin the seat for one running sequence."""
-        self._seats[generation].pins += 1
-        self._seats.move_to_end(generation)
+        seat = self._seats[generation]
+        seat.pins += 1
+        if seat.pins == 1:
+            del self._idle[generation]
+            self._pinned_bytes += seat.num_bytes
+            self._version += 1
 
     def release(self, generation: str) -> None:
         seat = self._seats[generation]
         assert seat.pins > 0
         seat.pins -= 1
+        if seat.pins == 0:
+            self._idle[generation] = None
+            self._pinned_bytes -= seat.num_bytes
+            self._version += 1
 
     def can_evict(self, generation: str) -> bool:
         return self.num_pins(generation) == 0
@@ -150,20 +201,55 @@ class Pool:
     def evict(self, generation: str) -> None:
         assert self.can_evict(generation)
         seat = self._seats.pop(generation, None)
-        self.used_bytes -= seat.weights.num_bytes if seat else 0
+        if seat is None:
+            return
+        del self._idle[generation]
+        self.memory.clear(seat.seat_id)
+        self._free_ids.append(seat.seat_id)
+        self._version += 1
+
+    def close(self) -> None:
+        self.memory.close()
 
     def check_integrity(self) -> None:
-        assert self.used_bytes == sum(s.weights.num_bytes for s in self._seats.values())
-        assert len(self._seats) <= self.max_seats and self.used_bytes <= self.budget_bytes
-        assert all(seat.pins >= 0 for seat in self._seats.values())
+        self.memory.check_integrity()
+        seats = self._seats.values()
+        assert all(seat.pins >= 0 for seat in seats)
+        assert self._pinned_bytes == sum(seat.num_bytes for seat in seats if seat.pins)
+        assert set(self._idle) == {g for g, seat in self._seats.items() if not seat.pins}
+        ids = [*(seat.seat_id for seat in seats), *self._free_ids]
+        assert sorted(ids) == list(range(self.max_seats)), "two generations share a seat"
+        assert self.used_bytes <= self.budget_bytes
 
-    def has_room(self, num_bytes: int) -> bool:
-        """Whether a new generation of this size fits without taking any seat away."""
-        return (
-            len(self._seats) < self.max_seats and self.used_bytes + num_bytes <= self.budget_bytes
-        )
+    def _victims(self, weights: Weights) -> list[str] | None:
+        """Whom a new generation would push out; None when even that is not enough."""
+        if self._answer is not None:
+            version, kept, asked, victims = self._answer
+            if version == self._version and kept == self.kept and asked is weights:
+                return victims
+        found = self._find_victims(weights)
+        self._answer = None if found is None else (self._version, self.kept, weights, found)
+        return found
 
-    def _idle(self) -> list[str]:
-        """Seats that can be given up, least recently used first, those to be kept last."""
-        idle = [g for g, seat in self._seats.items() if not seat.pins]
-        return sorted(idle, key=lambda g: g in self.kept)
+    def _find_victims(self, weights: Weights) -> list[str] | None:
+        if self.has_room(weights):
+            return []
+        if self._pinned_bytes + weights.num_bytes > self.budget_bytes or not (
+            self._idle or self._free_ids
+        ):
+            return None
+        question = (self._version, self.kept, weights.num_bytes)
+        if question == self._refused:
+            return None
+        order = self._in_order_of_eviction()
+        count = self.memory.num_victims(weights, (self._seats[g].seat_id for g in order))
+        if count is None:
+            self._refused = question
+            return None
+        return order[: max(count, 0 if self._free_ids else 1)]
+
+    def _in_order_of_eviction(self) -> list[str]:
+        """Least recently used first, those to be kept last."""
+        if not self.kept:
+            return list(self._idle)
+        return sorted(self._idle, key=self.kept.__contains__)

@@ -19,6 +19,7 @@ from loriner.adapters.generations import Generations
 from loriner.adapters.intake import Limits, collect
 from loriner.adapters.names import AdapterName, AdapterRef, is_digest, parse_name, parse_ref, show
 from loriner.adapters.records import READY, AdapterRecord, PublishReport, check_expected
+from loriner.adapters.seal import seal_folder
 from loriner.errors import AdapterNotFoundError, AdapterStoreError, InvalidAdapterError
 
 Records = list[AdapterRecord]
@@ -88,7 +89,9 @@ class Store:
         with storage_errors(), self.staging() as staged:
             self._check_expected(full, expected_generation)
             ignored = collect(folder, staged, self._limits).ignored
-            generation = self._generations.describe(self._generations.read(staged))
+            adapter = self._generations.read(staged)
+            generation = self._generations.describe(adapter)
+            seal_folder(staged, adapter, self._generations.modules)
             sync_tree(staged)
             with self._generations.exclusive():
                 self._check_expected(full, expected_generation)

@@ -8,8 +8,11 @@ from typing import Any
 
 def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add `bench` to the command line; the parsed arguments carry `run(args) -> exit status`."""
-    bench = subparsers.add_parser("bench", help="measure Loriner beside other engines")
+    bench = subparsers.add_parser(
+        "bench", help="measure Loriner, on a CPU beside other engines, on a GPU beside its limits"
+    )
     kinds = bench.add_subparsers(dest="bench", required=True, metavar="KIND")
-    from loriner.bench import cpu
+    from loriner.bench import base_folder, cpu, decode, kernels, load, prefill, serve
 
-    cpu.add_command(kinds)
+    for kind in (cpu, base_folder, decode, kernels, prefill, load, serve):
+        kind.add_command(kinds)

@@ -32,11 +32,10 @@ def build(job: dict[str, Any]) -> Engine:
     from tokenizers import Tokenizer
 
     from loriner.adapters.formats import peft
-    from loriner.adapters.pool import SeatWeights, pack
+    from loriner.adapters.memory import Weights
     from loriner.config import EngineConfig
     from loriner.engine.engine import Engine
-    from loriner.engine.runner import Runner
-    from loriner.model.transformer import layout
+    from loriner.engine.runner import open_runner
 
     config = EngineConfig(
         model=Path(job["model"]),
@@ -45,12 +44,12 @@ def build(job: dict[str, Any]) -> Engine:
         prefix_cache=False,
         max_step_tokens=max(512, sum(map(len, job["prompts"]))),
     )
-    runner = Runner(config)
-    modules, placed = runner.model_config.modules(), layout(runner.model_config)
+    runner = open_runner(config)
+    modules = runner.model_config.modules()
 
-    def source(generation: str) -> SeatWeights:
+    def source(generation: str) -> Weights:
         folder = Path(job["adapters"][int(generation)])
-        return pack(peft.load(folder, modules), placed, runner.dtype)
+        return runner.pack(peft.load(folder, modules))
 
     tokenizer = Tokenizer.from_file(str(config.model / "tokenizer.json"))
     return Engine(config, runner, tokenizer, source)

@@ -43,13 +43,13 @@ def measure_serve(model: Path, threads: int) -> Served:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ))
         try:
             url = f"http://127.0.0.1:{port}"
-            _wait(server, url, Path(folder, "log"))
+            wait_ready(server, url, Path(folder, "log"))
             seconds = time.perf_counter() - start
             ready = resident_mib(server.pid)
             _ask(url)
             return Served(seconds, ready, resident_mib(server.pid))
         finally:
-            _stop(server)
+            stop(server)
 
 
 def free_port() -> int:
@@ -59,8 +59,11 @@ def free_port() -> int:
         return port
 
 
-def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
+def wait_ready(
+    server: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float = TIMEOUT_S
+) -> None:
+    """Until it answers. Raises ServeFailedError, with the log's last line when it has ended."""
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if server.poll() is not None:
             last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
@@ -68,7 +71,7 @@ def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
         if _is_ready(url):
             return
         time.sleep(0.05)
-    raise ServeFailedError(f"serve was not ready after {TIMEOUT_S:.0f} s")
+    raise ServeFailedError(f"serve was not ready after {timeout_s:.0f} s")
 
 
 def _is_ready(url: str) -> bool:
@@ -84,7 +87,7 @@ def _ask(url: str) -> None:
     httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
+def stop(server: subprocess.Popen[bytes]) -> None:
     server.terminate()
     try:
         server.wait(20)

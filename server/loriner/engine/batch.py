@@ -1,116 +1,121 @@
-"""Sequences -> `BatchMeta`: sorts the step's rows into one segment for each adapter, base-only rows
-last.
+"""Runs -> `StepInput`: sorts the step's rows into one span for each adapter, base-only rows last.
 
-The only place that turns positions and blocks into tensors. Invariant: rows of one sequence stay
-together and in order. A step with the same mixture of adapters as the last one reuses its prepared
-operands.
+The only place that turns positions and blocks into arrays; knows no tensors and no seats.
+Invariant: rows of one sequence stay together and in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from types import ModuleType
 
-import torch
+import numpy as np
 
-from loriner.adapters.pool import Pool
-from loriner.core import Sequence
+from loriner.core import UNKNOWN, Sequence
+from loriner.engine.kv_cache import BlockManager
 from loriner.engine.scheduler import Run
-from loriner.kernels.operands import AttentionPlan
-from loriner.model.batch_meta import BatchMeta, LoraBatch
+from loriner.engine.step_input import Draw, Ints, Span, StepInput
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step ready to run, and whose logits come out, in order."""
+    """A step ready to run, and whose tokens come out, in order."""
 
-    meta: BatchMeta
-    sampled: tuple[Sequence, ...]
+    step: StepInput
+    sampled: tuple[Run, ...]
 
 
 class BatchBuilder:
-    """Builds each step's batch; remembers the last mixture."""
+    """Builds each step's batch from the sequences and the block manager's table."""
 
-    def __init__(self, pool: Pool, ops: ModuleType, block_size: int) -> None:
-        self._pool, self._ops, self._block = pool, ops, block_size
-        self._last: dict[str, tuple[object, LoraBatch | None]] = {}
+    def __init__(self, blocks: BlockManager) -> None:
+        self._blocks = blocks
 
     def build(self, runs: Seq[Run]) -> Batch:
-        runs = sorted(runs, key=lambda r: (r.sequence.generation is None, r.sequence.generation))
+        runs = _by_generation(runs)
+        sequences = [run.sequence for run in runs]
+        starts = np.array([run.start for run in runs], dtype=np.int32)
+        counts = np.array([run.num_rows for run in runs], dtype=np.int32)
+        q_start = np.zeros(len(runs) + 1, dtype=np.int32)
+        counts.cumsum(out=q_start[1:])
+        which = np.arange(len(runs), dtype=np.int32).repeat(counts)  # [T]: each row's sequence
+        positions = np.arange(q_start[-1], dtype=np.int32) + (starts - q_start[:-1])[which]
+        context = starts + counts
+        table, slots = self._table(sequences, which, positions, context)
+        token_ids, token_source = _tokens(runs, which)
         sampled = [run for run in runs if run.samples]
-        ends = torch.tensor([run.count for run in runs]).cumsum(0)
-        sample_rows = torch.tensor(
-            [end - 1 for run, end in zip(runs, ends.tolist(), strict=True) if run.samples],
-            dtype=torch.int64,
+        chosen = np.array([run.samples for run in runs], dtype=bool)
+        spans = _spans(sequences, q_start.tolist())
+        all_single = len(which) == len(runs) == len(sampled)
+        step = StepInput(
+            token_ids=token_ids,
+            token_source=token_source,
+            positions=positions,
+            slots=slots,
+            q_start=q_start,
+            context=context,
+            block_table=table,
+            spans=spans,
+            sample_rows=q_start[1:][chosen] - 1,
+            sample_spans=spans
+            if all_single
+            else _spans([run.sequence for run in sampled], range(len(sampled) + 1)),
+            draws=tuple([Draw.of(run.sequence, run.start + run.num_rows) for run in sampled]),
         )
-        positions, tokens, slots = self._rows(runs)
-        meta = BatchMeta(
-            token_ids=torch.tensor(tokens),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
-            attention=self._attention(runs),
-            lora=self._lora("rows", runs, [run.count for run in runs]),
-            sample_rows=sample_rows,
-            sample_lora=self._lora("sampled", sampled, [1] * len(sampled)),
-        )
-        return Batch(meta, tuple(run.sequence for run in sampled))
+        return Batch(step, tuple(sampled))
 
-    def _rows(self, runs: Seq[Run]) -> tuple[list[int], list[int], list[int]]:
-        positions: list[int] = []
-        tokens: list[int] = []
-        slots: list[int] = []
+    def _table(
+        self, sequences: Seq[Sequence], which: Ints, positions: Ints, context: Ints
+    ) -> tuple[Ints, Ints]:
+        """Each sequence's blocks, as wide as the longest context, and each row's slot."""
+        size = self._blocks.block_size
+        rows = np.array([sequence.row for sequence in sequences], dtype=np.int32)
+        width = -(-int(context.max()) // size)
+        table = self._blocks.table[rows, :width]
+        block, offset = np.divmod(positions, np.int32(size))
+        return table, table[which, block] * np.int32(size) + offset
+
+
+def _by_generation(runs: Seq[Run]) -> Seq[Run]:
+    named = [run for run in runs if run.sequence.generation is not None]
+    if not named:
+        return runs
+    named.sort(key=_generation)
+    return named + [run for run in runs if run.sequence.generation is None]
+
+
+def _generation(run: Run) -> str:
+    return run.sequence.generation or ""
+
+
+def _tokens(runs: Seq[Run], which: Ints) -> tuple[Ints, Ints]:
+    """Token ids, and for those that only the GPU has, where it finds them."""
+    if len(which) == len(runs):
+        ids = [run.sequence.token_ids[run.start] for run in runs]
+    else:
+        ids = []
         for run in runs:
-            sequence, block = run.sequence, self._block
-            span = range(run.start, run.start + run.count)
-            positions += span
-            tokens += sequence.token_ids[run.start : run.start + run.count]
-            slots += [sequence.blocks[p // block] * block + p % block for p in span]
-        return positions, tokens, slots
+            ids += run.sequence.token_ids[run.start : run.start + run.num_rows]
+    token_ids = np.array(ids, dtype=np.int32)
+    token_source = np.full(len(ids), -1, dtype=np.int32)
+    unknown = np.flatnonzero(token_ids == UNKNOWN)
+    if len(unknown):
+        token_source[unknown] = [runs[i].sequence.source for i in which[unknown].tolist()]
+        token_ids[unknown] = 0
+    return token_ids, token_source
 
-    def _attention(self, runs: Seq[Run]) -> AttentionPlan:
-        """Block tables as wide as the longest context of the step."""
-        spans: list[tuple[int, int]] = []
-        tables: list[list[int]] = []
-        sequence: list[int] = []
-        context: list[int] = []
-        width = max(-(-(run.start + run.count) // self._block) for run in runs)
-        for i, run in enumerate(runs):
-            row = len(sequence)
-            spans.append((row, row + run.count))
-            sequence += [i] * run.count
-            context += range(run.start + 1, run.start + run.count + 1)
-            blocks = run.sequence.blocks[:width]
-            tables.append(blocks + [0] * (width - len(blocks)))
-        return AttentionPlan(
-            spans=tuple(spans),
-            blocks=torch.tensor(tables, dtype=torch.int32),
-            sequence=torch.tensor(sequence, dtype=torch.int32),
-            context=torch.tensor(context, dtype=torch.int32),
-        )
 
-    def _lora(self, which: str, runs: Seq[Run], counts: Seq[int]) -> LoraBatch | None:
-        segments: list[tuple[str, int, int]] = []
-        row = 0
-        for run, count in zip(runs, counts, strict=True):
-            generation = run.sequence.generation
-            if generation is not None:
-                if segments and segments[-1][0] == generation:
-                    segments[-1] = (generation, segments[-1][1], row + count)
-                else:
-                    segments.append((generation, row, row + count))
-            row += count
-        return self._reuse(which, segments, row)
-
-    def _reuse(
-        self, which: str, segments: list[tuple[str, int, int]], num_rows: int
-    ) -> LoraBatch | None:
-        weights = [self._pool.weights(generation) for generation, _, _ in segments]
-        key = (segments, num_rows, [id(w) for w in weights])
-        last = self._last.get(which)
-        if last is not None and last[0] == key:
-            return last[1]
-        spans = [(s, e, w) for (_, s, e), w in zip(segments, weights, strict=True)]
-        made = LoraBatch(spans, num_rows, self._ops) if segments else None
-        self._last[which] = (key, made)
-        return made
+def _spans(sequences: Seq[Sequence], starts: Seq[int]) -> tuple[Span, ...]:
+    """One span for each generation; sequence i has rows [starts[i], starts[i + 1])."""
+    spans = []
+    begin, current = 0, None
+    for i, sequence in enumerate(sequences):
+        if sequence.generation != current:
+            if current is not None:
+                spans.append(Span(starts[begin], starts[i], current))
+            begin, current = i, sequence.generation
+            if current is None:
+                break
+    if current is not None:
+        spans.append(Span(starts[begin], starts[len(sequences)], current))
+    return tuple(spans)

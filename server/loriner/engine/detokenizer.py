@@ -15,11 +15,20 @@ MAX_PENDING = 16  # tokens without text: no character takes more, so what is the
 class Detokenizer:
     """The text of one sequence."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], include_stop: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        include_stop: bool,
+        alone: dict[int, str] | None = None,
+    ) -> None:
+        """`alone`: texts of single tokens, to be shared by all sequences of a tokenizer."""
         self._tokenizer = tokenizer
         self._stop, self._include_stop = stop, include_stop
+        self._alone = {} if alone is None else alone
         self._held = ""  # decoded, not yet given out
         self._context: list[int] = []  # the tokens that became text last: decoders look back
+        self._before = ""  # their text alone
         self._pending: list[int] = []  # tokens that are no text yet
 
     def push(self, token_id: int, *, can_stop: bool = True) -> tuple[str, str | None]:
@@ -42,13 +51,23 @@ class Detokenizer:
 
     def _new_text(self) -> str:
         """What the pending tokens add to the text of their context."""
-        before = self._tokenizer.decode(self._context, skip_special_tokens=True)
         both = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=True)
-        return str(both[len(before) :])
+        return str(both[len(self._before) :])
 
     def _take(self, text: str) -> None:
         self._held += text
         self._context, self._pending = self._pending, []
+        self._before = self._text_of_context()
+
+    def _text_of_context(self) -> str:
+        if len(self._context) != 1:
+            return str(self._tokenizer.decode(self._context, skip_special_tokens=True))
+        token_id = self._context[0]
+        text = self._alone.get(token_id)
+        if text is None:
+            text = str(self._tokenizer.decode(self._context, skip_special_tokens=True))
+            self._alone[token_id] = text
+        return text
 
     def _give(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]

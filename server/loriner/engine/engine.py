@@ -1,25 +1,28 @@
 """The engine: submit, abort, step. *Schedule, run, commit, publish.*
 
-Knows requests, generations and text; no names, no tenants' rights, no sockets. One thread calls it.
-Invariant: every submitted sequence ends in exactly one event with a finish_reason, whatever fails;
-a fault in a step ends that step's sequences and nothing else.
+On an asynchronous runner a step is launched before the results of the last one are read, so the
+device never waits for the host: tokens that are not known yet are placeholders, and a row of a
+sequence that turns out to have ended is discarded. Knows requests, generations and text; no names,
+no tenants' rights, no sockets. One thread calls it. Invariant: every submitted sequence ends in
+exactly one event with a finish_reason, whatever fails; a fault in a step ends that step's sequences
+and nothing else.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import msgspec
 from tokenizers import Tokenizer
 
-from loriner.adapters.pool import Pool, SeatWeights
-from loriner.adapters.registry import Registry
+from loriner.adapters.registry import Registry, Source
 from loriner.config import EngineConfig
 from loriner.core import (
+    UNKNOWN,
     EngineStats,
     Event,
     FinishReason,
@@ -31,8 +34,8 @@ from loriner.core import (
 from loriner.engine.batch import BatchBuilder
 from loriner.engine.detokenizer import Detokenizer
 from loriner.engine.kv_cache import BlockManager
-from loriner.engine.runner import Runner
-from loriner.engine.sampler import Sampled, sample
+from loriner.engine.runner import Pending, Runner
+from loriner.engine.sampler import Sampled
 from loriner.engine.scheduler import Run, Scheduler
 from loriner.errors import EngineFailedError, LorinerError
 
@@ -50,6 +53,15 @@ class Counters:
     num_aborted: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A launched step, and who has rows in it."""
+
+    runs: list[Run]
+    sampled: tuple[Run, ...]  # in the order of the tokens
+    pending: Pending
+
+
 class Engine:
     """Continuous batching of base and adapter sequences on one runner."""
 
@@ -58,13 +70,13 @@ class Engine:
         config: EngineConfig,
         runner: Runner,
         tokenizer: Tokenizer,
-        source: Callable[[str], SeatWeights],
+        source: Source,
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
-        self.pool = Pool(config.pool_bytes, config.max_seats)
+        self.pool = runner.make_pool(config.max_seats, on_loaded)
         self.registry = Registry(source, self.pool, config.host_bytes, on_loaded)
-        self.blocks = BlockManager(runner.kv.num_blocks, config.block_size, config.prefix_cache)
+        self.blocks = BlockManager(runner.num_blocks, config.block_size, config.prefix_cache)
         self.scheduler = Scheduler(
             self.blocks,
             self.registry,
@@ -72,15 +84,18 @@ class Engine:
             max_step_tokens=config.max_step_tokens,
         )
         self.counters = Counters()
-        self._builder = BatchBuilder(self.pool, runner.ops, config.block_size)
+        self._builder = BatchBuilder(self.blocks)
+        self._flights: deque[Flight] = deque()  # launched, oldest first; their results not read
+        self._depth = 1 if runner.is_async else 0  # of them after a step
         self._eos = runner.model_config.eos_token_ids
         self._sequences: dict[str, dict[int, Sequence]] = {}  # request id -> choice -> sequence
         self._text: dict[Sequence, Detokenizer] = {}
-        self.ran = False  # whether the last step had anything to run
+        self._alone: dict[int, str] = {}  # the text of a token alone; at most the vocabulary
+        self.ran = False  # whether the last step had anything to run or to read
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._sequences or self._flights)
 
     def submit(self, request: Request) -> None:
         """Queue the request's `n` sequences. The caller has validated it and pinned its
@@ -89,10 +104,12 @@ class Engine:
         seed = secrets.randbits(64) if params.seed is None else params.seed
         self._sequences[request.request_id] = {}
         for index in range(params.n):
-            sequence = Sequence(request, index, seed + index * 0xD1342543DE82EF95)
+            own_seed = seed + index * 0xD1342543DE82EF95
+            sequence = Sequence(request, index, own_seed, self.runner.max_len)
+            sequence.needs_host = self.runner.needs_host(params)
             self._sequences[request.request_id][index] = sequence
             self._text[sequence] = Detokenizer(
-                self.tokenizer, params.stop, params.include_stop_str_in_output
+                self.tokenizer, params.stop, params.include_stop_str_in_output, self._alone
             )
             self.scheduler.add(sequence)
 
@@ -109,22 +126,20 @@ class Engine:
             self.registry.prefetch(generation)
 
     def step(self) -> list[Event]:
-        """Run one batch. Returns what to publish; empty when there was nothing to run."""
+        """Launch one batch, and read the results of the one before (of the same one, on a
+        synchronous runner). Returns what to publish."""
         self.registry.poll()
         runs = self.scheduler.schedule()
         events = [self._fail(s, error) for s, error in self.scheduler.failed]
         self.scheduler.failed.clear()
-        self.ran = bool(runs)
-        if not runs:
-            return events
-        try:
-            batch = self._builder.build(runs)
-            logits = self.runner.run(batch.meta)
-            sampled = sample(logits, batch.sampled, self._eos)
-        except Exception as error:
-            logger.exception("a step failed; its %d sequences end with an error", len(runs))
-            return events + [self._fail(run.sequence, error) for run in runs]
-        return events + self._commit(runs, batch.sampled, sampled)
+        self.ran = bool(runs or self._flights)
+        if runs:
+            try:
+                self._launch(runs)
+            except Exception as error:  # noqa: BLE001  `_fail_step` logs it
+                events += self._read(0)
+                return events + self._fail_step(runs, error)
+        return events + self._read(self._depth if runs else 0)
 
     def stats(self) -> EngineStats:
         scheduler, counters = self.scheduler, self.counters
@@ -147,7 +162,7 @@ class Engine:
             num_evictions=self.pool.num_evictions,
             num_aborted=counters.num_aborted,
             base_bytes=self.runner.checkpoint.num_bytes,
-            operand_bytes=self.runner.model.num_bytes,
+            operand_bytes=self.runner.operand_bytes,
             generations=tuple(self._generation_stats()),
         )
 
@@ -158,49 +173,78 @@ class Engine:
         assert self.has_work or self.blocks.num_free == self.blocks.num_blocks
 
     def close(self) -> None:
+        self._read(0)
         self.registry.close()
 
-    def _commit(
-        self, runs: Iterable[Run], sequences: Iterable[Sequence], sampled: Iterable[Sampled]
-    ) -> list[Event]:
-        self.counters.num_steps += 1
-        chosen = list(zip(sequences, sampled, strict=True))
-        broken = {sequence for sequence, choice in chosen if choice.token_id is None}
+    def _launch(self, runs: list[Run]) -> None:
+        batch = self._builder.build(runs)
+        pending = self.runner.launch(batch.step)
         for run in runs:
-            run.sequence.num_computed += run.count
-            if run.sequence not in broken:
-                self.blocks.commit(run.sequence)
-            if run.start + run.count <= run.sequence.num_prompt:
-                self.counters.num_prompt_tokens += run.count
-        return [self._try_advance(sequence, choice) for sequence, choice in chosen]
+            run.sequence.num_computed = run.start + run.num_rows
+        for place, run in enumerate(batch.sampled):
+            run.sequence.token_ids.append(UNKNOWN)
+            run.sequence.source = place
+        self._flights.append(Flight(runs, batch.sampled, pending))
 
-    def _try_advance(self, sequence: Sequence, choice: Sampled) -> Event:
-        """`_advance`; what fails there is about this sequence's text, and ends this sequence."""
-        try:
-            return self._advance(sequence, choice)
-        except Exception as error:
-            logger.exception("request %s failed", sequence.request.request_id)
-            return self._fail(sequence, error)
+    def _read(self, depth: int) -> list[Event]:
+        """Take in the results of all launched steps but the last `depth`."""
+        events: list[Event] = []
+        while len(self._flights) > depth:
+            flight = self._flights.popleft()
+            try:
+                sampled = flight.pending.result()
+            except Exception as error:  # noqa: BLE001  `_fail_step` logs it
+                events += self._fail_step(flight.runs, error)
+            else:
+                events += self._commit(flight, sampled)
+        return events
 
-    def _advance(self, sequence: Sequence, choice: Sampled) -> Event:
-        """Append one token and decide whether the sequence ends with it."""
+    def _fail_step(self, runs: list[Run], error: Exception) -> list[Event]:
+        """End all that had rows in a step which failed, except what has ended since. Raises what
+        the runner raises when it cannot go on: then the process has to."""
+        logger.error("a step of %d sequences failed", len(runs), exc_info=error)
+        self.runner.check()
+        return [self._fail(run.sequence, error) for run in runs if not run.sequence.done]
+
+    def _commit(self, flight: Flight, sampled: list[Sampled]) -> list[Event]:
+        self.counters.num_steps += 1
+        chosen = list(zip(flight.sampled, sampled, strict=True))
+        broken = {run.sequence for run, choice in chosen if choice.token_id is None}
+        for run in flight.runs:
+            end = run.start + run.num_rows
+            if end <= run.sequence.num_prompt:
+                self.counters.num_prompt_tokens += run.num_rows
+            if run.holds and run.sequence not in broken:
+                self.blocks.commit(run.sequence, end)
+        events = []
+        for run, choice in chosen:
+            if run.sequence.done:
+                continue
+            try:
+                events.append(self._advance(run.sequence, run.start + run.num_rows, choice))
+            except Exception as error:  # about this sequence's text, so it ends this sequence
+                logger.exception("request %s failed", run.sequence.request.request_id)
+                events.append(self._fail(run.sequence, error))
+        return events
+
+    def _advance(self, sequence: Sequence, place: int, choice: Sampled) -> Event:
+        """The token at `place` is known: decide whether the sequence ends with it."""
         if choice.token_id is None:
             return self._fail(sequence, EngineFailedError("The model's output was not finite."))
-        if sequence.num_output == 0:
+        num_output = place - sequence.num_prompt + 1
+        if num_output == 1:
             self.counters.num_cached_tokens += sequence.num_cached
         self.counters.num_output_tokens += 1
         params, token_id = sequence.request.sampling, choice.token_id
-        sequence.token_ids.append(token_id)
-        can_stop = sequence.num_output > params.min_tokens
+        sequence.learn(place, token_id)
         stops = token_id in params.stop_token_ids
         if stops or (token_id in self._eos and not params.ignore_eos):
             stop_reason = token_id if stops else None
             return self._end(sequence, FinishReason.STOP, stop_reason, choice)
-        text, stop = self._text[sequence].push(token_id, can_stop=can_stop)
+        text, stop = self._text[sequence].push(token_id, can_stop=num_output > params.min_tokens)
         if stop is not None:
             return self._end(sequence, FinishReason.STOP, stop, choice, text, flush=False)
-        full = len(sequence.token_ids) >= self.runner.max_len
-        if full or sequence.num_output == params.max_tokens:
+        if sequence.num_known >= sequence.limit:
             return self._end(sequence, FinishReason.LENGTH, None, choice, text)
         return self._event(sequence, choice, text)
 
@@ -229,17 +273,17 @@ class Engine:
         error: Exception | None = None,
     ) -> Event:
         """Free everything the sequence holds, and make its last event."""
+        sequence.done = True
         detokenizer = self._text.pop(sequence)
         lost = reason in (FinishReason.ABORT, FinishReason.ERROR)
         text += detokenizer.flush() if flush and not lost else ""
-        if sequence in self.scheduler.running or sequence in self.scheduler.waiting:
-            self.scheduler.finish(sequence)
+        self.scheduler.finish(sequence)
         choices = self._sequences[sequence.request.request_id]
         del choices[sequence.index]
         if not choices:
             del self._sequences[sequence.request.request_id]
         known = isinstance(error, LorinerError)
-        return dataclasses.replace(
+        return msgspec.structs.replace(
             self._event(sequence, choice, text),
             finish_reason=reason,
             stop_reason=stop_reason,

@@ -1,69 +1,126 @@
-"""Owns the base and its KV cache: a batch in, logits out. Sizes the cache; knows no requests."""
+"""What the engine asks of a device: take a step, give its tokens. Chooses the device, once.
+
+Knows no requests. Two runners keep this contract: `cpu_runner.py`, which has ended a step when
+`launch` returns, and `cuda_runner.py`, which has only begun it.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from types import ModuleType
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from loriner import kernels
-from loriner.config import MIB, EngineConfig
+from loriner.adapters.adapter import Adapter
+from loriner.adapters.memory import Weights
+from loriner.adapters.pool import Pool
+from loriner.adapters.store import Store
+from loriner.config import EngineConfig
+from loriner.core import SamplingParams
+from loriner.engine.sampler import Sampled
+from loriner.engine.step_input import StepInput
 from loriner.errors import ConfigError
-from loriner.model.batch_meta import BatchMeta
-from loriner.model.transformer import KvCache, Transformer
+from loriner.model.config import ModelConfig
 from loriner.model.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
 
+Progress = Callable[[int, int], None]  # (layers done, layers)
+OLDEST = (8, 0)  # compute capability
 
-class Runner:
-    """The resident base on one device."""
 
-    def __init__(
-        self, config: EngineConfig, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        if config.device == "cuda":
-            raise ConfigError("device: there are no GPU kernels in this version; use cpu.")
-        self.ops: ModuleType = kernels.select("cpu")
-        backend = self.ops.start(config.num_threads)
-        self.dtype = torch.float32
-        self.checkpoint = Checkpoint.open(config.model)
-        self.model_config = self.checkpoint.config
-        block_bytes = KvCache.block_bytes(self.model_config, config.block_size, self.dtype)
-        num_blocks = config.kv_bytes // block_bytes
-        self.max_len = self._max_len(config, num_blocks * config.block_size)
-        self.model = Transformer(
-            self.checkpoint,
-            self.ops,
-            max_len=self.max_len,
-            progress=progress,
+class Pending(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> list[Sampled]:
+        """Its B tokens, in order, once it has ended. Raises what went wrong in it."""
+
+
+class Runner(Protocol):
+    """The resident base and its KV cache on one device. One thread calls it."""
+
+    checkpoint: Checkpoint
+    model_config: ModelConfig
+    max_len: int  # tokens of the longest context
+    is_async: bool  # whether a step can be launched while the one before it runs
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the KV cache."""
+
+    @property
+    def operand_bytes(self) -> int:
+        """Of the base's weights as the kernels keep them resident."""
+
+    def make_pool(self, max_seats: int, on_copied: Callable[[], None]) -> Pool:
+        """The adapter memory that every step launched from now on reads. `on_copied` is called,
+        on any thread, when a seat is ready."""
+
+    def pack(self, adapter: Adapter) -> Weights:
+        """Lay out an adapter for a seat."""
+
+    def source(self, store: Store) -> Callable[[str], Weights]:
+        """How generations come from `store`, ready for a seat. Called on loader threads."""
+
+    def needs_host(self, params: SamplingParams) -> bool:
+        """Whether a sequence's next step can be launched only when its last token is known."""
+
+    def launch(self, step: StepInput) -> Pending:
+        """Begin a step. Steps run in the order of their launch; `step.token_source` is about the
+        launch before this one."""
+
+    def check(self) -> None:
+        """After a failed step: raises if no later step can succeed."""
+
+
+def open_runner(config: EngineConfig, progress: Progress | None = None) -> Runner:
+    """Load the base on the device that `config` names. Raises ConfigError, CheckpointError."""
+    if choose_device(config.device) == "cpu":
+        from loriner.engine.cpu_runner import CpuRunner
+
+        return CpuRunner(config, progress)
+    from loriner.engine.cuda_runner import CudaRunner
+
+    return CudaRunner(config, progress)
+
+
+def choose_device(wanted: str, cuda: Any = torch.cuda) -> str:
+    """cpu or cuda. `auto` takes a GPU that can run the kernels. Raises ConfigError when `cuda` is
+    asked for and there is none."""
+    if wanted == "cpu":
+        return "cpu"
+    problem = _why_not(cuda)
+    if problem is None:
+        return "cuda"
+    if wanted == "cuda":
+        raise ConfigError(f"device: {problem}")
+    if cuda.is_available():
+        logger.warning("running on the CPU: %s", problem)
+    return "cpu"
+
+
+def _why_not(cuda: Any) -> str | None:
+    if not cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return "torch finds no CUDA device." if built else "this torch is built without CUDA."
+    major, minor = cuda.get_device_capability()
+    if (major, minor) < OLDEST:
+        return (
+            f"this GPU has compute capability {major}.{minor}; the kernels need "
+            f"{OLDEST[0]}.{OLDEST[1]} (Ampere) or newer."
         )
-        self.kv = KvCache(self.model_config, num_blocks, config.block_size, self.dtype)
-        logger.info(
-            "CPU (%s): the base is %.1f MiB on disk, and %.1f MiB of operands are resident%s",
-            backend,
-            self.checkpoint.num_bytes / MIB,
-            self.model.num_bytes / MIB,
-            "" if backend.startswith("native") else ": a dequantised compute copy",
-        )
+    return None
 
-    def run(self, batch: BatchMeta) -> Tensor:
-        """One step: logits [S, vocab] f32 of the sampled rows."""
-        return self.model(batch, self.kv)
 
-    def _max_len(self, config: EngineConfig, cache_tokens: int) -> int:
-        """Context that both model and cache can hold. Raises ConfigError when the request is
-        longer."""
-        model = self.model_config
-        trained = model.max_context
-        if config.max_model_len > trained:
-            raise ConfigError(f"max_model_len: the model's context is {trained} tokens.")
-        wanted = config.max_model_len or trained
-        if cache_tokens < min(wanted, 2 * config.block_size):
-            raise ConfigError(f"kv_bytes: holds only {cache_tokens} tokens.")
-        if config.max_model_len > cache_tokens:
-            raise ConfigError(f"kv_bytes: holds {cache_tokens} tokens, less than max_model_len.")
-        return min(wanted, cache_tokens)
+def longest_context(config: EngineConfig, model: ModelConfig, cache_tokens: int) -> int:
+    """Tokens that both model and cache can hold. Raises ConfigError when `config` asks for more."""
+    trained = model.max_context
+    if config.max_model_len > trained:
+        raise ConfigError(f"max_model_len: the model's context is {trained} tokens.")
+    wanted = config.max_model_len or trained
+    if cache_tokens < min(wanted, 2 * config.block_size):
+        raise ConfigError(f"kv_bytes: holds only {cache_tokens} tokens.")
+    if config.max_model_len > cache_tokens:
+        raise ConfigError(f"kv_bytes: holds {cache_tokens} tokens, less than max_model_len.")
+    return min(wanted, cache_tokens)

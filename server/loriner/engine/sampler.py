@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loriner.core import SamplingParams, Sequence
+from loriner.core import SamplingParams
+from loriner.engine.step_input import Draw
 
 _MASK = (1 << 64) - 1
 FIRST = 1024  # most likely tokens that are looked at before all are sorted
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """One row's choice. `token_id` is None when the row's logits were not finite."""
 
     token_id: int | None
@@ -29,22 +29,21 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()  # the most likely tokens and their log-probabilities
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence], eos_ids: tuple[int, ...]) -> list[Sampled]:
-    """logits [S, V] f32, one row for each of `sequences`; `logits` is not changed."""
+def sample(logits: Tensor, draws: Seq[Draw], eos_ids: tuple[int, ...]) -> list[Sampled]:
+    """logits [B, V] f32, one row for each of `draws`; `logits` is not changed."""
     best, best_ids = logits.max(dim=-1)  # NaN wins a max, so this also finds broken rows
     finite = torch.isfinite(best).tolist()
     greedy_ids = best_ids.tolist()
     chosen = []
-    for row, sequence in enumerate(sequences):
+    for row, draw in enumerate(draws):
         if not finite[row]:
             chosen.append(Sampled(None))
             continue
-        params = sequence.request.sampling
         token_id = greedy_ids[row]
-        if not params.greedy or _adjusts(params, sequence):
-            adjusted = _adjust(logits[row], sequence, eos_ids)
-            token_id = int(adjusted.argmax()) if params.greedy else _draw(adjusted, sequence)
-        chosen.append(_with_logprobs(logits[row], token_id, params))
+        if not draw.params.greedy or _adjusts(draw):
+            adjusted = _adjust(logits[row], draw, eos_ids)
+            token_id = int(adjusted.argmax()) if draw.params.greedy else _draw(adjusted, draw)
+        chosen.append(_with_logprobs(logits[row], token_id, draw.params))
     return chosen
 
 
@@ -56,48 +55,49 @@ def uniform(seed: int, position: int) -> float:
     return ((z ^ (z >> 31)) >> 11) / float(1 << 53)
 
 
-def _adjusts(params: SamplingParams, sequence: Sequence) -> bool:
+def needs_host(params: SamplingParams) -> bool:
+    """Whether logits must be adjusted before the choice, which only the host does."""
+    return bool(params.looks_back or params.logit_bias or params.min_tokens)
+
+
+def _adjusts(draw: Draw) -> bool:
     """Whether a greedy choice needs more than the raw logits."""
-    return bool(
-        params.logit_bias
-        or params.repetition_penalty != 1.0
-        or params.frequency_penalty
-        or params.presence_penalty
-        or sequence.num_output < params.min_tokens
-    )
+    params = draw.params
+    return bool(params.logit_bias or params.looks_back or draw.place < params.min_tokens)
 
 
-def _adjust(row: Tensor, sequence: Sequence, eos_ids: tuple[int, ...]) -> Tensor:
+def _adjust(row: Tensor, draw: Draw, eos_ids: tuple[int, ...]) -> Tensor:
     """Penalties, bias and minimum length on a copy of `row` [V]."""
-    params, row = sequence.request.sampling, row.clone()
+    params, row = draw.params, row.clone()
     if params.repetition_penalty != 1.0:  # CTRL, arXiv 1909.05858, section 4.1; prompt included
-        seen = torch.tensor(sorted(set(sequence.token_ids)))
+        seen = torch.tensor(sorted(set(draw.token_ids)))
         values, penalty = row[seen], params.repetition_penalty
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if params.frequency_penalty or params.presence_penalty:
-        counts = Counter(sequence.output_ids)
+        counts = Counter(draw.token_ids[draw.num_prompt :])
         ids = torch.tensor(list(counts), dtype=torch.int64)
         times = torch.tensor(list(counts.values()), dtype=row.dtype)
         row[ids] -= params.frequency_penalty * times + params.presence_penalty
     if params.logit_bias:
         biased, biases = zip(*params.logit_bias, strict=True)
         row.index_add_(0, torch.tensor(biased), torch.tensor(biases, dtype=row.dtype))
-    if sequence.num_output < params.min_tokens:
+    if draw.place < params.min_tokens:
         row[list({*eos_ids, *params.stop_token_ids})] = -torch.inf
     return row
 
 
-def _draw(row: Tensor, sequence: Sequence) -> int:
+def _draw(row: Tensor, draw: Draw) -> int:
     """Temperature, min_p, top_k, top_p, then one uniform number through the inverse of the CDF."""
-    params = sequence.request.sampling
+    params = draw.params
     scaled = (row - row.max()).double() / params.temperature
     ids: Tensor | None = None
     if params.top_k or params.top_p < 1.0 or params.min_p:
         probs, ids = _likely(scaled, params)
-        probs = probs[: _kept(probs, params)]
+        ids, order = ids[: _kept(probs, params)].sort()  # the CDF goes by id, filtered or not
+        probs = probs[order]
     else:
         probs = torch.softmax(scaled, dim=-1)  # [V]
-    target = uniform(sequence.seed, sequence.num_output) * float(probs.sum())
+    target = uniform(draw.seed, draw.place) * float(probs.sum())
     place = int(torch.searchsorted(probs.cumsum(0), target, right=True).clamp(max=len(probs) - 1))
     return place if ids is None else int(ids[place])
 
@@ -110,7 +110,10 @@ def _likely(scaled: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """
     total = scaled.logsumexp(dim=-1)
     first = min(params.top_k or FIRST, FIRST, len(scaled))
-    values, ids = scaled.topk(first)
+    least = scaled.topk(first).values[-1]
+    ids = (scaled >= least).nonzero().squeeze(-1)  # equals in the order of their ids
+    values, order = scaled[ids].sort(descending=True, stable=True)
+    values, ids = values[:first], ids[order[:first]]
     probs = (values - total).exp()
     if params.top_k:
         decided = params.top_k <= first
@@ -140,6 +143,7 @@ def _kept(probs: Tensor, params: SamplingParams) -> int:
 
 
 def _with_logprobs(row: Tensor, token_id: int, params: SamplingParams) -> Sampled:
+    """The choice of `token_id`, with what `params` asks for from the logits `row` [V]."""
     if params.logprobs is None:
         return Sampled(token_id)
     logprobs = torch.log_softmax(row, dim=-1)

@@ -3,16 +3,17 @@
 Knows sequences and counts, no tensors. Decoding sequences go first, then prefills already begun,
 then waiting ones in order of arrival. A sequence whose adapter is loading or has no seat is passed
 over, so it never blocks others; once it has waited `DRAIN_S` for a seat, no later arrival takes a
-seat before it, so it never starves. Invariant: a running sequence holds blocks for what it has
-computed, and its adapter's pin.
+seat before it, so it never starves. A sequence may be scheduled while the step before still runs
+and its newest token is not known; counts tell enough. Invariant: a running sequence holds blocks
+for what it has computed, and its adapter's pin; none is given more tokens than its limit.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from loriner.adapters.registry import Readiness, Registry
 from loriner.core import Sequence
@@ -21,18 +22,31 @@ from loriner.engine.kv_cache import BlockManager
 DRAIN_S = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """`count` tokens of `sequence` from `start` on are rows of this step."""
+class Run(NamedTuple):
+    """`num_rows` tokens of `sequence` from `start` on are rows of this step."""
 
     sequence: Sequence
     start: int
-    count: int
+    num_rows: int
+    samples: bool  # the last row is the newest token, so that its logits choose the next
+    num_preemptions: int  # of the sequence, so far: when it has grown, the blocks are gone
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_rows: int) -> Run:
+        """The next `num_rows` tokens."""
+        start = sequence.num_computed
+        samples = start + num_rows == len(sequence.token_ids)
+        return cls(sequence, start, num_rows, samples, sequence.num_preemptions)
 
     @property
-    def samples(self) -> bool:
-        """Whether the last row is the newest token, so that its logits choose the next."""
-        return self.start + self.count == len(self.sequence.token_ids)
+    def end(self) -> int:
+        return self.start + self.num_rows
+
+    @property
+    def holds(self) -> bool:
+        """Whether the sequence still has the blocks that these rows were written to."""
+        sequence = self.sequence
+        return not sequence.done and sequence.num_preemptions == self.num_preemptions
 
 
 class Scheduler:
@@ -49,8 +63,9 @@ class Scheduler:
     ) -> None:
         self.blocks, self.registry = blocks, registry
         self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # in order of their turn
+        self.running: dict[Sequence, None] = {}  # in order of admission
+        self._wanted: Counter[str | None] = Counter()  # generations of the waiting ones
         self.failed: list[
             tuple[Sequence, Exception]
         ] = []  # taken by the engine after each schedule
@@ -60,7 +75,7 @@ class Scheduler:
         registry.is_wanted = self._is_wanted
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self._wait(sequence)
         if sequence.index == 0:
             self._leaders[sequence.request.request_id] = sequence
         if sequence.generation is not None:
@@ -71,7 +86,8 @@ class Scheduler:
         """Choose this step's rows; sequences that cannot run are in `failed`."""
         runs: list[Run] = []
         budget = self._continue_running(runs)
-        self._admit(runs, budget)
+        if budget and self.waiting and len(self.running) < self.max_sequences:
+            self._admit(runs, budget)
         return runs
 
     def finish(self, sequence: Sequence) -> None:
@@ -79,29 +95,48 @@ class Scheduler:
         if sequence.index == 0:
             self._leaders.pop(sequence.request.request_id, None)
         if sequence in self.running:
-            self.running.remove(sequence)
+            del self.running[sequence]
             self._release(sequence)
-        else:
-            self.waiting.remove(sequence)
+        elif sequence in self.waiting:
+            self._wait_no_more(sequence)
 
     def _continue_running(self, runs: list[Run]) -> int:
         """Schedule running sequences, preempting the latest admitted when blocks run out."""
         budget = self.max_step_tokens
-        order = sorted(self.running, key=lambda s: s.num_uncomputed > 1)
-        for sequence in order:
-            if sequence not in self.running or budget == 0:
-                continue
-            count = min(sequence.num_uncomputed, budget)
-            if not self._make_room(sequence, sequence.num_computed + count, runs):
-                continue
-            self.blocks.allocate(sequence, sequence.num_computed + count)
-            runs.append(Run(sequence, sequence.num_computed, count))
-            budget -= count
+        block_size = self.blocks.block_size
+        for sequence in self._ready():
+            if budget == 0:
+                break
+            start, wanted = sequence.num_computed, len(sequence.token_ids)
+            end = min(wanted, start + budget)
+            if end > len(sequence.blocks) * block_size:
+                if sequence not in self.running or not self._make_room(sequence, end, runs):
+                    continue
+                self.blocks.allocate(sequence, end)
+            runs.append(Run(sequence, start, end - start, end == wanted, sequence.num_preemptions))
+            budget -= end - start
         return budget
 
+    def _ready(self) -> list[Sequence]:
+        """Those that can go on, decoding ones first. Not one whose last token is on its way, nor
+        one whose newest token the host must see before the next."""
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            num_tokens = len(sequence.token_ids)
+            if sequence.num_known < num_tokens and (
+                num_tokens >= sequence.limit or sequence.needs_host
+            ):
+                continue
+            one = num_tokens - sequence.num_computed == 1
+            (decoding if one else prefilling).append(sequence)
+        return decoding + prefilling
+
     def _make_room(self, sequence: Sequence, num_tokens: int, runs: list[Run]) -> bool:
+        if self.blocks.can_allocate(sequence, num_tokens):
+            return True
+        chosen = {run.sequence for run in runs}
         while not self.blocks.can_allocate(sequence, num_tokens):
-            chosen = {run.sequence for run in runs}
             victim = next(s for s in reversed(self.running) if s not in chosen)
             self._preempt(victim)
             if victim is sequence:
@@ -110,21 +145,23 @@ class Scheduler:
 
     def _admit(self, runs: list[Run], budget: int) -> None:
         draining = False
-        failed: set[str | None] = set()
+        passed: set[str | None] = set()  # generations that no sequence of this step can have
         for sequence in list(self.waiting):
             if budget == 0 or len(self.running) >= self.max_sequences:
                 return
-            if sequence.generation in failed:
+            if sequence.generation in passed:
                 continue
+            if not sequence.all_known:
+                return  # preempted while a step chose its next token, which comes before the next
             if (draining and self._takes_a_seat(sequence)) or self._waits_for_sibling(sequence):
                 continue
             readiness = self._readiness(sequence)
             if readiness is Readiness.FAILED:
-                failed.add(sequence.generation)
                 self._fail(sequence)
             if readiness is Readiness.NO_SEAT:
                 draining |= self._clock() - sequence.request.arrival_s > DRAIN_S
             if readiness is not Readiness.SEATED:
+                passed.add(sequence.generation)
                 continue
             if not self.blocks.can_allocate(sequence, len(sequence.token_ids)):
                 return  # order of arrival: a long prompt is not overtaken for ever
@@ -141,14 +178,14 @@ class Scheduler:
         return self.registry.want(sequence.generation)
 
     def _start(self, sequence: Sequence, runs: list[Run], budget: int) -> int:
-        self.waiting.remove(sequence)
-        self.running.append(sequence)
+        self._wait_no_more(sequence)
+        self.running[sequence] = None
         self.blocks.allocate(sequence, len(sequence.token_ids))
         if sequence.generation is not None:
             self.registry.pool.acquire(sequence.generation)
             sequence.seated = True
         count = min(sequence.num_uncomputed, budget)
-        runs.append(Run(sequence, sequence.num_computed, count))
+        runs.append(Run.of(sequence, count))
         return count
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
@@ -156,10 +193,10 @@ class Scheduler:
         if sequence.index == 0 or not self.blocks.prefix_cache or sequence.num_output:
             return False
         leader = self._leaders.get(sequence.request.request_id)
-        return leader is not None and leader.num_computed < leader.num_prompt
+        return leader is not None and leader.num_settled < leader.num_prompt
 
     def _is_wanted(self, generation: str) -> bool:
-        return any(s.generation == generation for s in self.waiting)
+        return self._wanted[generation] > 0
 
     def _fail(self, sequence: Sequence) -> None:
         """The adapter of `sequence` could not be loaded: all that wait for it hear why."""
@@ -170,11 +207,22 @@ class Scheduler:
             self.failed.append((other, failure))
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+        del self.running[sequence]
         self._release(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self._wait(sequence)
+        self.waiting.move_to_end(sequence, last=False)
+
+    def _wait(self, sequence: Sequence) -> None:
+        self.waiting[sequence] = None
+        self._wanted[sequence.generation] += 1
+
+    def _wait_no_more(self, sequence: Sequence) -> None:
+        del self.waiting[sequence]
+        self._wanted[sequence.generation] -= 1
+        if not self._wanted[sequence.generation]:
+            del self._wanted[sequence.generation]
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.free(sequence)

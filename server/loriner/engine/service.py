@@ -250,9 +250,10 @@ class Service:
                 f"At most {config.max_seats - 1} adapters can be pinned (max_seats - 1).", "name"
             )
         # as the kernels hold them, an adapter can take twice its size on disk (bf16 to f32)
-        if 2 * sum(pinned.values()) > config.pool_bytes // 2:
+        pool_bytes = self.stats().pool_bytes or config.pool_bytes
+        if pool_bytes and 2 * sum(pinned.values()) > pool_bytes // 2:
             raise errors.InvalidRequestError(
-                f"Pinned adapters may take half of the pool ({config.pool_bytes} bytes).", "name"
+                f"Pinned adapters may take half of the pool ({pool_bytes} bytes).", "name"
             )
 
     async def _acquire(self, adapter: str) -> AdapterRecord:

@@ -6,6 +6,7 @@ longer be heard, it leaves.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -81,6 +82,8 @@ def _serve(channel: _Channel, start: Start) -> None:
     engine = _build(start, lambda: channel.inbox.put(None))
     channel.send(Stats(engine.stats()))
     channel.send(Ready(engine.runner.max_len, time.monotonic() - began))
+    gc.collect()
+    gc.freeze()  # what is there now stays: later collections, which hold up steps, pass it over
     threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
     stats_at = 0.0
     while True:
@@ -116,14 +119,12 @@ def _take_in(engine: Any, channel: _Channel) -> list[Event]:
 def _build(start: Start, on_loaded: Callable[[], None]) -> Any:
     from tokenizers import Tokenizer
 
-    from loriner.adapters.pool import pack
     from loriner.adapters.store import Store
     from loriner.engine.engine import Engine
-    from loriner.engine.runner import Runner
-    from loriner.model.transformer import layout
+    from loriner.engine.runner import open_runner
 
-    runner = Runner(start.config)
-    checkpoint, placed = runner.checkpoint, layout(runner.model_config)
+    runner = open_runner(start.config)
+    checkpoint = runner.checkpoint
     store = Store(
         start.store,
         runner.model_config.modules(),
@@ -131,11 +132,8 @@ def _build(start: Start, on_loaded: Callable[[], None]) -> Any:
         base_tensor=checkpoint.dense,
     )
 
-    def source(generation: str) -> Any:
-        return pack(store.load(generation), placed, runner.dtype)
-
     tokenizer = Tokenizer.from_file(str(start.config.model / "tokenizer.json"))
-    return Engine(start.config, runner, tokenizer, source, on_loaded)
+    return Engine(start.config, runner, tokenizer, runner.source(store), on_loaded)
 
 
 def main() -> None:

@@ -21,10 +21,17 @@ from torch import Tensor
 
 from loriner.kernels import native, reference
 from loriner.kernels.operands import AttentionPlan, Segment
-from loriner.kernels.reference import Dense, dequantize_nf4, gelu_mul, lora_embed_add
+from loriner.kernels.reference import (
+    Dense,
+    dequantize_nf4,
+    dequantized,
+    gelu_mul,
+    lora_embed_add,
+)
 
 __all__ = [
     "dequantize_nf4",
+    "dequantized",
     "gelu_mul",
     "linear",
     "lora_embed_add",

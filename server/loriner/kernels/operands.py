@@ -5,9 +5,47 @@ Made once (at load, or when a step's mixture of adapters changes), read by every
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+NESTED_BLOCK = 256  # scales that share one nested scale
+
+
+@dataclass(frozen=True, slots=True)
+class NestedScales:
+    """Scales quantised to 8 bits: scale[b] = code[index[b]] * absmax[b // 256] + offset."""
+
+    index: Tensor  # [blocks] u8
+    absmax: Tensor  # [ceil(blocks / 256)] f32
+    code: Tensor  # [256] f32
+    offset: float  # an f32 value
+
+    def expand(self) -> Tensor:
+        """The scales [blocks] f32, rounded as bitsandbytes rounds: product, then sum."""
+        count = self.index.numel()
+        values = self.code.to(self.index.device)[self.index.long()]
+        scaled = values * self.absmax.repeat_interleave(NESTED_BLOCK)[:count]
+        return scaled + torch.tensor(self.offset, dtype=torch.float32, device=scaled.device)
+
+
+class Nf4(NamedTuple):
+    """One NF4 weight as it is stored; element n*K + k is in block (n*K + k) // 64."""
+
+    packed: Tensor  # [N*K/2] u8, element 2i in the high nibble of byte i
+    absmax: Tensor | NestedScales  # [N*K/64] f32
+    code: Tensor  # [16] f32
+    shape: tuple[int, int]  # (N, K)
+
+    @property
+    def nested(self) -> NestedScales | None:
+        return self.absmax if isinstance(self.absmax, NestedScales) else None
+
+    def expanded(self) -> Tensor:
+        """The scales [N*K/64] f32."""
+        return self.absmax.expand() if isinstance(self.absmax, NestedScales) else self.absmax
 
 
 class LoraPart(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loriner.kernels.operands import AttentionPlan, LoraEmbedding, Segment
+from loriner.kernels.operands import AttentionPlan, LoraEmbedding, Nf4, Segment
 
 
 class Dense(NamedTuple):
@@ -40,6 +40,11 @@ def dequantize_nf4(packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[in
     pairs = torch.cartesian_prod(code, code)  # [256, 2]: byte -> its two values
     values = pairs[packed.view(-1).to(torch.int64)].view(absmax.numel(), -1)
     return (values * absmax.view(-1, 1)).view(shape)
+
+
+def dequantized(weight: Nf4) -> Tensor:
+    """[N, K] f32."""
+    return dequantize_nf4(weight.packed, weight.expanded(), weight.code, weight.shape)
 
 
 def prepare_nf4(

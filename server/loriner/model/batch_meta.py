@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +17,7 @@ class LoraBatch:
     with the same mixture reuses the whole object."""
 
     def __init__(
-        self, segments: Sequence[tuple[int, int, SeatWeights]], num_rows: int, ops: ModuleType
+        self, segments: Sequence[tuple[int, int, SeatWeights]], num_rows: int, ops: Any
     ) -> None:
         self._segments = segments
         self._num_rows = num_rows

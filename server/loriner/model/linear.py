@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -16,13 +15,30 @@ class Nf4Linear:
 
     __slots__ = ("group", "ops", "weight")
 
-    def __init__(self, group: str, weight: Any, ops: ModuleType) -> None:
+    def __init__(self, group: str, weight: Any, ops: Any) -> None:
         self.group = group
         self.weight = weight  # what `ops.prepare` made
         self.ops = ops
 
     def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
         """x [T, K] -> [T, N]."""
-        operand = None if lora is None else lora.operand(self.group)
-        y: Tensor = self.ops.linear(x, self.weight, operand)
+        y: Tensor = self.ops.linear(x, self.weight, self._adapters(lora))
         return y
+
+    def add(self, h: Tensor, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        """h [T, N] + self(x)."""
+        y: Tensor = self.ops.linear_add(h, x, self.weight, self._adapters(lora))
+        return y
+
+    def gated(self, x: Tensor, lora: LoraBatch | None, act: str) -> Tensor:
+        """act(g) * u [T, N/2], where [g | u] = self(x)."""
+        y: Tensor = self.ops.linear_gated(x, self.weight, self._adapters(lora), act)
+        return y
+
+    def logits(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        """self(x) in f32."""
+        y: Tensor = self.ops.logits(x, self.weight, self._adapters(lora))
+        return y
+
+    def _adapters(self, lora: LoraBatch | None) -> Any:
+        return None if lora is None else lora.operand(self.group)

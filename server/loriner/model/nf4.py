@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from loriner.kernels.operands import NESTED_BLOCK, NestedScales
+
 BLOCK = 64  # weights that share one scale
-NESTED_BLOCK = 256  # scales that share one nested scale
 PIECE = 1 << 16  # blocks quantised at a time, which bounds the working memory
 
 NF4_VALUES = (
@@ -38,33 +39,16 @@ NF4_VALUES = (
 
 
 @dataclass(frozen=True, slots=True)
-class NestedAbsmax:
-    """Scales quantised to 8 bits: absmax[b] = code[index[b]] * absmax2[b // 256] + offset."""
-
-    index: Tensor  # [blocks] u8
-    absmax: Tensor  # [ceil(blocks / 256)] f32
-    code: Tensor  # [256] f32
-    offset: float  # an f32 value
-
-    def expand(self) -> Tensor:
-        """The scales [blocks] f32, rounded as bitsandbytes rounds: product, then sum."""
-        count = self.index.numel()
-        values = self.code[self.index.long()]
-        scaled = values * self.absmax.repeat_interleave(NESTED_BLOCK)[:count]
-        return scaled + torch.tensor(self.offset, dtype=torch.float32)
-
-
-@dataclass(frozen=True, slots=True)
 class Quantized:
     """One NF4 weight as it is stored."""
 
     packed: Tensor  # [N*K/2] u8, element 2i in the high nibble of byte i
-    absmax: Tensor | NestedAbsmax  # [N*K/64] f32
+    absmax: Tensor | NestedScales  # [N*K/64] f32
     shape: tuple[int, int]
 
     def expanded(self) -> Tensor:
         """The scales [N*K/64] f32."""
-        return self.absmax.expand() if isinstance(self.absmax, NestedAbsmax) else self.absmax
+        return self.absmax.expand() if isinstance(self.absmax, NestedScales) else self.absmax
 
 
 def nf4_code() -> Tensor:
@@ -95,7 +79,7 @@ def _encode(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (index[:, ::2] << 4 | index[:, 1::2]).flatten(), absmax
 
 
-def nest(absmax: Tensor) -> NestedAbsmax:
+def nest(absmax: Tensor) -> NestedScales:
     """Quantise scales [blocks] f32 to 8 bits around their mean, in blocks of 256.
 
     The offset is the exact mean rounded once to f32. bitsandbytes sums in f32, so that its last bit
@@ -103,7 +87,7 @@ def nest(absmax: Tensor) -> NestedAbsmax:
     """
     offset = absmax.double().mean().float()
     index, scales, code = _quantize_8bit(absmax - offset)
-    return NestedAbsmax(index, scales, code, float(offset))
+    return NestedScales(index, scales, code, float(offset))
 
 
 def _quantize_8bit(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,7 +50,7 @@ def quantize(
         config = ModelConfig.from_hf(reader.config)
         _check_blocks(config)
         reader.write_side_files(folder)
-        writer = _ShardWriter(folder, max_shard_bytes)
+        writer = ShardWriter(folder, max_shard_bytes)
         linears = {f"{name}.weight" for name in config.linears()}
         total = len(config.tensors())
         for done, (name, tensor) in enumerate(reader.tensors()):
@@ -58,7 +58,7 @@ def quantize(
                 progress("quantize", done, total)
             writer.add(_stored(name, tensor, name in linears, double_quant))
         writer.finish()
-        _write_config(folder, reader.config, double_quant)
+        write_config(folder, reader.config, double_quant)
         if progress:
             progress("quantize", total, total)
         return Checkpoint.open(folder).base_digest
@@ -127,7 +127,7 @@ def _stored(name: str, tensor: Tensor, is_linear: bool, double_quant: bool) -> d
     return {name: dense}
 
 
-def _write_config(folder: Path, source: dict[str, Any], double_quant: bool) -> None:
+def write_config(folder: Path, source: dict[str, Any], double_quant: bool) -> None:
     dropped = ("auto_map", "torch_dtype")
     config = {k: v for k, v in source.items() if k not in dropped and not k.startswith("_")}
     config["dtype"] = "bfloat16"
@@ -138,7 +138,7 @@ def _write_config(folder: Path, source: dict[str, Any], double_quant: bool) -> N
     write_json(folder / "config.json", config)
 
 
-class _ShardWriter:
+class ShardWriter:
     """Collects tensors and writes a file whenever the next one would pass the limit."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:

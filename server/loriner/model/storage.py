@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from loriner.errors import CheckpointError
-from loriner.model.nf4 import BLOCK, NESTED_BLOCK, NestedAbsmax, Quantized, dynamic_map, nf4_code
+from loriner.kernels.operands import NESTED_BLOCK, NestedScales
+from loriner.model.nf4 import BLOCK, Quantized, dynamic_map, nf4_code
 from loriner.model.shards import Header
 
 STATE = "quant_state.bitsandbytes__nf4"
@@ -101,7 +102,7 @@ def to_tensors(name: str, weight: Quantized) -> dict[str, Tensor]:
         "shape": list(weight.shape),
     }
     tensors = {name: weight.packed.unsqueeze(1), f"{name}.quant_map": nf4_code()}
-    if isinstance(weight.absmax, NestedAbsmax):
+    if isinstance(weight.absmax, NestedScales):
         nested = weight.absmax
         state |= {
             "nested_blocksize": NESTED_BLOCK,

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loriner.adapters.pool import EMBEDDING, Placement
+from loriner.kernels.operands import Nf4
+from loriner.kernels.reference import dequantized
 from loriner.model.batch_meta import BatchMeta, LoraBatch
 from loriner.model.config import ModelConfig
 from loriner.model.linear import Nf4Linear
 from loriner.model.rope import tables
-from loriner.model.weights import Checkpoint, Nf4Weight
+from loriner.model.weights import Checkpoint
 
 LOAD_THREADS = 4
 Progress = Callable[[int, int], None]  # (layers done, layers)
@@ -50,7 +51,7 @@ class Transformer:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        ops: ModuleType,
+        ops: Any,
         *,
         max_len: int,
         progress: Progress | None = None,
@@ -58,27 +59,26 @@ class Transformer:
         config = checkpoint.config
         self.config, self.ops = config, ops
         load = _Loader(checkpoint, ops)
-        self.embed = checkpoint.tensor("model.embed_tokens.weight")  # [V, H] as stored
+        self.embed = ops.prepare_embedding(checkpoint.tensor("model.embed_tokens.weight"))  # [V, H]
         self.layers = load.layers(progress)
         self.norm = load.norm("model.norm")
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         self.lm_head = load.linear("lm_head", [head])
-        self.cos, self.sin = tables(config, max_len)
+        self.rope = ops.prepare_rope(*tables(config, max_len))
         self.num_bytes = load.num_bytes  # of the operands that `ops` keeps resident
 
     @torch.inference_mode()
     def __call__(self, batch: BatchMeta, kv: KvCache) -> Tensor:
-        x = self.embed[batch.token_ids].float()  # [T, H]
-        if batch.lora is not None and (segments := batch.lora.embeddings):
-            self.ops.lora_embed_add(x, batch.token_ids, segments)
+        x = self.ops.embed(batch.token_ids, self.embed)  # [T, H]
+        if batch.lora is not None:
+            self.ops.lora_embed_add(x, batch.token_ids, batch.lora.embeddings)
         if self.config.embed_scale != 1.0:
             x *= self.config.embed_scale
-        cos = self.cos[batch.positions].unsqueeze(1)  # [T, 1, D]
-        sin = self.sin[batch.positions].unsqueeze(1)
+        rotation = self.ops.rotation(self.rope, batch.positions)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, batch, kv.k[i], kv.v[i])
-        x = self.ops.rms_norm(x[batch.sample_rows], self.norm, self.config.rms_norm_eps)
-        return self.lm_head(x, batch.sample_lora)
+            x = layer(x, rotation, batch, kv.k[i], kv.v[i])
+        x = self.ops.rms_norm(x, self.norm, self.config.rms_norm_eps, batch.sample_rows)
+        return self.lm_head.logits(x, batch.sample_lora)
 
 
 class Layer:
@@ -92,18 +92,11 @@ class Layer:
         self.input_norm = load.norm(f"{prefix}.input_layernorm")
         self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm")
 
-    def __call__(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        batch: BatchMeta,
-        k: Tensor,
-        v: Tensor,
-    ) -> Tensor:
-        normed = self.ops.rms_norm(x, self.input_norm, self.eps)
-        x = self.attention(normed, cos, sin, batch, k, v).add_(x)
-        return self.mlp(self.ops.rms_norm(x, self.mlp_norm, self.eps), batch.lora).add_(x)
+    def __call__(self, x: Tensor, rotation: Any, batch: BatchMeta, k: Tensor, v: Tensor) -> Tensor:
+        x = self.attention(
+            x, self.ops.rms_norm(x, self.input_norm, self.eps), rotation, batch, k, v
+        )
+        return self.mlp(x, self.ops.rms_norm(x, self.mlp_norm, self.eps), batch.lora)
 
 
 class Attention:
@@ -112,32 +105,21 @@ class Attention:
     def __init__(self, index: int, load: _Loader) -> None:
         config, self.ops = load.config, load.ops
         prefix = f"model.layers.{index}.self_attn"
-        self.num_heads, self.num_kv = config.num_heads, config.num_kv_heads
-        self.dim, self.eps, self.scale = config.head_dim, config.rms_norm_eps, config.head_dim**-0.5
+        self.eps, self.scale = config.rms_norm_eps, config.head_dim**-0.5
         self.qkv = load.linear(f"{index}.qkv", [f"{prefix}.{p}_proj" for p in "qkv"])
         self.o = load.linear(f"{index}.o", [f"{prefix}.o_proj"])
-        self.q_norm = load.norm(f"{prefix}.q_norm") if config.qk_norm else None
-        self.k_norm = load.norm(f"{prefix}.k_norm") if config.qk_norm else None
+        self.norms = None
+        if config.qk_norm:
+            self.norms = (load.norm(f"{prefix}.q_norm"), load.norm(f"{prefix}.k_norm"))
 
     def __call__(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        batch: BatchMeta,
-        k: Tensor,
-        v: Tensor,
+        self, h: Tensor, x: Tensor, rotation: Any, batch: BatchMeta, k: Tensor, v: Tensor
     ) -> Tensor:
-        heads, num_kv = self.num_heads, self.num_kv
-        qkv = self.qkv(x, batch.lora).view(x.shape[0], heads + 2 * num_kv, self.dim)
-        qk = qkv[:, : heads + num_kv]
-        if self.q_norm is not None and self.k_norm is not None:
-            q = self.ops.rms_norm(qk[:, :heads], self.q_norm, self.eps)
-            qk = torch.cat((q, self.ops.rms_norm(qk[:, heads:], self.k_norm, self.eps)), dim=1)
-        qk = self.ops.rope(qk, cos, sin)  # [T, heads + KV, D]
-        self.ops.store_kv(qk[:, heads:], qkv[:, heads + num_kv :], k, v, batch.slots)
-        y = self.ops.paged_attention(qk[:, :heads], k, v, batch.attention, self.scale)
-        return self.o(y, batch.lora)
+        """h + o(attention(x))."""
+        qkv = self.qkv(x, batch.lora)
+        q = self.ops.rope_store(qkv, self.norms, self.eps, rotation, batch.slots, k, v)
+        y = self.ops.paged_attention(q, k, v, batch.attention, self.scale)
+        return self.o.add(h, y, batch.lora)
 
 
 class Mlp:
@@ -145,12 +127,14 @@ class Mlp:
 
     def __init__(self, index: int, load: _Loader) -> None:
         prefix = f"model.layers.{index}.mlp"
-        self.act = load.ops.silu_mul if load.config.hidden_act == "silu" else load.ops.gelu_mul
-        self.gate_up = load.linear(f"{index}.gate_up", [f"{prefix}.gate_proj", f"{prefix}.up_proj"])
+        self.act = load.config.hidden_act
+        names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
+        self.gate_up = load.linear(f"{index}.gate_up", names, gated=True)
         self.down = load.linear(f"{index}.down", [f"{prefix}.down_proj"])
 
-    def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
-        return self.down(self.act(self.gate_up(x, lora)), lora)
+    def __call__(self, h: Tensor, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        """h + mlp(x)."""
+        return self.down.add(h, self.gate_up.gated(x, lora, self.act), lora)
 
 
 def layout(config: ModelConfig) -> dict[str, Placement]:
@@ -176,7 +160,7 @@ def layout(config: ModelConfig) -> dict[str, Placement]:
 class _Loader:
     """Checkpoint -> prepared operands; counts the bytes of the compute copy."""
 
-    def __init__(self, checkpoint: Checkpoint, ops: ModuleType) -> None:
+    def __init__(self, checkpoint: Checkpoint, ops: Any) -> None:
         self.checkpoint, self.ops = checkpoint, ops
         self.config = checkpoint.config
         self._sizes: list[int] = []  # appended to by several threads
@@ -195,33 +179,29 @@ class _Loader:
                     progress(len(layers), total)
         return layers
 
-    def linear(self, group: str, names: Sequence[str]) -> Nf4Linear:
+    def linear(self, group: str, names: Sequence[str], *, gated: bool = False) -> Nf4Linear:
         weights = [self.checkpoint.linear(name) for name in names]
         biases = [n for n in names if self.checkpoint.has(f"{n}.bias")]
         bias = None
         if biases:
             assert biases == list(names), "biases of a fused linear come together"
             bias = torch.cat([self.checkpoint.tensor(f"{n}.bias").float() for n in names])
-        operand = self._prepare(weights, bias)
+        operand = self._prepare(weights, bias, gated=gated)
         self._sizes.append(self.ops.nbytes(operand))
         return Nf4Linear(group, operand, self.ops)
 
     def norm(self, name: str) -> Tensor:
         weight = self.checkpoint.tensor(f"{name}.weight").float()
-        return weight + 1.0 if self.config.norm_offset else weight
-
-    def _prepare(self, weights: Sequence[Nf4Weight | Tensor], bias: Tensor | None) -> Any:
-        """Fuse along the outputs. A block of 64 lies in one row, so NF4 bytes just follow each
-        other."""
-        packed = [w for w in weights if isinstance(w, Nf4Weight)]
-        if len(packed) < len(weights):
-            dense = [w.dequantize() if isinstance(w, Nf4Weight) else w for w in weights]
-            return self.ops.prepare_dense(dense[0] if len(dense) == 1 else torch.cat(dense), bias)
-        assert all(torch.equal(w.code, packed[0].code) for w in packed)
-        return self.ops.prepare_nf4(
-            torch.cat([w.packed for w in packed]),
-            torch.cat([w.absmax for w in packed]),
-            packed[0].code,
-            (sum(w.shape[0] for w in packed), packed[0].shape[1]),
-            bias,
+        prepared: Tensor = self.ops.prepare_norm(
+            weight + 1.0 if self.config.norm_offset else weight
         )
+        return prepared
+
+    def _prepare(self, weights: Sequence[Nf4 | Tensor], bias: Tensor | None, *, gated: bool) -> Any:
+        """Fuse along the outputs."""
+        packed = [w for w in weights if isinstance(w, Nf4)]
+        if len(packed) < len(weights):
+            dense = [dequantized(w) if isinstance(w, Nf4) else w for w in weights]
+            return self.ops.prepare_dense(dense, bias, gated=gated)
+        assert all(torch.equal(part.code, packed[0].code) for part in packed)
+        return self.ops.prepare_nf4(packed, bias, gated=gated)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,13 @@ import torch
 from torch import Tensor
 
 from loriner.errors import CheckpointError
-from loriner.kernels.reference import dequantize_nf4
+from loriner.kernels.operands import NestedScales, Nf4
 from loriner.model import digest
 from loriner.model.config import ModelConfig, token_ids
-from loriner.model.nf4 import NestedAbsmax
 from loriner.model.shards import Header, Shards, read_json
 from loriner.model.storage import NESTED_PARTS, PARTS, STATE, QuantState
 
 DENSE_DTYPES = ("F32", "F16", "BF16")
-
-
-@dataclass(frozen=True, slots=True)
-class Nf4Weight:
-    """One NF4 linear; element n*K + k is in block (n*K + k) // 64."""
-
-    packed: Tensor  # [N*K/2] u8, element 2i in the high nibble of byte i
-    absmax: Tensor  # [N*K/64] f32, expanded when the file nests it
-    code: Tensor  # [16] f32
-    shape: tuple[int, int]  # (N, K)
-
-    def dequantize(self) -> Tensor:
-        """[N, K] f32."""
-        return dequantize_nf4(self.packed, self.absmax, self.code, self.shape)
 
 
 class Checkpoint:
@@ -82,7 +66,7 @@ class Checkpoint:
             name = "model.embed_tokens.weight"
         return self.tensor(name) if self.has(name) and name not in self._states else None
 
-    def linear(self, name: str) -> Nf4Weight | Tensor:
+    def linear(self, name: str) -> Nf4 | Tensor:
         """The weight [N, K] of a linear, by module name; a tied lm_head is the embedding."""
         if name == "lm_head" and self.config.tie_word_embeddings:
             return self.tensor("model.embed_tokens.weight")
@@ -90,10 +74,8 @@ class Checkpoint:
         state = self._states.get(weight)
         if state is None:
             return self.tensor(weight)
-        absmax = self._absmax(weight, state)
-        expanded = absmax.expand() if isinstance(absmax, NestedAbsmax) else absmax
         code = self.tensor(f"{weight}.quant_map").flatten()
-        return Nf4Weight(self._packed(weight), expanded, code, state.shape)
+        return Nf4(self._packed(weight), self._absmax(weight, state), code, state.shape)
 
     @property
     def is_quantized(self) -> bool:
@@ -113,12 +95,12 @@ class Checkpoint:
     def _packed(self, weight: str) -> Tensor:
         return self.tensor(weight).flatten().view(torch.uint8)
 
-    def _absmax(self, weight: str, state: QuantState) -> Tensor | NestedAbsmax:
+    def _absmax(self, weight: str, state: QuantState) -> Tensor | NestedScales:
         absmax = self.tensor(f"{weight}.absmax").flatten()
         if state.nested_offset is None:
             return absmax
         scales, code = (self.tensor(f"{weight}.{part}").flatten() for part in NESTED_PARTS)
-        return NestedAbsmax(absmax, scales, code, state.nested_offset)
+        return NestedScales(absmax, scales, code, state.nested_offset)
 
     def _records(self) -> Iterator[digest.Record]:
         for name in sorted(self._used):
@@ -133,7 +115,7 @@ class Checkpoint:
     def _quantized_record(self, name: str, state: QuantState) -> digest.Record:
         packed, code = self._packed(name), self.tensor(f"{name}.quant_map")
         absmax = self._absmax(name, state)
-        if isinstance(absmax, NestedAbsmax):
+        if isinstance(absmax, NestedScales):
             offset = torch.tensor([absmax.offset], dtype=torch.float32)
             parts = (packed, absmax.index, absmax.absmax, absmax.code, offset, code)
             return digest.Record(name, "nf4-nested", state.shape, parts)

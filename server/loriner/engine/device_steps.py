@@ -1,0 +1,242 @@
+"""Steps on a device that runs beside the host: upload, replay, read back one step later.
+
+Knows streams, events and shapes; what a step computes it is given. Invariant: everything happens
+on one stream in the order of the launches, so that a step finds the tokens of the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loriner.core import MAX_LOGPROBS
+from loriner.engine.graphs import Graphs, Variant, buckets, variants
+from loriner.engine.sampler import Sampled, sample
+from loriner.engine.step_buffers import Shape, StepBuffers, StepTensors, WorkLists, seats_of
+from loriner.engine.step_input import Draw, StepInput
+
+_NONE = np.empty(0, np.int32)
+NO_ITEMS = np.empty((0, 3), np.int32)
+NOTHING = StepInput(
+    token_ids=_NONE,
+    token_source=_NONE,
+    positions=_NONE,
+    slots=_NONE,
+    q_start=np.zeros(1, np.int32),
+    context=_NONE,
+    block_table=np.empty((0, 0), np.int32),
+    spans=(),
+    sample_rows=_NONE,
+    sample_spans=(),
+    draws=(),
+)
+
+
+class Limits(NamedTuple):
+    """The largest step."""
+
+    rows: int
+    sequences: int
+    context: int  # tokens
+    block_size: int
+
+
+class Computation(Protocol):
+    """What a step computes."""
+
+    def max_items(self, rows: int, sequences: int) -> tuple[int, int]:
+        """Most attention items and tile items of a step."""
+
+    def work_lists(self, step: StepInput) -> WorkLists: ...
+
+    def forward(self, step: StepTensors, token_ids: Tensor, variant: Variant) -> Tensor:
+        """Logits [B, V] f32. Launches kernels only: it is captured."""
+
+
+class Chooser(Protocol):
+    """Samples on the device. `results` stays at its address: for B rows (the most there can be) B
+    ids, B log-probabilities, [B, 20] most likely ids, [B, 20] their log-probabilities; floats as
+    bits; an id is -1 where the logits are not finite."""
+
+    results: Tensor  # i32
+
+    def load(self, draws: Seq[Draw]) -> None:
+        """What the next call chooses by; padding beyond. Never waits."""
+
+    def __call__(self, logits: Tensor) -> None:
+        """logits [rows, V] -> `results`. Launches kernels only: it is captured."""
+
+
+class DeviceSteps:
+    """Launches steps of one computation on the current stream of `device`."""
+
+    def __init__(
+        self,
+        computation: Computation,
+        chooser: Chooser,
+        limits: Limits,
+        device: torch.device,
+        seat_of: Callable[[str], int],
+        eos_ids: tuple[int, ...],
+    ) -> None:
+        self._computation, self._chooser = computation, chooser
+        self._limits, self._device = limits, device
+        self._seat_of, self._eos_ids = seat_of, eos_ids
+        width = -(-limits.context // limits.block_size)
+        self._buckets = buckets(limits.rows)
+        largest = self._shape(max(limits.rows, self._buckets[-1]))
+        self._buffers = StepBuffers(largest, width, device)
+        self._tensors: dict[Shape, StepTensors] = {}
+        is_cuda = device.type == "cuda"
+        self._num_samples = largest.samples
+        size = largest.samples * (2 + 2 * MAX_LOGPROBS)
+        self._read_back = [
+            torch.zeros(size, dtype=torch.int32, pin_memory=is_cuda) for _ in range(2)
+        ]
+        self._turn = 0
+        self._last = Variant(self._buckets[0], has_lora=False, has_tiles=False)
+        self._graphs = Graphs(self._run, self.clear, device) if is_cuda else None
+
+    def capture(self) -> None:
+        """Capture all graphs. Until then, and beyond the largest, steps run eagerly."""
+        if self._graphs is not None:
+            self._graphs.capture(variants(self._limits.rows, self._limits.sequences))
+
+    def launch(self, step: StepInput) -> PendingStep:
+        """Never waits for the device."""
+        seats = seats_of(step.spans, [self._seat_of(span.generation) for span in step.spans])
+        sampled = seats
+        if step.sample_spans is not step.spans:
+            seat_ids = [self._seat_of(span.generation) for span in step.sample_spans]
+            sampled = seats_of(step.sample_spans, seat_ids)
+        variant = Variant(
+            self._bucket(step.num_rows), bool(step.spans), step.num_rows > step.num_sequences
+        )
+        lists = self._computation.work_lists(step)
+        self._last = variant
+        with torch.inference_mode():
+            self._buffers.upload(step, self._shape(variant.rows), lists, seats, sampled)
+            self._chooser.load(step.draws)
+            return self._begin_reading(step.draws, self._compute(variant))
+
+    def run_again(self) -> None:
+        """Compute the last step once more; nothing is uploaded or read back."""
+        with torch.inference_mode():
+            self._compute(self._last)
+
+    def _compute(self, variant: Variant) -> Tensor:
+        if self._graphs is not None and variant in self._graphs:
+            return self._graphs.replay(variant)
+        return self._run(variant)
+
+    def clear(self, variant: Variant) -> None:
+        """Upload a step of no rows."""
+        lists = WorkLists(NO_ITEMS, NO_ITEMS)
+        nobody = seats_of((), [])
+        with torch.inference_mode():
+            self._buffers.upload(NOTHING, self._shape(variant.rows), lists, nobody, nobody)
+            self._chooser.load(())
+
+    def _bucket(self, num_rows: int) -> int:
+        """Rows of the smallest graph that holds the step; beyond the largest, the step's own."""
+        return next((rows for rows in self._buckets if rows >= num_rows), num_rows)
+
+    def _shape(self, rows: int) -> Shape:
+        sequences = min(rows, self._limits.sequences)
+        attn_items, tile_items = self._computation.max_items(rows, sequences)
+        return Shape(rows, sequences, sequences, attn_items, tile_items)
+
+    def _run(self, variant: Variant) -> Tensor:
+        shape = self._shape(variant.rows)
+        step = self._tensors.get(shape)
+        if step is None:
+            step = self._buffers.tensors(shape)
+            if self._bucket(shape.rows) in self._buckets:
+                self._tensors[shape] = step
+        with torch.inference_mode():
+            logits = self._computation.forward(step, self._feed(step), variant)
+            self._chooser(logits)
+        return logits
+
+    def _feed(self, step: StepTensors) -> Tensor:
+        """Token ids, those that the host does not know from the step before. A broken row's -1
+        becomes a token that exists: its sequence ends anyway."""
+        source = step.token_source
+        before = self._chooser.results.index_select(0, source.clamp(min=0))
+        return torch.where(source >= 0, before, step.token_ids).clamp_(min=0)
+
+    def _begin_reading(self, draws: tuple[Draw, ...], logits: Tensor) -> PendingStep:
+        self._turn ^= 1
+        told = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
+        results = self._read_back[self._turn]
+        used = len(results) if told else len(draws)
+        results[:used].copy_(self._chooser.results[:used], non_blocking=True)
+        rows = [row for row, draw in enumerate(draws) if draw.needs_host]
+        is_cuda = self._device.type == "cuda"
+        kept = torch.empty((len(rows), logits.shape[1]), pin_memory=is_cuda)
+        for place, row in enumerate(rows):
+            kept[place].copy_(logits[row], non_blocking=True)
+        event: Any = None
+        if is_cuda:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        read = Results(results, self._num_samples)
+        return PendingStep(draws, read, told, rows, kept, event, self._eos_ids)
+
+
+class Results(NamedTuple):
+    """A chooser's results on the host; `num_rows` is their B."""
+
+    values: Tensor
+    num_rows: int
+
+    def ids(self, count: int) -> list[int]:
+        made: list[int] = self.values[:count].tolist()
+        return made
+
+    def with_logprobs(self, row: int, token_id: int, count: int) -> Sampled:
+        """The choice of `token_id`, and the `count` most likely."""
+        rows = self.num_rows
+        floats = self.values.view(torch.float32)
+        start = 2 * rows + row * MAX_LOGPROBS
+        ids = self.values[start : start + count].tolist()
+        start += rows * MAX_LOGPROBS
+        top = floats[start : start + count].tolist()
+        return Sampled(token_id, float(floats[rows + row]), tuple(zip(ids, top, strict=True)))
+
+
+class PendingStep:
+    """A launched step; `event` comes when its tokens are on the host. `told`: rows that ask for
+    log-probabilities; `rows`: rows that the host chooses, from `logits`."""
+
+    def __init__(
+        self,
+        draws: tuple[Draw, ...],
+        results: Results,
+        told: list[int],
+        rows: list[int],
+        logits: Tensor,
+        event: Any,
+        eos_ids: tuple[int, ...],
+    ) -> None:
+        self.event = event
+        self._draws, self._results, self._eos_ids = draws, results, eos_ids
+        self._told, self._rows, self._logits = told, rows, logits
+
+    def result(self) -> list[Sampled]:
+        """Before the second launch from here: then the buffers are another step's."""
+        if self.event is not None:
+            self.event.synchronize()
+        made = [Sampled(i if i >= 0 else None) for i in self._results.ids(len(self._draws))]
+        for row in self._told:
+            token_id, count = made[row].token_id, self._draws[row].params.logprobs
+            if token_id is not None and count is not None:
+                made[row] = self._results.with_logprobs(row, token_id, count)
+        for row, logits in zip(self._rows, self._logits, strict=True):
+            made[row] = sample(logits[None], [self._draws[row]], self._eos_ids)[0]
+        return made

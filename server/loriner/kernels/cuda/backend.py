@@ -1,0 +1,331 @@
+"""The surface of `reference.py` on a GPU: allocates outputs and launches; the model calls nothing
+else.
+
+bf16 activations, f32 residual stream, bf16 keys and values. Everything here can be captured in a
+graph: sizes that change from step to step are read on the device. Up to `linear.MAX_FUSED_ROWS`
+rows a row's result does not depend on the others; beyond, cuBLAS multiplies dequantised weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loriner.kernels.cuda import attention
+from loriner.kernels.cuda import linear as linears
+from loriner.kernels.cuda.attention import Attention
+from loriner.kernels.cuda.launch import Device
+from loriner.kernels.cuda.linear import Adapters, Operand
+from loriner.kernels.operands import Nf4
+
+MAX_STACKED_RANK = 768  # three slices of rank 256
+MAX_ROWS_OF_ITEM = 32
+LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
+LAST_GROUPS = ("lm_head", "embed")
+Ints = np.typing.NDArray[np.int32]
+
+
+class SeatLora(NamedTuple):
+    """The adapters of one step: what stands in the seats, and which row uses which."""
+
+    table: Tensor  # [seats, groups, 96] u8
+    row_seat: Tensor  # [R] i32
+    items: Tensor  # [.., 3] i32: first row, rows (at most 32), seat
+    num_items: Tensor  # [1] i32
+
+    def operand(self, group: str) -> LoraCall:
+        """What `linear` needs for this fused linear."""
+        num_groups = self.table.shape[1]
+        if group in LAST_GROUPS:
+            index = num_groups - len(LAST_GROUPS) + LAST_GROUPS.index(group)
+        else:
+            layer, _, name = group.partition(".")
+            index = int(layer) * len(LAYER_GROUPS) + LAYER_GROUPS.index(name)
+        return LoraCall(self, index)
+
+    @property
+    def embeddings(self) -> LoraCall:
+        return self.operand("embed")
+
+
+class LoraCall(NamedTuple):
+    """One fused linear's place in the seats."""
+
+    lora: SeatLora
+    group: int
+
+
+class Rotation(NamedTuple):
+    """Angles by position, and the rows' positions."""
+
+    cos: Tensor  # [max_len, D/2] f32
+    sin: Tensor  # [max_len, D/2] f32
+    positions: Tensor  # [R] i32
+
+
+class AttentionPlan(NamedTuple):
+    """Which keys each row sees; all on the device, i32. Lists are `attention.py`'s."""
+
+    q_start: Tensor  # [S + 1]
+    context: Tensor  # [S]
+    block_table: Tensor  # [S, W]
+    attn_items: Tensor  # [.., 4]
+    num_attn_items: Tensor  # [1]
+    tile_items: Tensor | None  # [.., 2]; None: every sequence has one row
+    num_tile_items: Tensor  # [1]
+
+
+class CudaKernels:
+    """One GPU's kernels for one model."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.device = Device(index)
+        self.place = self.device.torch_device
+        self.linears = linears.Linears(self.device)
+        self._attention: Attention | None = None
+        cluster = 8 if self.device.capability >= (9, 0) else 1
+        lora = self.device.module("lora.cu", CLUSTER=cluster)
+        self._cluster = cluster
+        self._shrink = lora.kernel("lora_shrink")
+        self._embed_lora = lora.kernel("lora_embed")
+        self._expand = lora.kernel("lora_expand_add")
+        norm = self.device.module("norm.cu")
+        self._embed, self._norm = norm.kernel("embed"), norm.kernel("rms_norm")
+        self._gate, self._add = norm.kernel("gate"), norm.kernel("add_rows")
+        self._bias = norm.kernel("add_bias")
+
+    def start(self, num_threads: int) -> str:
+        return f"CUDA kernels for {self.device.arch}"
+
+    # ---- operands, made at load ----
+
+    def prepare_nf4(
+        self, parts: Sequence[Nf4], bias: Tensor | None, *, gated: bool = False
+    ) -> Operand:
+        return self.linears.prepare_nf4(parts, bias, gated=gated)
+
+    def prepare_dense(
+        self, weights: Sequence[Tensor], bias: Tensor | None, *, gated: bool = False
+    ) -> Operand:
+        return self.linears.prepare_dense(weights, bias, gated=gated)
+
+    def prepare_norm(self, weight: Tensor) -> Tensor:
+        return weight.float().to(self.place)
+
+    def prepare_embedding(self, weight: Tensor) -> Tensor:
+        return weight.to(self.place).bfloat16().contiguous()
+
+    def prepare_rope(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        half = cos.shape[1] // 2
+        tables = (cos[:, :half].contiguous(), sin[:, half:].contiguous())
+        return tables[0].to(self.place), tables[1].to(self.place)
+
+    def nbytes(self, operand: Operand) -> int:
+        return operand.num_bytes
+
+    def kv_shapes(self, config: Any, num_blocks: int, block: int) -> tuple[tuple[int, ...], ...]:
+        """Of keys and of values, over all layers."""
+        shape = (config.num_layers, num_blocks, config.num_kv_heads, block, config.head_dim)
+        return shape, shape
+
+    # ---- work lists, made for each step on the host ----
+
+    def configure(self, config: Any, block: int, max_len: int, max_sequences: int) -> None:
+        """Fix the shapes of attention. Before the first step."""
+        self._max_len = max_len
+        self._attention = Attention(
+            self.device,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=block,
+            max_items=attention.max_decode_items(max_sequences, max_len),
+        )
+
+    @property
+    def attention(self) -> Attention:
+        assert self._attention is not None, "configure comes first"
+        return self._attention
+
+    def max_work_items(self, rows: int, sequences: int) -> tuple[int, int]:
+        """Longest decode and prefill list of a step of this size."""
+        tokens = self.attention.tile_tokens
+        decode = attention.max_decode_items(sequences, self._max_len)
+        return decode, max(1, attention.max_prefill_items(rows, sequences, tokens))
+
+    def work_lists(self, q_start: Ints, context: Ints) -> tuple[Ints, Ints]:
+        tiles = attention.prefill_items(q_start, context, self.attention.tile_tokens)
+        return attention.decode_items(q_start, context), tiles
+
+    def seat_lora(
+        self, table: Tensor, row_seat: Tensor, items: Tensor, num_items: Tensor
+    ) -> SeatLora:
+        return SeatLora(table, row_seat, items, num_items)
+
+    # ---- the step ----
+
+    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        h = torch.empty(len(token_ids), table.shape[1], dtype=torch.float32, device=self.place)
+        self._embed(len(token_ids), 128, h, token_ids, table, table.shape[1], table.shape[0])
+        return h
+
+    def lora_embed_add(self, h: Tensor, token_ids: Tensor, call: LoraCall) -> None:
+        lora, (rows, hidden) = call.lora, h.shape
+        grid = (-(-hidden // 256), rows)
+        groups = lora.table.shape[1]
+        seats = (lora.row_seat, lora.table, call.group, groups)
+        self._embed_lora(grid, 256, h, hidden, token_ids, *seats)
+
+    def rms_norm(self, h: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+        """bf16; of the given rows of `h`, or of all."""
+        count = len(h) if rows is None else len(rows)
+        x = torch.empty(count, h.shape[1], dtype=torch.bfloat16, device=self.place)
+        self._norm(count, 256, x, h, weight, rows, h.shape[1], eps)
+        return x
+
+    def linear(self, x: Tensor, operand: Operand, call: LoraCall | None = None) -> Tensor:
+        y = torch.empty(len(x), operand.outputs, dtype=torch.bfloat16, device=self.place)
+        self._run(x, operand, y, linears.STORE, call)
+        return y
+
+    def linear_add(
+        self, h: Tensor, x: Tensor, operand: Operand, call: LoraCall | None = None
+    ) -> Tensor:
+        self._run(x, operand, h, linears.ADD, call)
+        return h
+
+    def linear_gated(self, x: Tensor, operand: Operand, call: LoraCall | None, act: str) -> Tensor:
+        y = torch.empty(len(x), operand.outputs // 2, dtype=torch.bfloat16, device=self.place)
+        self._run(x, operand, y, linears.GATED, call, is_gelu=act != "silu")
+        return y
+
+    def logits(self, x: Tensor, operand: Operand, call: LoraCall | None = None) -> Tensor:
+        y = torch.empty(len(x), operand.outputs, dtype=torch.float32, device=self.place)
+        self._run(x, operand, y, linears.LOGITS, call)
+        return y
+
+    def rotation(self, tables: tuple[Tensor, Tensor], positions: Tensor) -> Rotation:
+        return Rotation(*tables, positions)
+
+    def rope_store(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        rotation: Rotation,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        q_norm, k_norm = norms or (None, None)
+        cos, sin, positions = rotation
+        caches = (k_cache, v_cache)
+        self.attention.rope_store(qkv, positions, slots, cos, sin, *caches, q_norm, k_norm, eps)
+        return qkv
+
+    def paged_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
+    ) -> Tensor:
+        kernel = self.attention
+        width = kernel.num_heads * kernel.head_dim
+        out = torch.empty(len(q), width, dtype=torch.bfloat16, device=self.place)
+        table = plan.block_table
+        caches = (q, k_cache, v_cache)
+        kernel.decode(*caches, plan.attn_items, plan.num_attn_items, plan.q_start, table, out)
+        if plan.tile_items is not None:
+            tiles = (plan.tile_items, plan.num_tile_items)
+            kernel.prefill(*caches, *tiles, plan.q_start, plan.context, table, out)
+        return out
+
+    def attention_plan(self, step: Any, has_tiles: bool) -> AttentionPlan:
+        return AttentionPlan(
+            step.q_start,
+            step.context,
+            step.block_table,
+            step.attn_items,
+            step.num_attn_items,
+            step.tile_items if has_tiles else None,
+            step.num_tile_items,
+        )
+
+    def _run(
+        self,
+        x: Tensor,
+        operand: Operand,
+        y: Tensor,
+        epilogue: int,
+        call: LoraCall | None,
+        *,
+        is_gelu: bool = False,
+    ) -> None:
+        adapters = None if call is None else self._shrunk(x, call, operand.num_slices)
+        if len(x) <= linears.MAX_FUSED_ROWS or epilogue == linears.LOGITS:
+            self.linears.run(x, operand, y, epilogue, adapters, is_gelu=is_gelu)
+        else:
+            self._run_many(x, operand, y, epilogue, adapters, is_gelu=is_gelu)
+
+    def _shrunk(self, x: Tensor, call: LoraCall, slices: int) -> Adapters:
+        """t = A x of every row that has an adapter."""
+        lora, (rows, inputs) = call.lora, x.shape
+        t = torch.empty(rows, MAX_STACKED_RANK, dtype=torch.float32, device=self.place)
+        in_flight = 4 if rows <= 8 else slices
+        self._shrink(
+            (self._cluster, len(lora.items), in_flight),
+            128,
+            x,
+            inputs,
+            lora.table,
+            call.group,
+            lora.table.shape[1],
+            lora.items,
+            lora.num_items,
+            t,
+            t.shape[1],
+            cluster=self._cluster,
+        )
+        return Adapters(lora.table, lora.row_seat, t, call.group)
+
+    def _run_many(
+        self,
+        x: Tensor,
+        operand: Operand,
+        y: Tensor,
+        epilogue: int,
+        adapters: Adapters | None,
+        *,
+        is_gelu: bool,
+    ) -> None:
+        """Many rows: the weight in bf16, then cuBLAS, then what the fused kernel's end does."""
+        weight = self.linears.dequantized(operand)
+        out = y if epilogue == linears.STORE else None
+        product = torch.matmul(x, weight.t(), out=out)
+        rows, outputs = product.shape
+        if operand.bias is not None:
+            self._bias((-(-outputs // 256), rows), 256, product, operand.bias, outputs)
+        if adapters is not None:
+            groups = adapters.seats.shape[1]
+            self._expand(
+                (-(-outputs // 128), -(-rows // 16)),
+                128,
+                product,
+                rows,
+                outputs,
+                0,
+                adapters.shrunk,
+                adapters.shrunk.shape[1],
+                adapters.row_seat,
+                adapters.seats,
+                adapters.group,
+                groups,
+                *operand.slices,
+            )
+        if epilogue == linears.GATED:
+            half = outputs // 2
+            self._gate((-(-half // 512), rows), 256, y, product, half, int(is_gelu))
+        elif epilogue == linears.ADD:
+            count = rows * outputs
+            self._add(-(-count // 1024), 256, y, product, count)

@@ -1,0 +1,156 @@
+// t = A x for the rows of each adapter: the first half of y += scale * B (A x), at the adapter's exact rank.
+//
+// A work item is up to 32 rows of one seat. The eight blocks of a cluster share one item and 16 of its ranks: each
+// sums over an eighth of the inputs, its warps over parts of that, all in the order of the input, so a
+// row's t depends on nothing but the row. Ranks are the A operand of mma.m16n8k16, rows of x the B operand; lanes
+// take eight consecutive inputs as their fragments' sixteen, the same for both. A is asked for before
+// the kernel ahead has ended.
+//
+// Defines: CLUSTER (1 or 8).
+#include "common.cuh"
+#include "lora.cuh"
+
+#define WARPS 4
+#define PARTS (8 / CLUSTER)  // eighths of the inputs that this block sums
+#define TILES 4              // of 8 rows of x
+#define AHEAD 4              // steps of 32 inputs whose A is in flight
+
+struct Item {
+    i32 row, rows, seat;
+};
+
+DEV uint4 ld16(const u16* p, bool valid) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (valid) asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+__shared__ float sums[8][16][TILES * 8 + 1];  // [eighth of this block][rank][row of x]
+__shared__ float warps[WARPS][16][TILES * 8 + 1];
+
+// t [16, rows] += A [16, steps * 32] x^T; `a0`, `a1`: this lane's rows of A (g and g + 8), from input `k` on.
+template <int N>
+DEV void multiply(const u16* a0, const u16* a1, bool v0, bool v1, uint4 (&ahead)[AHEAD][2], i32 steps, const u16* x, i32 stride, i32 rows, float (&acc)[TILES][4]) {
+    const i32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    for (int s = 0; s < steps; s += AHEAD) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            if (s + i >= steps) break;
+            const uint4 p = ahead[i][0], q = ahead[i][1];
+            const i32 next = s + i + AHEAD;
+            if (next < steps) ahead[i][0] = ld16(a0 + next * 32, v0), ahead[i][1] = ld16(a1 + next * 32, v1);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                uint4 b = make_uint4(0, 0, 0, 0);
+                if (n * 8 + g < rows) b = *(const uint4*)(x + (i64)(n * 8 + g) * stride + (s + i) * 32 + t * 8);
+                mma_bf16(acc[n], p.x, q.x, p.y, q.y, b.x, b.y);
+                mma_bf16(acc[n], p.z, q.z, p.w, q.w, b.z, b.w);
+            }
+        }
+    }
+}
+
+// Grid: (CLUSTER, items, ranks in flight). x [M, K] bf16; items [..] and their number on the device;
+// t [M, stride] f32, of which the item's ranks are written.
+extern "C" __global__ void __launch_bounds__(WARPS * 32) lora_shrink(const u16* x, i32 K, const u8* seats, i32 group, i32 num_groups,
+                                                                     const Item* items, const i32* num_items, float* out, i32 stride) {
+    grid_launch();
+    const i32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    const i32 eighth = CLUSTER == 1 ? 0 : cluster_rank();
+    bool live = blockIdx.y < *num_items;
+    Item item = {0, 0, -1};
+    const SeatEntry* e = nullptr;
+    i32 rank = 0;
+    if (live) {
+        item = items[blockIdx.y];
+        e = seat_entry(seats, item.seat, group, num_groups);
+        rank = e->rank_end[2];
+    }
+    bool waited = false;
+    for (i32 r0 = blockIdx.z * 16; r0 < rank; r0 += gridDim.z * 16) {
+        const u16* a = (const u16*)e->a;
+        const bool v0 = r0 + g < rank, v1 = r0 + g + 8 < rank;
+        for (int part = 0; part < PARTS; part++) {
+            const i32 all = K / 32, eight = eighth * PARTS + part;
+            const i32 begin = all * (eight * WARPS + warp) / (8 * WARPS), steps = all * (eight * WARPS + warp + 1) / (8 * WARPS) - begin;
+            const u16 *a0 = a + (i64)(r0 + g) * K + begin * 32 + t * 8, *a1 = a0 + (i64)8 * K;
+            uint4 ahead[AHEAD][2];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) ahead[i][0] = ld16(a0 + i * 32, v0 && i < steps), ahead[i][1] = ld16(a1 + i * 32, v1 && i < steps);
+            if (!waited) grid_wait();
+            waited = true;
+            float acc[TILES][4];
+#pragma unroll
+            for (int i = 0; i < TILES * 4; i++) (&acc[0][0])[i] = 0.0f;
+            const u16* from = x + (i64)item.row * K + begin * 32;
+            if (item.rows <= 8) multiply<1>(a0, a1, v0, v1, ahead, steps, from, K, item.rows, acc);
+            else multiply<TILES>(a0, a1, v0, v1, ahead, steps, from, K, item.rows, acc);
+            const i32 tiles = item.rows <= 8 ? 1 : TILES;
+#pragma unroll
+            for (int n = 0; n < TILES; n++)
+                if (n < tiles)
+#pragma unroll
+                    for (int c = 0; c < 4; c++) warps[warp][g + (c >> 1) * 8][n * 8 + t * 2 + (c & 1)] = acc[n][c];
+            __syncthreads();
+            for (int i = threadIdx.x; i < 16 * tiles * 8; i += WARPS * 32) {
+                const i32 r = i & 15, row = i >> 4;
+                float sum = 0.0f;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) sum += warps[w][r][row];
+                sums[part][r][row] = sum;
+            }
+            __syncthreads();
+        }
+        if (CLUSTER > 1) cluster_sync();
+        // each block of the cluster finishes a share of the (rank, row) pairs
+        const i32 pairs = 16 * (item.rows <= 8 ? 8 : TILES * 8);
+        for (int i = threadIdx.x + eighth * WARPS * 32; i < pairs; i += WARPS * 32 * CLUSTER) {
+            const i32 r = i & 15, row = i >> 4;
+            float sum = 0.0f;
+#pragma unroll
+            for (int c = 0; c < 8; c++) {
+                float v;
+                if (CLUSTER == 1) v = sums[c][r][row];
+                else asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(cluster_map(smem_addr(&sums[0][r][row]), c)));
+                sum += v;
+            }
+            if (row < item.rows && r0 + r < rank) out[(i64)(item.row + row) * stride + r0 + r] = sum;
+        }
+        if (CLUSTER > 1) cluster_sync();
+        else __syncthreads();
+    }
+    if (!waited) grid_wait();
+}
+
+// h [M, H] += scale * B A[token] of the seats that adapt the embedding: A [vocab, R], B [H, R] bf16. Grid: (ceil(H / 256), M).
+extern "C" __global__ void lora_embed(float* h, i32 H, const i32* token, const i32* row_seat, const u8* seats, i32 group, i32 num_groups) {
+    grid_launch();
+    grid_wait();
+    const i32 row = blockIdx.y, n = blockIdx.x * blockDim.x + threadIdx.x, seat = row_seat[row];
+    if (seat < 0 || n >= H) return;
+    const SeatEntry* e = seat_entry(seats, seat, group, num_groups);
+    const i32 rank = e->rank_end[0];
+    if (rank == 0) return;
+    const u16 *a = (const u16*)e->a + (i64)token[row] * rank, *b = (const u16*)e->b[0] + (i64)n * rank;
+    float sum = 0.0f;
+    for (int r = 0; r < rank; r++) sum += bf16_to_float(a[r]) * bf16_to_float(b[r]);
+    h[(i64)row * H + n] += e->scale[0] * sum;
+}
+
+// y (op)= the adapters' share, for outputs that another kernel made: y [M, N] bf16 (or f32 when `wide`).
+// Each thread owns one output and walks 16 rows; rows of one seat reuse its B. Grid: (ceil(N / 128), ceil(M / 16)).
+extern "C" __global__ void lora_expand_add(void* y, i32 M, i32 N, i32 wide, const float* t, i32 stride, const i32* row_seat, const u8* seats, i32 group,
+                                           i32 num_groups, i32 split0, i32 split1) {
+    grid_launch();
+    grid_wait();
+    const i32 n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (n >= N) return;
+    for (i32 row = blockIdx.y * 16; row < min(M, blockIdx.y * 16 + 16); row++) {
+        const i32 seat = row_seat[row];
+        if (seat < 0) continue;
+        const float v = lora_expand(seats, seat, group, num_groups, split0, split1, n, t + (i64)row * stride);
+        const i64 at = (i64)row * N + n;
+        if (wide) ((float*)y)[at] += v;
+        else ((u16*)y)[at] = float_to_bf16(bf16_to_float(((u16*)y)[at]) + v);
+    }
+}

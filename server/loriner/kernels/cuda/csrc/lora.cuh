@@ -1,0 +1,112 @@
+// The seat table, and the second half of an adapter: y += scale * (B t + bias), t = A x.
+// One 96-byte entry for each (seat, fused linear), written by the adapter pool; ranks are exact.
+#pragma once
+#include "common.cuh"
+
+struct SeatEntry {
+    u64 a;            // bf16 [rank, K], the slices stacked
+    u64 b[3];         // bf16 [n, r] of each slice
+    u64 bias[3];      // f32 [n] or 0
+    float scale[3];
+    i32 rank_end[3];  // cumulative
+    i32 spare[4];
+};
+static_assert(sizeof(SeatEntry) == 96, "the pool writes 96 bytes");
+
+DEV const SeatEntry* seat_entry(const u8* seats, i32 seat, i32 group, i32 num_groups) {
+    return (const SeatEntry*)seats + (i64)seat * num_groups + group;
+}
+
+// What one row's adapter does in one slice of the outputs.
+struct RowLora {
+    const u16* b;       // of the slice's output 0, minus what makes `n` the index
+    const float* bias;  // likewise, or null
+    i32 begin, rank;
+    float scale;
+    i32 spare;
+};
+
+DEV RowLora row_lora(const u8* seats, i32 seat, i32 group, i32 num_groups, i32 slice, i32 split0, i32 split1) {
+    RowLora r = {nullptr, nullptr, 0, 0, 0.0f, 0};
+    if (seat < 0) return r;
+    const SeatEntry* e = seat_entry(seats, seat, group, num_groups);
+    const i32 start = slice == 0 ? 0 : slice == 1 ? split0 : split1;
+    r.begin = slice == 0 ? 0 : e->rank_end[slice - 1], r.rank = e->rank_end[slice] - r.begin;
+    r.b = (const u16*)e->b[slice] - (i64)start * r.rank;
+    r.bias = e->bias[slice] ? (const float*)e->bias[slice] - start : nullptr;
+    r.scale = e->scale[slice];
+    return r;
+}
+
+// scale * (B t + bias) for output n; `t` is the row's A x over all slices.
+DEV float lora_row(const RowLora& l, i32 n, const float* t) {
+    if (l.rank == 0) return 0.0f;
+    const u16* b = l.b + (i64)n * l.rank;
+    t += l.begin;
+    float sum = 0.0f;
+    if (l.rank % 8 == 0 && l.begin % 4 == 0) {
+#pragma unroll 2
+        for (int r = 0; r < l.rank; r += 8) {
+            const uint4 v = __ldg((const uint4*)(b + r));
+            const float4 p = *(const float4*)(t + r), q = *(const float4*)(t + r + 4);
+            sum += lo_to_float(v.x) * p.x + hi_to_float(v.x) * p.y + lo_to_float(v.y) * p.z + hi_to_float(v.y) * p.w;
+            sum += lo_to_float(v.z) * q.x + hi_to_float(v.z) * q.y + lo_to_float(v.w) * q.z + hi_to_float(v.w) * q.w;
+        }
+    } else {
+        for (int r = 0; r < l.rank; r++) sum += bf16_to_float(b[r]) * t[r];
+    }
+    if (l.bias) sum += l.bias[n];
+    return l.scale * sum;
+}
+
+DEV float dot8(const uint4& v, const float4& p, const float4& q) {
+    float sum = lo_to_float(v.x) * p.x + hi_to_float(v.x) * p.y + lo_to_float(v.y) * p.z + hi_to_float(v.y) * p.w;
+    return sum + lo_to_float(v.z) * q.x + hi_to_float(v.z) * q.y + lo_to_float(v.w) * q.z + hi_to_float(v.w) * q.w;
+}
+
+// As lora_row for four rows (l[0], l[3], l[6], l[9]), whose loads are all under way together; `t` of the first.
+DEV void lora_quad(float (&sum)[4], const RowLora* l, i32 n, const float* t, i32 stride) {
+    i32 most = 0, odd = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) most = max(most, l[j * 3].rank), odd |= l[j * 3].rank & 7 | l[j * 3].begin & 3;
+    if (odd) {
+#pragma unroll 1
+        for (int j = 0; j < 4; j++) {
+            const float v = lora_row(l[j * 3], n, t + (i64)j * stride);
+            sum[0] += j == 0 ? v : 0.0f, sum[1] += j == 1 ? v : 0.0f, sum[2] += j == 2 ? v : 0.0f, sum[3] += j == 3 ? v : 0.0f;
+        }
+        return;
+    }
+    float add[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+    for (i32 r = 0; r < most; r += 16) {
+        uint4 v[4][2];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const RowLora& row = l[j * 3];
+                v[j][i] = make_uint4(0, 0, 0, 0);
+                if (r + i * 8 < row.rank) v[j][i] = __ldg((const uint4*)(row.b + (i64)n * row.rank + r + i * 8));
+            }
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const RowLora& row = l[j * 3];
+                const float4* from = (const float4*)(t + (i64)j * stride + row.begin + r + i * 8);
+                if (r + i * 8 < row.rank) add[j] += dot8(v[j][i], from[0], from[1]);
+            }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        if (l[j * 3].bias) add[j] += l[j * 3].bias[n];
+        sum[j] += l[j * 3].scale * add[j];
+    }
+}
+
+// What the row's adapter adds to output n; slices end at split0, split1 and N.
+DEV float lora_expand(const u8* seats, i32 seat, i32 group, i32 num_groups, i32 split0, i32 split1, i32 n, const float* t) {
+    const i32 slice = (n >= split0) + (n >= split1);
+    return lora_row(row_lora(seats, seat, group, num_groups, slice, split0, split1), n, t);
+}

@@ -1,0 +1,149 @@
+"""Every device benchmark from its command line, on a CPU and a tiny base: tables, JSON lines, exit
+status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loriner.cli import main
+
+KINDS = ("decode", "kernels", "prefill", "load", "serve")
+
+
+class Ran:
+    """One run: what it printed, and its JSON lines by kind."""
+
+    def __init__(self, table: str, lines: list[dict[str, Any]]) -> None:
+        self.table = table
+        self.of = {kind: [line for line in lines if line["kind"] == kind] for kind in _kinds(lines)}
+
+
+def _kinds(lines: list[dict[str, Any]]) -> set[str]:
+    return {line["kind"] for line in lines}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(kind: str, *flags: str, status: int = 0) -> Ran:
+        file = tmp_path / "figures.jsonl"
+        own, _, rest = " ".join(flags).partition(" -- ")
+        command = ["bench", kind, "--device", "cpu", "--shape", "tiny", "--threads", "1"]
+        command += ["--json", str(file), *own.split(), *(["--", *rest.split()] if rest else [])]
+        assert main(command) == status
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        return Ran(capsys.readouterr().out, lines)
+
+    return run
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_gpu_it_says_so_and_exits_with_2(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", kind]) == 2
+    assert f"bench {kind} needs a CUDA device" in capsys.readouterr().err
+
+
+def test_decode_prints_each_case_beside_its_bytes_and_the_base(bench: Any) -> None:
+    ran = bench(
+        "decode",
+        "--rows 1,4 --popularity distinct,zipf:1.1 --ranks 2,4 --context 24 --new 12 --repeats 3",
+    )
+    machine, (limits,) = ran.of["machine"][0], ran.of["limits"]
+    cases = {(case["rows"], case["popularity"]): case for case in ran.of["decode"]}
+
+    assert {"commit", "date", "command", "cpu"} <= machine.keys()
+    assert set(cases) == {(r, p) for r in (1, 4) for p in ("none", "distinct", "zipf:1.1")}
+    mixed = cases[4, "distinct"]
+    assert mixed["ranks"] == [2, 4] and mixed["num_adapters"] == 4
+    assert abs(mixed["context"] - 24) <= 2
+    assert mixed["kv_bytes"] == 4 * mixed["context"] * 2 * 2 * 1 * 64 * 4
+    assert mixed["floor_ms"] == pytest.approx(1e3 * mixed["num_bytes"] / limits["read_bytes_per_s"])
+    assert mixed["base_ms"] == cases[4, "none"]["step_ms"]
+    assert cases[4, "none"]["adapters_bytes"] == 0
+    assert "| 4    | distinct (4) | 2,4" in ran.table
+
+
+def test_decode_shows_where_a_steps_time_goes(bench: Any) -> None:
+    ran = bench("decode", "--rows 2 --popularity none --context 16 --new 8 --repeats 2 --profile")
+    kernels = ran.of["kernel"]
+
+    assert "| sum " in ran.table
+    assert all(kernel["us"] > 0 and kernel["launches"] > 0 for kernel in kernels)
+    assert kernels == sorted(kernels, key=lambda kernel: -kernel["us"])
+
+
+def test_decode_refuses_a_context_that_the_shape_has_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["bench", "decode", "--device", "cpu", "--shape", "tiny", "--context", "9000"]
+
+    assert main(command) == 2
+    assert "context: the shape's is 4096 tokens" in capsys.readouterr().err
+
+
+def test_kernels_are_right_and_timed(bench: Any) -> None:
+    ran = bench("kernels", "--rows 1,3 --context 32 --repeats 2 --peers bf16")
+    linears = {(one["linear"], one["rows"]): one for one in ran.of["linear"]}
+
+    names = ("qkv", "o", "gate_up", "down", "all four")
+    assert set(linears) == {(name, rows) for name in names for rows in (1, 3)}
+    assert all(0 < one["error"] < 1e-5 for one in linears.values())
+    together = sum(linears[name, 3]["us"] for name in names[:4])
+    assert linears["all four", 3]["us"] == pytest.approx(together)
+    assert all(one["peers"]["bf16"] > 0 for one in linears.values())
+    assert {op["op"] for op in ran.of["op"]} >= {"attention", "norm", "sampler"}
+
+
+def test_prefill_is_measured_with_and_without_an_adapter(bench: Any) -> None:
+    ran = bench("prefill", "--tokens 48 --repeats 2 --ranks 4")
+    none, adapter = ran.of["prefill"]
+
+    assert (none["rank"], adapter["rank"]) == (0, 4)
+    assert adapter["flop"] > none["flop"]
+    assert adapter["flop_per_s"] == pytest.approx(1e3 * adapter["flop"] / adapter["ms"])
+
+
+def test_load_times_every_tier_and_the_gaps_of_running_streams(bench: Any, tmp_path: Path) -> None:
+    ran = bench(
+        "load",
+        "--streams 2 --loads 3 --trials 2 --prompt 8 --longest 512 --ranks 2 --folder",
+        str(tmp_path),
+    )
+
+    tiers = {line["tier"]: line["ms"] for line in ran.of["load"]}
+    assert set(tiers) == {"seated", "host", "disk", "disk, first time"}
+    assert tiers["disk"] > tiers["seated"]
+    gaps = {line["while"]: line for line in ran.of["gaps"]}
+    assert set(gaps) == {"quiet", "loading", "loading and asking"}
+    assert all(0 < of["median_ms"] <= of["p99_ms"] <= of["longest_ms"] for of in gaps.values())
+    assert "6 adapters loaded of 6" in ran.table
+
+
+def test_serve_streams_over_http_beside_the_engine_alone(bench: Any, tmp_path: Path) -> None:
+    ran = bench(
+        "serve",
+        "--streams 3 --new 120 --prompt 8 --clients 2 --ranks 2 --folder",
+        f"{tmp_path} -- --kv-bytes 16M",
+    )
+    http, alone = ran.of["serve"]
+
+    assert (http["what"], alone["what"]) == ("over HTTP", "engine alone")
+    assert http["of_engine"] == pytest.approx(http["tokens_per_s"] / alone["tokens_per_s"])
+    assert 0 < http["gap_p99_ms"] <= http["gap_longest_ms"]
+    assert ran.of["first_token"][0]["p50_ms"] > 0
+
+
+def test_base_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = str(tmp_path / "base")
+
+    assert main(["bench", "base", "tiny", target, "--device", "cpu"]) == 0
+    assert "GB in" in capsys.readouterr().out
+    assert main(["bench", "base", "tiny", target, "--device", "cpu"]) == 1
+    assert "exists already" in capsys.readouterr().err

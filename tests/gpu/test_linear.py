@@ -1,0 +1,106 @@
+"""The base's linears on the GPU against float64: kinds of weight, ends, odd sizes, rows, graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from loriner.kernels.cuda import packing
+from tests.gpu.conftest import ROWS
+from tests.gpu.operands import POISON, dense, error, random_nf4
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = ((576, 576), (960, 576), (576, 1536), (1040, 2048), (4096, 4096), (4096, 14336))
+TOLERANCE = 2e-3  # f32 out; the table is bf16
+BF16_OUT = 3.2e-3  # the output is rounded once more
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_nf4_linear_equals_float64(kernels: Any, outputs: int, inputs: int, nested: bool) -> None:
+    weight = random_nf4(outputs, inputs, nested=nested)
+    exact, bias = dense(weight), torch.randn(outputs)
+    operand = kernels.prepare_nf4([weight], bias)
+
+    for rows in ROWS:
+        x = torch.randn(rows, inputs, device="cuda").bfloat16()
+        expected = x.double() @ exact.t() + bias.double().cuda()
+        assert error(kernels.logits(x, operand), expected) < TOLERANCE, rows
+        assert error(kernels.linear(x, operand), expected) < BF16_OUT, rows
+        h = torch.randn(rows, outputs, device="cuda")
+        before = h.double()
+        kernels.linear_add(h, x, operand)
+        limit = TOLERANCE if rows <= 256 else BF16_OUT
+        assert error(h.double() - before, expected) < limit, rows
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("inner", "inputs"), [(1536, 576), (1000, 2048), (14336, 4096)])
+def test_gated_linear_equals_float64(kernels: Any, inner: int, inputs: int, act: str) -> None:
+    gate, up = (random_nf4(inner, inputs, nested=inputs == 4096) for _ in range(2))
+    operand = kernels.prepare_nf4([gate, up], None, gated=True)
+
+    for rows in (1, 8, 33, 64, 129, 513):
+        x = (torch.randn(rows, inputs, device="cuda") / 4).bfloat16()
+        g, u = x.double() @ dense(gate).t(), x.double() @ dense(up).t()
+        approximate = "tanh"
+        acted = (
+            torch.nn.functional.silu(g)
+            if act == "silu"
+            else torch.nn.functional.gelu(g, approximate=approximate)
+        )
+        assert error(kernels.linear_gated(x, operand, None, act), acted * u) < 6e-3, rows
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(1000, 576), (49152, 576), (32000, 4096)])
+def test_dense_linear_equals_float64(kernels: Any, outputs: int, inputs: int) -> None:
+    weight = torch.randn(outputs, inputs, device="cuda").bfloat16()
+    operand = kernels.prepare_dense([weight], None)
+
+    for rows in (1, 7, 8, 33, 64, 128, 255):
+        x = torch.randn(rows, inputs, device="cuda").bfloat16()
+        found = kernels.logits(x, operand)
+        assert error(found, x.double() @ weight.double().t()) < 1e-5, rows
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(kernels: Any) -> None:
+    for outputs, inputs in ((960, 576), (4096, 4096), (28672, 4096)):
+        operand = kernels.prepare_nf4([random_nf4(outputs, inputs, nested=True)], None)
+        x = torch.randn(256, inputs, device="cuda").bfloat16()
+        alone = torch.cat([kernels.logits(x[i : i + 1], operand) for i in range(0, 256, 17)])
+        for rows in (2, 8, 9, 17, 33, 48, 64, 100, 128, 256):
+            together = kernels.logits(x[:rows].contiguous(), operand)[::17]
+            assert torch.equal(together, alone[: len(together)]), (outputs, rows)
+
+
+def test_a_replayed_graph_computes_the_new_rows(kernels: Any) -> None:
+    weight = random_nf4(4096, 4096, nested=True)
+    operand, x = kernels.prepare_nf4([weight], None), torch.zeros(16, 4096, device="cuda")
+    x = x.bfloat16()
+    kernels.logits(x, operand)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = kernels.logits(x, operand)
+    for _ in range(3):
+        x.copy_(torch.randn(16, 4096))
+        y.fill_(POISON)
+        graph.replay()
+        assert error(y, x.double() @ dense(weight).t()) < TOLERANCE
+
+
+def test_dequantised_weights_are_those_that_are_stored(kernels: Any) -> None:
+    for nested, gated in ((False, False), (True, False), (False, True), (True, True)):
+        parts = [random_nf4(1040, 2048, nested=nested) for _ in range(2)]
+        operand = kernels.prepare_nf4(parts, None, gated=gated)
+        expected = torch.cat([dense(part) for part in parts]).bfloat16()
+        found = kernels.linears.dequantized(operand)
+        assert error(found, expected.double()) < 1e-3
+
+
+def test_packing_round_trips_on_the_gpu() -> None:
+    packed = torch.randint(0, 256, (96, 256), device="cuda", dtype=torch.uint8)
+    assert torch.equal(packing.unpack_codes(packing.pack_codes(packed)), packed)

@@ -1,0 +1,153 @@
+"""Adapters on the GPU against float64: ranks, mixtures, slices, biases, rows, graphs."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from loriner.kernels.cuda.backend import SeatLora
+from tests.gpu.conftest import RANKS, ROWS
+from tests.gpu.operands import POISON, Seats, dense, error, items_of, random_nf4
+
+pytestmark = pytest.mark.gpu
+
+
+def popularity(kind: str, rows: int, num_seats: int) -> list[int]:
+    """A seat for each row, base-only rows last."""
+    base = rows // 5
+    if kind == "identical":
+        return [0] * rows
+    if kind == "distinct":
+        return [i % num_seats for i in range(rows)]
+    if kind == "skewed":
+        used = sorted(min(int(random.expovariate(0.7)), num_seats - 1) for _ in range(rows - base))
+    else:
+        used = sorted(random.randrange(num_seats) for _ in range(rows - base))
+    return [*used, *[-1] * base]
+
+
+def lora_of(seats: Seats, row_seats: list[int]) -> SeatLora:
+    return SeatLora(seats.table.cuda(), *items_of(row_seats))
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("kind", ["identical", "distinct", "uniform", "skewed"])
+def test_adapters_equal_float64(kernels: Any, kind: str, rank: int) -> None:
+    sizes, inputs, num_seats = [512, 128, 128], 576, 9
+    weights = [random_nf4(size, inputs, nested=False) for size in sizes]
+    operand = kernels.prepare_nf4(weights, None)
+    exact = torch.cat([dense(weight) for weight in weights])
+    seats = Seats(num_seats, num_groups=6)
+    for seat in range(num_seats):
+        ranks = [rank, rank if seat % 2 else 0, max(1, rank // 2)]
+        seats.put(seat, 0, inputs, sizes, ranks, bias=seat % 3 == 0)
+
+    for rows in ROWS:
+        row_seats = popularity(kind, rows, num_seats)
+        lora = lora_of(seats, row_seats)
+        x = torch.randn(rows, inputs, device="cuda").bfloat16()
+        added = seats.expected(x.double(), row_seats, 0, sum(sizes))
+        expected = x.double() @ exact.t() + added
+        found = kernels.logits(x, operand, lora.operand("0.qkv"))
+        assert error(found, expected) < 2e-3, rows
+        assert error(kernels.linear(x, operand, lora.operand("0.qkv")), expected) < 4e-3, rows
+
+
+def test_mixed_ranks_share_a_step(kernels: Any) -> None:
+    inputs, inner = 1536, 576
+    operand_weight = random_nf4(inner, inputs, nested=False)
+    operand = kernels.prepare_nf4([operand_weight], None)
+    seats = Seats(len(RANKS), num_groups=6)
+    for seat, rank in enumerate(RANKS):
+        seats.put(seat, 3, inputs, [inner], [rank], bias=False)
+    row_seats = [i for i in range(len(RANKS)) for _ in range(5)] + [-1] * 7
+    x = torch.randn(len(row_seats), inputs, device="cuda").bfloat16()
+    h = torch.zeros(len(row_seats), inner, device="cuda")
+
+    kernels.linear_add(h, x, operand, lora_of(seats, row_seats).operand("0.down"))
+
+    added = seats.expected(x.double(), row_seats, 3, inner)
+    assert error(h, x.double() @ dense(operand_weight).t() + added) < 2e-3
+
+
+def test_rows_without_an_adapter_are_as_if_there_were_none(kernels: Any) -> None:
+    weight = random_nf4(4096, 4096, nested=True)
+    operand, seats = kernels.prepare_nf4([weight], None), Seats(2, num_groups=6)
+    seats.put(0, 1, 4096, [4096], [16], bias=False)
+    x = torch.randn(40, 4096, device="cuda").bfloat16()
+    lora = lora_of(seats, [0] * 20 + [-1] * 20)
+
+    mixed = kernels.logits(x, operand, lora.operand("0.o"))
+
+    assert torch.equal(mixed[20:], kernels.logits(x, operand)[20:])
+
+
+def test_a_row_does_not_depend_on_its_neighbours(kernels: Any) -> None:
+    sizes, inputs = [14336, 14336], 4096
+    weights = [random_nf4(size, inputs, nested=True) for size in sizes]
+    operand = kernels.prepare_nf4(weights, None, gated=True)
+    seats = Seats(8, num_groups=6)
+    for seat in range(8):
+        seats.put(seat, 2, inputs, sizes, [16, 16], bias=False)
+    x = torch.randn(96, inputs, device="cuda").bfloat16()
+    row_seats = sorted(i % 9 - 1 for i in range(96))
+    row_seats = [s for s in row_seats if s >= 0] + [s for s in row_seats if s < 0]
+
+    together = kernels.linear_gated(
+        x, operand, lora_of(seats, row_seats).operand("0.gate_up"), "silu"
+    )
+
+    for row in range(0, 96, 11):
+        lora = lora_of(seats, [row_seats[row]])
+        alone = kernels.linear_gated(x[row : row + 1], operand, lora.operand("0.gate_up"), "silu")
+        assert torch.equal(alone[0], together[row]), row
+
+
+def test_one_graph_serves_any_mixture(kernels: Any) -> None:
+    weight = random_nf4(4096, 4096, nested=True)
+    operand, seats, rows = kernels.prepare_nf4([weight], None), Seats(8, num_groups=6), 24
+    for seat in range(8):
+        seats.put(seat, 1, 4096, [4096], [RANKS[seat]], bias=False)
+    exact = dense(weight)
+    lora = lora_of(seats, [-1] * rows)
+    x = torch.zeros(rows, 4096, device="cuda").bfloat16()
+    kernels.logits(x, operand, lora.operand("0.o"))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = kernels.logits(x, operand, lora.operand("0.o"))
+    for kind in ("identical", "distinct", "uniform", "skewed"):
+        row_seats = popularity(kind, rows, 8)
+        for static, new in zip(lora[1:], items_of(row_seats), strict=True):
+            static.copy_(new)
+        x.copy_(torch.randn(rows, 4096))
+        y.fill_(POISON)
+        graph.replay()
+        added = seats.expected(x.double(), row_seats, 1, 4096)
+        assert error(y, x.double() @ exact.t() + added) < 2e-3, kind
+
+
+def test_the_embedding_is_adapted(kernels: Any) -> None:
+    seats = Seats(2, num_groups=6)
+    table = torch.randn(100, 64, device="cuda").bfloat16()
+    a, b = (
+        torch.randn(100, 8, device="cuda").bfloat16(),
+        torch.randn(64, 8, device="cuda").bfloat16(),
+    )
+    entry = seats.table[1, 5]
+    entry[0:8].view(torch.int64)[0] = a.data_ptr()
+    entry[8:16].view(torch.int64)[0] = b.data_ptr()
+    entry[56:60].view(torch.float32)[0] = 0.5
+    entry[68:72].view(torch.int32)[0] = 8
+    row_seats = [0, 0, 1, 1, -1]
+    tokens = torch.randint(0, 100, (5,), device="cuda", dtype=torch.int32)
+
+    h = kernels.embed(tokens, table)
+    kernels.lora_embed_add(h, tokens, lora_of(seats, row_seats).embeddings)
+
+    expected = table[tokens.long()].double()
+    expected[2:4] += 0.5 * a[tokens[2:4].long()].double() @ b.double().t()
+    assert error(h, expected) < 1e-6

@@ -1,0 +1,276 @@
+"""Every CUDA kernel compiles for every architecture, and what its machine code may cost; no GPU.
+
+The variants of linear.cu are those that `linear.Linears` asks a device for. Limits are about a
+tenth above what was read off the code when they were set.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install cuda-bindings")
+
+from loriner.kernels.cuda import linear, nvrtc, sampling
+from loriner.kernels.cuda.linear import ADD, GATED, KIND_BF16, KIND_F32, KIND_NESTED, LOGITS, STORE
+from tests.kernels.sass import (
+    WEIGHTS_OF_A_PRODUCT,
+    Code,
+    disassemble,
+    disassembler,
+    opcode,
+    products,
+)
+
+try:
+    nvrtc.version()
+except RuntimeError as missing:
+    pytest.skip(f"NVRTC: {missing}", allow_module_level=True)
+
+HOPPER = "sm_90a"
+CARDS = {  # compute capability, multiprocessors
+    "sm_80": ((8, 0), 108),
+    "sm_86": ((8, 6), 84),
+    "sm_89": ((8, 9), 142),
+    "sm_90a": ((9, 0), 132),
+    "sm_100a": ((10, 0), 148),
+}
+needs_disassembler = pytest.mark.skipif(
+    disassembler() is None, reason="needs nvdisasm: pip install nvidia-cuda-nvdisasm"
+)
+
+
+class Linear(NamedTuple):
+    """A fused linear of a known model."""
+
+    name: str
+    outputs: int
+    inputs: int
+    kind: int
+    epilogue: int
+
+
+LINEARS = (
+    Linear("llama-3-8b qkv", 6144, 4096, KIND_NESTED, STORE),
+    Linear("llama-3-8b o", 4096, 4096, KIND_NESTED, ADD),
+    Linear("llama-3-8b gate_up", 28672, 4096, KIND_NESTED, GATED),
+    Linear("llama-3-8b down", 4096, 14336, KIND_NESTED, ADD),
+    Linear("llama-3-8b lm_head", 128256, 4096, KIND_BF16, LOGITS),
+    Linear("llama-2-70b qkv", 10240, 8192, KIND_NESTED, STORE),
+    Linear("llama-2-70b o", 8192, 8192, KIND_NESTED, ADD),
+    Linear("llama-2-70b gate_up", 57344, 8192, KIND_NESTED, GATED),
+    Linear("qwen3-4b o", 2560, 4096, KIND_NESTED, ADD),
+    Linear("smollm2 qkv", 960, 576, KIND_F32, STORE),
+    Linear("smollm2 down", 576, 1536, KIND_F32, ADD),
+)
+FULLY = (*LINEARS[:5], LINEARS[9])  # on Hopper: every number of token tiles
+SOME = (LINEARS[1], LINEARS[2], LINEARS[4], LINEARS[9])  # elsewhere
+SOME_TILES = (1, 8)
+
+# Most instructions of a warp, by 32 lanes, for one weight on the way once round the main loop, by
+# token tiles. Where the inputs are split among groups, a warp copies more rows of x.
+MOST_PER_WEIGHT = {
+    "split": {1: 2.8, 2: 4.7, 3: 5.9, 4: 6.3, 6: 5.7, 8: 7.0},
+    "whole": {1: 2.6, 2: 3.0, 3: 3.3, 4: 3.6, 6: 4.6, 8: 5.5},
+    "bf16": {1: 1.7, 2: 2.0, 3: 2.4, 4: 2.4, 6: 3.0, 8: 3.7},
+}
+# Bytes of local memory that are known to be written, by token tiles and linear.
+SPILLED: dict[str, dict[tuple[int, str], int]] = {
+    "sm_80": {
+        (8, "llama-3-8b o"): 92,
+        (8, "llama-3-8b gate_up"): 124,
+        (8, "llama-3-8b lm_head"): 64,
+        (8, "smollm2 qkv"): 88,
+    },
+    "sm_86": {
+        (1, "llama-3-8b o"): 4,
+        (8, "llama-3-8b o"): 116,
+        (8, "llama-3-8b gate_up"): 112,
+        (8, "llama-3-8b lm_head"): 40,
+        (8, "smollm2 qkv"): 96,
+    },
+    "sm_90a": {
+        (2, "llama-3-8b qkv"): 28,
+        (8, "llama-3-8b qkv"): 20,
+        (2, "llama-3-8b o"): 12,
+        (8, "llama-3-8b o"): 24,
+        (8, "llama-3-8b gate_up"): 8,
+        (8, "llama-2-70b o"): 20,
+        (8, "qwen3-4b o"): 8,
+        (2, "smollm2 qkv"): 32,
+        (8, "smollm2 qkv"): 24,
+        (8, "smollm2 down"): 24,
+    },
+    "sm_100a": {
+        (8, "llama-3-8b o"): 24,
+        (8, "llama-3-8b gate_up"): 56,
+        (8, "llama-3-8b lm_head"): 80,
+        (8, "smollm2 qkv"): 92,
+    },
+}
+SPILLED["sm_89"] = SPILLED["sm_86"]
+
+
+class Recorder:
+    """Stands for a device: notes the definitions that a variant is compiled with."""
+
+    def __init__(self, arch: str) -> None:
+        self.capability, self.num_sms = CARDS[arch]
+        self.defines: dict[str, int | str] = {}
+
+    def module(self, source: str, **defines: int | str) -> Recorder:
+        assert source == "linear.cu"
+        self.defines = defines
+        return self
+
+    def kernel(self, name: str, smem: int) -> None:
+        assert name == "linear" and smem <= linear.SMEM_MOST
+
+
+class Variant(NamedTuple):
+    """A source, ready to be compiled."""
+
+    arch: str
+    source: str
+    defines: tuple[tuple[str, int | str], ...]
+
+
+def linear_variant(arch: str, case: Linear, token_tiles: int, *, is_gelu: bool = False) -> Variant:
+    device: Any = Recorder(arch)
+    linears = linear.Linears(device)
+    cut = linear.tiling(case.outputs, case.inputs, device.num_sms, clusters=linears.clusters)
+    operand: Any = SimpleNamespace(
+        kind=case.kind, tiling=cut, outputs=case.outputs, inputs=case.inputs
+    )
+    linears.kernel(operand, case.epilogue, token_tiles, is_gelu=is_gelu)
+    return Variant(arch, "linear.cu", tuple(sorted(device.defines.items())))
+
+
+def linear_variants(arch: str) -> dict[tuple[int, str], Variant]:
+    """By token tiles and the first linear that needs it."""
+    made: dict[Variant, tuple[int, str]] = {}
+    for case in LINEARS if arch == HOPPER else SOME:
+        in_full = arch == HOPPER and case in FULLY
+        for tiles in linear.TOKEN_TILES if in_full else SOME_TILES:
+            made.setdefault(linear_variant(arch, case, tiles), (tiles, case.name))
+    gelu = LINEARS[2]._replace(name="gelu")
+    made.setdefault(linear_variant(arch, gelu, 1, is_gelu=True), (1, gelu.name))
+    return {name: variant for variant, name in made.items()}
+
+
+def other_variants(arch: str) -> Iterator[Variant]:
+    has_clusters = CARDS[arch][0] >= (9, 0)
+    for kind in (KIND_F32, KIND_NESTED):
+        yield Variant(arch, "dequantize.cu", (("GATED", 1), ("KIND", kind)))
+    count = {HOPPER: 4, "sm_80": 2}.get(arch, 1)
+    for group, head_dim in ((4, 128), (16, 256), (3, 64), (1, 128))[:count]:
+        sizes = (("BLOCK_SIZE", 16), ("HEAD_DIM", head_dim))
+        yield Variant(arch, "attention.cu", (*sizes, ("GROUP", group)))
+        yield Variant(arch, "rope.cu", sizes)
+    yield Variant(arch, "norm.cu", ())
+    yield Variant(arch, "lora.cu", (("CLUSTER", 8 if has_clusters else 1),))
+    yield Variant(arch, sampling.SOURCE, (("CLUSTER", sampling.CLUSTER if has_clusters else 1),))
+
+
+@functools.cache
+def machine_code(variant: Variant) -> dict[str, Code]:
+    return disassemble(compiled(variant))
+
+
+def compiled(variant: Variant) -> bytes:
+    return nvrtc.compile_cubin(variant.source, variant.arch, dict(variant.defines))
+
+
+def all_codes(variants: Iterable[Variant]) -> list[dict[str, Code]]:
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(machine_code, variants))
+
+
+def note(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+def test_every_kernel_file_and_architecture_is_among_them() -> None:
+    assert set(CARDS) == set(nvrtc.ARCHITECTURES)
+    files = {path.name for path in nvrtc.SOURCES.glob("*.cu")}
+    assert {"linear.cu", *(variant.source for variant in other_variants(HOPPER))} == files
+
+
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+def test_every_kernel_compiles(arch: str) -> None:
+    variants = [*linear_variants(arch).values(), *other_variants(arch)]
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(compiled, variants))
+
+
+def test_clusters_are_left_to_the_cards_that_have_them() -> None:
+    sizes = {arch: dict(linear_variant(arch, LINEARS[1], 1).defines)["CLUSTER"] for arch in CARDS}
+    assert [arch for arch, size in sizes.items() if size != 1] == ["sm_90a", "sm_100a"]
+
+
+def test_a_kernel_that_does_not_compile_says_why() -> None:
+    with pytest.raises(nvrtc.CompileError, match="multiples of 16"):
+        nvrtc.compile_cubin("rope.cu", HOPPER, {"HEAD_DIM": 24})
+
+
+@needs_disassembler
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+def test_linears_spill_no_more_than_is_known(arch: str) -> None:
+    variants = linear_variants(arch)
+    codes = zip(variants, all_codes(variants.values()), strict=True)
+    spilled = {name: code["linear"].spilled for name, code in codes}
+    assert {name: n for name, n in spilled.items() if n > SPILLED[arch].get(name, 0)} == {}
+
+
+@needs_disassembler
+@pytest.mark.parametrize("arch", [HOPPER, "sm_80"])
+def test_other_kernels_spill_nothing(arch: str) -> None:
+    variants = list(other_variants(arch))
+    for variant, functions in zip(variants, all_codes(variants), strict=True):
+        assert functions
+        spilled = {name: code.spilled for name, code in functions.items()}
+        assert not any(spilled.values()), (variant, spilled)
+
+
+@needs_disassembler
+def test_a_weight_costs_few_instructions() -> None:
+    variants = linear_variants(HOPPER)
+    codes = all_codes(variants.values())
+    for ((tiles, name), variant), code in zip(variants.items(), codes, strict=True):
+        defines, loop = dict(variant.defines), code["linear"].main_loop()
+        split = "whole" if defines["WK"] == 1 else "split"
+        form = "bf16" if defines["KIND"] == KIND_BF16 else split
+        per_weight = len(loop) * 32 / (products(loop) * WEIGHTS_OF_A_PRODUCT)
+        note(f"{name}, {tiles * 8} rows: {per_weight:.2f} instructions per weight")
+        assert per_weight <= MOST_PER_WEIGHT[form][tiles], (name, tiles)
+
+
+@needs_disassembler
+def test_on_hopper_four_warps_multiply_together() -> None:
+    variants = linear_variants(HOPPER).values()
+    for variant, code in zip(variants, all_codes(variants), strict=True):
+        opcodes = [opcode(text) for text in code["linear"].main_loop()]
+        assert opcodes.count("HGMMA") == 4 * linear.STAGE_BLOCKS, variant
+        assert "HMMA" not in opcodes
+
+
+@needs_disassembler
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+def test_two_weights_cost_one_permutation_and_one_load_from_shared_memory(arch: str) -> None:
+    named = linear_variants(arch)
+    for tiles, name in [(tiles, SOME[1].name) for tiles in SOME_TILES]:
+        loop = machine_code(named[tiles, name])["linear"].main_loop()
+        tokens = 1 if arch == HOPPER else tiles  # mma.sync multiplies 8 rows at a time
+        pairs = products(loop) // tokens * WEIGHTS_OF_A_PRODUCT // 64
+        nested = linear.STAGE_BLOCKS  # scales, looked up in the same way
+        loads = [text for text in loop if re.match(r"(@!?U?P\d )?LDS R\d", text)]
+        assert pairs + nested <= len(loads) <= 1.2 * (pairs + nested), (tiles, len(loads))
+        assert sum(opcode(text) == "PRMT" for text in loop) <= 1.05 * (pairs + nested), tiles
+        assert not {"LD", "ATOMS"} & {opcode(text) for text in loop}
