@@ -19,7 +19,18 @@ pytestmark = pytest.mark.gpu
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 256}
 
 
-def run(model: Path, device: str, prompts: list[list[int]], together: bool) -> dict[str, list[int]]:
+NUM_NEW = 24
+
+
+def run(
+    model: Path,
+    device: str,
+    prompts: list[list[int]],
+    *,
+    together: bool = True,
+    num_new: int = NUM_NEW,
+) -> list[list[int]]:
+    """Greedy tokens of each prompt, in one batch or one after another."""
     config = engine_config(
         model,
         device=device,
@@ -31,35 +42,31 @@ def run(model: Path, device: str, prompts: list[list[int]], together: bool) -> d
     )
     runner = CpuRunner(config) if device == "cpu" else open_runner(config)
     engine = build_engine(config, {}, runner)
-    sampling = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
     requests = [Request(str(i), tuple(p), sampling) for i, p in enumerate(prompts)]
-    if together:
-        engine.run_all(requests)
-    else:
-        for request in requests:
-            engine.run_all([request])
+    for some in [requests] if together else [[request] for request in requests]:
+        engine.run_all(some)
     engine.close()
-    return {key[0]: tokens for key, tokens in engine.outputs.items()}
+    return [engine.outputs[str(i), 0] for i in range(len(prompts))]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "gemma"])
 def test_greedy_tokens_agree_with_the_cpu_and_with_themselves(tmp_path: Path, family: str) -> None:
     overrides: dict[str, Any] = {**SIZES, "intermediate_size": 512}
-    write_tiny_base(tmp_path / "base", family=family, **overrides)
+    base = tmp_path / "base"
+    write_tiny_base(base, family=family, **overrides)
     generator = torch.Generator().manual_seed(1)
     prompts = [
         torch.randint(0, VOCAB_SIZE, (n,), generator=generator).tolist()
         for n in (1, 3, 17, 40, 90, 5, 64, 33)
     ]
 
-    mixed = run(tmp_path / "base", "cuda", prompts, together=True)
-    alone = run(tmp_path / "base", "cuda", prompts, together=False)
-    cpu = run(tmp_path / "base", "cpu", prompts, together=True)
+    mixed = run(base, "cuda", prompts)
+    assert mixed == run(base, "cuda", prompts, together=False)
 
-    assert mixed == alone
-    pairs = [(a, b) for key in cpu for a, b in zip(cpu[key], mixed[key], strict=True)]
-    first = [
-        next((i for i, (a, b) in enumerate(zip(cpu[k], mixed[k], strict=True)) if a != b), 24)
-        for k in cpu
-    ]
-    assert sum(a == b for a, b in pairs) / len(pairs) > 0.8, first  # random weights tie often
+    # The next token after each part of the CPU's answers: one flip does not make the rest differ.
+    answers = run(base, "cpu", prompts)
+    parts = [p + a[:i] for p, a in zip(prompts, answers, strict=True) for i in range(NUM_NEW)]
+    found = [token for (token,) in run(base, "cuda", parts, num_new=1)]
+    same = sum(a == b for a, b in zip(found, [t for a in answers for t in a], strict=True))
+    assert same / len(parts) >= 0.95, same  # random weights tie often

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 MODULES = module_table(512, 1024, 128, 4, 1000)
-LAYOUT = ImageLayout(layout_of(MODULES))
+LAYOUT = ImageLayout(layout_of(MODULES), chunk_bytes=64 << 10)  # an image is several chunks
 
 
 def adapter(seed: int, rank: int = 16) -> Adapter:

@@ -7,10 +7,12 @@ and no graph's logits outlive the next replay.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +66,19 @@ class _Address:
         }
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage that frees device memory or page-locked memory would spoil a capture under way."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Graphs:
     """Captured steps. `run(variant)` computes one step from static tensors and gives its logits;
     `clear(variant)` fills those with padding."""
@@ -83,10 +98,11 @@ class Graphs:
         free_before, _ = torch.cuda.mem_get_info(self._device)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         pool = torch.cuda.graph_pool_handle()
-        for done, variant in enumerate(wanted):
-            self._graphs[variant] = self._capture(variant, stream, pool)
-            if (done + 1) % 8 == 0 or done + 1 == len(wanted):
-                logger.info("CUDA graphs: %d of %d", done + 1, len(wanted))
+        with _no_collection():
+            for done, variant in enumerate(wanted):
+                self._graphs[variant] = self._capture(variant, stream, pool)
+                if (done + 1) % 8 == 0 or done + 1 == len(wanted):
+                    logger.info("CUDA graphs: %d of %d", done + 1, len(wanted))
         torch.cuda.empty_cache()
         free_after, _ = torch.cuda.mem_get_info(self._device)
         logger.info(
