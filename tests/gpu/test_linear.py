@@ -97,7 +97,7 @@ def test_dequantised_weights_are_those_that_are_stored(kernels: Any) -> None:
         parts = [random_nf4(1040, 2048, nested=nested) for _ in range(2)]
         operand = kernels.prepare_nf4(parts, None, gated=gated)
         expected = torch.cat([dense(part) for part in parts]).bfloat16()
-        found = kernels.linears.dequantized(operand)
+        found = kernels.many_rows.dequantized(operand)
         assert error(found, expected.double()) < 1e-3
 
 

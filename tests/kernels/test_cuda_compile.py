@@ -18,8 +18,9 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install cuda-bindings")
 
-from loriner.kernels.cuda import linear, nvrtc, sampling
-from loriner.kernels.cuda.linear import ADD, GATED, KIND_BF16, KIND_F32, KIND_NESTED, LOGITS, STORE
+from loriner.kernels.cuda import linear, nvrtc, sampling, tiling
+from loriner.kernels.cuda.linear import ADD, GATED, LOGITS, STORE
+from loriner.kernels.cuda.tiling import KIND_BF16, KIND_F32, KIND_NESTED
 from tests.kernels.sass import (
     WEIGHTS_OF_A_PRODUCT,
     Code,
@@ -131,7 +132,7 @@ class Recorder:
         return self
 
     def kernel(self, name: str, smem: int) -> None:
-        assert name == "linear" and smem <= linear.SMEM_MOST
+        assert name == "linear" and smem <= tiling.SMEM_MOST
 
 
 class Variant(NamedTuple):
@@ -145,7 +146,7 @@ class Variant(NamedTuple):
 def linear_variant(arch: str, case: Linear, token_tiles: int, *, is_gelu: bool = False) -> Variant:
     device: Any = Recorder(arch)
     linears = linear.Linears(device)
-    cut = linear.tiling(case.outputs, case.inputs, device.num_sms, clusters=linears.clusters)
+    cut = tiling.choose(case.outputs, case.inputs, device.num_sms, clusters=linears.clusters)
     operand: Any = SimpleNamespace(
         kind=case.kind, tiling=cut, outputs=case.outputs, inputs=case.inputs
     )
@@ -158,7 +159,7 @@ def linear_variants(arch: str) -> dict[tuple[int, str], Variant]:
     made: dict[Variant, tuple[int, str]] = {}
     for case in LINEARS if arch == HOPPER else SOME:
         in_full = arch == HOPPER and case in FULLY
-        for tiles in linear.TOKEN_TILES if in_full else SOME_TILES:
+        for tiles in tiling.TOKEN_TILES if in_full else SOME_TILES:
             made.setdefault(linear_variant(arch, case, tiles), (tiles, case.name))
     gelu = LINEARS[2]._replace(name="gelu")
     made.setdefault(linear_variant(arch, gelu, 1, is_gelu=True), (1, gelu.name))
@@ -257,7 +258,7 @@ def test_on_hopper_four_warps_multiply_together() -> None:
     variants = linear_variants(HOPPER).values()
     for variant, code in zip(variants, all_codes(variants), strict=True):
         opcodes = [opcode(text) for text in code["linear"].main_loop()]
-        assert opcodes.count("HGMMA") == 4 * linear.STAGE_BLOCKS, variant
+        assert opcodes.count("HGMMA") == 4 * tiling.STAGE_BLOCKS, variant
         assert "HMMA" not in opcodes
 
 
@@ -269,7 +270,7 @@ def test_two_weights_cost_one_permutation_and_one_load_from_shared_memory(arch: 
         loop = machine_code(named[tiles, name])["linear"].main_loop()
         tokens = 1 if arch == HOPPER else tiles  # mma.sync multiplies 8 rows at a time
         pairs = products(loop) // tokens * WEIGHTS_OF_A_PRODUCT // 64
-        nested = linear.STAGE_BLOCKS  # scales, looked up in the same way
+        nested = tiling.STAGE_BLOCKS  # scales, looked up in the same way
         loads = [text for text in loop if re.match(r"(@!?U?P\d )?LDS R\d", text)]
         assert pairs + nested <= len(loads) <= 1.2 * (pairs + nested), (tiles, len(loads))
         assert sum(opcode(text) == "PRMT" for text in loop) <= 1.05 * (pairs + nested), tiles

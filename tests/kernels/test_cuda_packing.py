@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("cuda.bindings")
 
-from loriner.kernels.cuda import linear, packing
-from loriner.kernels.cuda.linear import KIND_BF16, KIND_F32, KIND_NESTED, Linears
+from loriner.kernels.cuda import linear, packing, tiling
+from loriner.kernels.cuda.linear import Linears
+from loriner.kernels.cuda.tiling import KIND_BF16, KIND_F32, KIND_NESTED
 from loriner.kernels.operands import NestedScales, Nf4
 from loriner.model.nf4 import dynamic_map, nf4_code
 
@@ -207,7 +208,8 @@ def test_a_dense_operand_holds_its_weights(gated: bool) -> None:
     weights = [torch.randn(72, 576).bfloat16() for _ in range(2)]
     operand = place().prepare_dense(weights, None, gated=gated)
     assert operand.kind == KIND_BF16
-    assert torch.equal(place().dequantized(operand), torch.cat(weights))
+    rows = packing.unpack_bf16(operand.weight)[: operand.outputs, : operand.inputs]
+    assert torch.equal(packing.deinterleave(rows, gated=gated), torch.cat(weights))
     assert operand.weight.count_nonzero() == torch.cat(weights).count_nonzero()
 
 
@@ -224,13 +226,13 @@ def test_a_tiling_fills_the_card_as_far_as_the_shape_goes(
     outputs: int, inputs: int, card: str
 ) -> None:
     num_sms, clusters = CARDS[card]
-    cut = linear.tiling(outputs, inputs, num_sms, clusters=clusters)
+    cut = tiling.choose(outputs, inputs, num_sms, clusters=clusters)
     blocks = -(-outputs // cut.rows) * cut.cluster
     assert cut.cluster == 1 or clusters
     assert cut.rows % (16 * cut.cluster) == 0, "a block of a cluster finishes whole tiles"
-    assert inputs // 64 >= cut.cluster * linear.STAGE_BLOCKS or cut.cluster == 1
+    assert inputs // 64 >= cut.cluster * tiling.STAGE_BLOCKS or cut.cluster == 1
     assert cut.threads <= 1024 and cut.threads * cut.min_blocks <= 2048
-    small = outputs < num_sms * linear.GROUP_ROWS / 3
+    small = outputs < num_sms * tiling.GROUP_ROWS / 3
     short = inputs // 64 < 32 * cut.cluster
     assert 3 * blocks >= 2 * num_sms or not clusters or small or short or cut.cluster == 4
 
@@ -242,29 +244,29 @@ def test_a_tiling_fills_the_card_as_far_as_the_shape_goes(
     clusters=st.booleans(),
 )
 def test_any_shape_has_a_tiling(outputs: int, blocks: int, num_sms: int, clusters: bool) -> None:
-    cut = linear.tiling(outputs, blocks * 64, num_sms, clusters=clusters)
+    cut = tiling.choose(outputs, blocks * 64, num_sms, clusters=clusters)
     assert cut.cluster in (1, 2, 4) and cut.rows % (16 * cut.cluster) == 0
     assert cut.cluster == 1 or blocks >= 32 * cut.cluster // 2
-    for kind, tiles in itertools.product(KINDS, linear.TOKEN_TILES):
-        assert cut.smem(kind, tiles, cut.ring(kind, tiles)) <= linear.SMEM_MOST
+    for kind, tiles in itertools.product(KINDS, tiling.TOKEN_TILES):
+        assert cut.smem(kind, tiles, cut.ring(kind, tiles)) <= tiling.SMEM_MOST
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tiles", linear.TOKEN_TILES)
+@pytest.mark.parametrize("tiles", tiling.TOKEN_TILES)
 def test_two_blocks_share_a_multiprocessor_where_the_code_counts_on_it(
     tiles: int, kind: int
 ) -> None:
-    cut = linear.tiling(28672, 4096, 132, clusters=True)
+    cut = tiling.choose(28672, 4096, 132, clusters=True)
     assert cut.min_blocks == 2
     ring = cut.ring(kind, tiles)
     assert 2 * (cut.smem(kind, tiles, ring) + 1024) <= 228 << 10
-    assert linear.STAGE_BLOCKS % ring.blocks == 0 and ring.stages >= 2
+    assert tiling.STAGE_BLOCKS % ring.blocks == 0 and ring.stages >= 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tiles", linear.TOKEN_TILES)
+@pytest.mark.parametrize("tiles", tiling.TOKEN_TILES)
 def test_threads_copy_whole_rows_of_x(tiles: int, kind: int) -> None:
-    for cut in {linear.tiling(*shape, 132, clusters=True) for shape in SHAPES}:
+    for cut in {tiling.choose(*shape, 132, clusters=True) for shape in SHAPES}:
         ring = cut.ring(kind, tiles)
         assert cut.threads % (cut.input_groups * ring.blocks * 8) == 0
         assert tiles * 8 * 3 <= cut.threads, "one thread reads one row's adapter in one slice"
@@ -284,8 +286,8 @@ def test_threads_copy_whole_rows_of_x(tiles: int, kind: int) -> None:
     ],
 )
 def test_a_ring_fits_the_shared_memory_of_each_card(most: int) -> None:
-    for shape, kind, tiles in itertools.product(SHAPES, KINDS, linear.TOKEN_TILES):
-        cut = linear.tiling(*shape, 108, clusters=most > 200 << 10)
+    for shape, kind, tiles in itertools.product(SHAPES, KINDS, tiling.TOKEN_TILES):
+        cut = tiling.choose(*shape, 108, clusters=most > 200 << 10)
         assert cut.smem(kind, tiles, cut.ring(kind, tiles)) <= most, (shape, kind, tiles)
 
 

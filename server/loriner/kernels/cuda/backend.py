@@ -2,8 +2,8 @@
 else.
 
 bf16 activations, f32 residual stream, bf16 keys and values. Everything here can be captured in a
-graph: sizes that change from step to step are read on the device. Up to `linear.MAX_FUSED_ROWS`
-rows a row's result does not depend on the others; beyond, cuBLAS multiplies dequantised weights.
+graph: sizes that change from step to step are read on the device. Up to `MAX_FUSED_ROWS` rows a
+row's result does not depend on the others; beyond, cuBLAS multiplies dequantised weights.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from loriner.kernels.cuda import linear as linears
 from loriner.kernels.cuda.attention import Attention
 from loriner.kernels.cuda.launch import Device
 from loriner.kernels.cuda.linear import Adapters, Operand
+from loriner.kernels.cuda.many_rows import MAX_FUSED_ROWS, ManyRows
 from loriner.kernels.operands import Nf4
 
 MAX_STACKED_RANK = 768  # three slices of rank 256
-MAX_ROWS_OF_ITEM = 32
 LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
 LAST_GROUPS = ("lm_head", "embed")
 Ints = np.typing.NDArray[np.int32]
@@ -92,11 +92,9 @@ class CudaKernels:
         self._cluster = cluster
         self._shrink = lora.kernel("lora_shrink")
         self._embed_lora = lora.kernel("lora_embed")
-        self._expand = lora.kernel("lora_expand_add")
+        self.many_rows = ManyRows(self.device, lora.kernel("lora_expand_add"))
         norm = self.device.module("norm.cu")
         self._embed, self._norm = norm.kernel("embed"), norm.kernel("rms_norm")
-        self._gate, self._add = norm.kernel("gate"), norm.kernel("add_rows")
-        self._bias = norm.kernel("add_bias")
 
     def start(self, num_threads: int) -> str:
         return f"CUDA kernels for {self.device.arch}"
@@ -231,6 +229,7 @@ class CudaKernels:
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
     ) -> Tensor:
         kernel = self.attention
+        assert scale == kernel.head_dim**-0.5, "the scale that the kernels were made for"
         width = kernel.num_heads * kernel.head_dim
         out = torch.empty(len(q), width, dtype=torch.bfloat16, device=self.place)
         table = plan.block_table
@@ -263,10 +262,10 @@ class CudaKernels:
         is_gelu: bool = False,
     ) -> None:
         adapters = None if call is None else self._shrunk(x, call, operand.num_slices)
-        if len(x) <= linears.MAX_FUSED_ROWS or epilogue == linears.LOGITS:
+        if len(x) <= MAX_FUSED_ROWS or epilogue == linears.LOGITS:
             self.linears.run(x, operand, y, epilogue, adapters, is_gelu=is_gelu)
         else:
-            self._run_many(x, operand, y, epilogue, adapters, is_gelu=is_gelu)
+            self.many_rows.run(x, operand, y, epilogue, adapters, is_gelu=is_gelu)
 
     def _shrunk(self, x: Tensor, call: LoraCall, slices: int) -> Adapters:
         """t = A x of every row that has an adapter."""
@@ -288,44 +287,3 @@ class CudaKernels:
             cluster=self._cluster,
         )
         return Adapters(lora.table, lora.row_seat, t, call.group)
-
-    def _run_many(
-        self,
-        x: Tensor,
-        operand: Operand,
-        y: Tensor,
-        epilogue: int,
-        adapters: Adapters | None,
-        *,
-        is_gelu: bool,
-    ) -> None:
-        """Many rows: the weight in bf16, then cuBLAS, then what the fused kernel's end does."""
-        weight = self.linears.dequantized(operand)
-        out = y if epilogue == linears.STORE else None
-        product = torch.matmul(x, weight.t(), out=out)
-        rows, outputs = product.shape
-        if operand.bias is not None:
-            self._bias((-(-outputs // 256), rows), 256, product, operand.bias, outputs)
-        if adapters is not None:
-            groups = adapters.seats.shape[1]
-            self._expand(
-                (-(-outputs // 128), -(-rows // 16)),
-                128,
-                product,
-                rows,
-                outputs,
-                0,
-                adapters.shrunk,
-                adapters.shrunk.shape[1],
-                adapters.row_seat,
-                adapters.seats,
-                adapters.group,
-                groups,
-                *operand.slices,
-            )
-        if epilogue == linears.GATED:
-            half = outputs // 2
-            self._gate((-(-half // 512), rows), 256, y, product, half, int(is_gelu))
-        elif epilogue == linears.ADD:
-            count = rows * outputs
-            self._add(-(-count // 1024), 256, y, product, count)

@@ -18,7 +18,9 @@ from loriner.kernels.cuda import nvrtc
 
 OLDEST = (8, 0)
 STATIC_SMEM = 48 << 10  # bytes of dynamic shared memory that need no opt-in
-Argument = Tensor | int | float | ctypes.Structure | ctypes.c_int64 | None
+Argument = (
+    Tensor | int | float | ctypes.Structure | ctypes.Array[ctypes.c_float] | ctypes.c_int64 | None
+)
 Grid = int | tuple[int, ...]
 
 

@@ -1,16 +1,15 @@
 """Linears of the base on the GPU: operands as `csrc/linear.cu` reads them, tilings, launches.
 
-Few rows go through one fused launch that reads NF4; for many, `dequantized` makes the weight in
-bf16 for cuBLAS. Knows no layers. Invariant: codes are moved, never changed, and what was packed is
-unpacked and compared when it is made.
+Up to a few hundred rows go through one fused launch that reads NF4; more are `many_rows.py`'s.
+Knows no layers. Invariant: codes are moved, never changed, and what was packed is unpacked and
+compared when it is made.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,98 +17,36 @@ from torch import Tensor
 from loriner.kernels.cuda import packing
 from loriner.kernels.cuda.launch import Device, Kernel
 from loriner.kernels.cuda.packing import BLOCK, TILE
+from loriner.kernels.cuda.tiling import (
+    KIND_BF16,
+    KIND_F32,
+    KIND_NESTED,
+    STAGE_BLOCKS,
+    TOKEN_TILES,
+    Tiling,
+    choose,
+)
 from loriner.kernels.operands import Nf4
 
-KIND_F32, KIND_NESTED, KIND_BF16 = 0, 1, 2
 STORE, ADD, GATED, LOGITS = 0, 1, 2, 3  # EPILOGUE of linear.cu
 MIN_SPAN = 8  # blocks that must share a nested scale's own scale, or scales are expanded
-TOKEN_TILES = (1, 2, 3, 4, 6, 8)  # of 8 rows
-STAGE_BYTES = 4 * BLOCK // 2  # of an output's codes in a warp's stage
-MAX_FUSED_ROWS = 256  # beyond, tiles of bf16 and cuBLAS
-SMEM_TABLE = 65536
-SMEM_SHARED = 112 << 10  # two blocks fit a multiprocessor of 227 KiB
-SMEM_MOST = 227 << 10
-LEAN, LEAN_TILES = (
-    96,
-    2,
-)  # registers of a thread up to so many token tiles: small kernels fit beside
+STAGE_BYTES = STAGE_BLOCKS * BLOCK // 2  # of an output's codes in a warp's stage
+LEAN = 96  # registers of a thread, where small kernels are to fit beside
+LEAN_TILES = 2  # token tiles up to which they do
 DEEP_TILES = 4  # token tiles up to which registers hold two stages of weights
-STAGE_BLOCKS = 4  # KU of linear.cu
-GROUP_ROWS = 4 * TILE
+NUM_VALUES = 16 + 256  # of NF4 and of nested scales
+
+Values = ctypes.c_float * NUM_VALUES
 
 
 class _Params(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("weight", "scale", "nested", "offset")],
         *[(name, ctypes.c_void_p) for name in ("bias", "x", "y", "seats", "row_seat", "shrunk")],
-        ("code", ctypes.c_float * 16),
-        ("map", ctypes.c_float * 256),
+        ("values", Values),
         *[(name, ctypes.c_int) for name in ("M", "N", "K", "KB", "nested_shift", "group")],
         *[(name, ctypes.c_int) for name in ("num_groups", "shrunk_stride", "split0", "split1")],
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How one linear is cut: see the defines of linear.cu."""
-
-    row_groups: int  # of 64 outputs, four warps each
-    input_groups: int  # that split the inputs
-    cluster: int
-    min_blocks: int = 1  # thread blocks that must fit a multiprocessor
-
-    @property
-    def rows(self) -> int:
-        return self.row_groups * GROUP_ROWS
-
-    @property
-    def threads(self) -> int:
-        return self.row_groups * self.input_groups * 128
-
-    def sums(self, token_tiles: int) -> int:
-        """Bytes of the groups' sums."""
-        return self.input_groups * self.rows * (token_tiles * 8 + 4) * 4
-
-    def smem(self, kind: int, token_tiles: int, ring: Ring) -> int:
-        """Bytes of shared memory."""
-        tokens = token_tiles * 8
-        x = ring.stages * self.input_groups * ring.blocks * tokens * 128
-        x += 0 if kind == KIND_BF16 else SMEM_TABLE
-        sums = self.sums(token_tiles)
-        return (x + sums if ring.apart else max(x, sums)) + tokens * 3 * 32
-
-    def ring(self, kind: int, token_tiles: int) -> Ring:
-        """The deepest ring of x that leaves room for the next kernel's block, or that fits at
-        all."""
-        for limit in (SMEM_SHARED, SMEM_MOST):
-            for ring in RINGS:
-                if self.smem(kind, token_tiles, ring) <= limit:
-                    return ring
-        raise AssertionError((self, kind, token_tiles))
-
-
-class Ring(NamedTuple):
-    """How x passes through shared memory."""
-
-    blocks: int  # of 64 inputs of a group in one stage (XU)
-    stages: int
-    apart: bool  # sums have room beside it
-
-
-RINGS = tuple(Ring(b, n, apart) for b in (4, 2, 1) for n in (3, 2) for apart in (True, False))
-
-
-def tiling(outputs: int, inputs: int, num_sms: int, *, clusters: bool) -> Tiling:
-    """Enough thread blocks for all multiprocessors (measured on Hopper)."""
-    groups = -(-outputs // GROUP_ROWS)
-    if groups >= 2 * num_sms:
-        return Tiling(2, 1, 1, min_blocks=2)
-    cluster = 1
-    while clusters and cluster < 4 and groups * cluster * 3 <= num_sms * 2:
-        if inputs // BLOCK < 32 * cluster:
-            break
-        cluster *= 2
-    return Tiling(1, 4, cluster)
 
 
 class Operand(NamedTuple):
@@ -119,8 +56,7 @@ class Operand(NamedTuple):
     weight: Tensor  # [tiles, KB, 512] u8 codes, or [tiles, KB, 1024] bf16
     scale: Tensor | None  # [tiles, KB / 4, 16, 4] f32, or u8 when nested
     nested: packing.Nested | None
-    values: tuple[float, ...]  # the 16 of NF4, then the 256 of nested scales
-    table: Tensor | None  # [272] f32: the same on the device
+    values: Any  # `Values`: the 16 of NF4, then the 256 of nested scales
     bias: Tensor | None  # [N] f32
     outputs: int
     inputs: int
@@ -189,7 +125,6 @@ class Linears:
             scale,
             nested,
             _values(parts[0]),
-            torch.tensor(_values(parts[0]), dtype=torch.float32, device=place),
             None if bias is None else bias.float().to(place),
             outputs,
             inputs,
@@ -213,8 +148,7 @@ class Linears:
             packing.pack_bf16(rows).contiguous(),
             None,
             None,
-            (0.0,) * 272,
-            None,
+            Values(),
             None if bias is None else bias.float().to(place),
             outputs,
             inputs,
@@ -275,40 +209,7 @@ class Linears:
     def _tiling(self, outputs: int, inputs: int, *, gated: bool) -> Tiling:
         if inputs % BLOCK or (gated and outputs % 16):
             raise ValueError(f"a linear of {outputs} x {inputs}: inputs must be a multiple of 64.")
-        return tiling(outputs, inputs, self.device.num_sms, clusters=self.clusters)
-
-    def dequantized(self, operand: Operand) -> Tensor:
-        """The weight [N, K] bf16 in its own order, made anew."""
-        if operand.kind == KIND_BF16:
-            rows = packing.unpack_bf16(operand.weight)[:, : operand.inputs]
-            return packing.deinterleave(rows[: operand.outputs], gated=operand.gated)
-        place = self.device.torch_device
-        out = torch.empty(operand.outputs, operand.inputs, dtype=torch.bfloat16, device=place)
-        module = self.device.module("dequantize.cu", KIND=operand.kind, GATED=int(operand.gated))
-        tiles, blocks = operand.weight.shape[:2]
-        nested = operand.nested
-        module.kernel("dequantize")(
-            -(-tiles * blocks // 4),
-            128,
-            out,
-            operand.weight,
-            operand.scale,
-            None if nested is None else nested.outer,
-            None if nested is None else nested.offset,
-            operand.table,
-            tiles,
-            operand.outputs,
-            operand.inputs,
-            blocks,
-            0 if nested is None else nested.span_shift,
-        )
-        return out
-
-
-def retiled(operand: Operand, cut: Tiling) -> Operand:
-    """The same weights, cut otherwise; `cut` must divide the padded rows."""
-    assert operand.weight.shape[0] * TILE % cut.rows == 0
-    return operand._replace(tiling=replace(cut))
+        return choose(outputs, inputs, self.device.num_sms, clusters=self.clusters)
 
 
 def _params(x: Tensor, operand: Operand, y: Tensor, adapters: Adapters | None) -> _Params:
@@ -318,8 +219,7 @@ def _params(x: Tensor, operand: Operand, y: Tensor, adapters: Adapters | None) -
         scale=_pointer(operand.scale),
         nested=None if nested is None else nested.outer.data_ptr(),
         offset=None if nested is None else nested.offset.data_ptr(),
-        code=(ctypes.c_float * 16)(*operand.values[:16]),
-        map=(ctypes.c_float * 256)(*operand.values[16:]),
+        values=operand.values,
         bias=_pointer(operand.bias),
         x=x.data_ptr(),
         y=y.data_ptr(),
@@ -364,9 +264,9 @@ def _span(parts: Sequence[Nf4], blocks: int) -> int:
     return span
 
 
-def _values(part: Nf4) -> tuple[float, ...]:
+def _values(part: Nf4) -> Any:
     nested = torch.zeros(256) if part.nested is None else part.nested.code
-    return (*part.code.tolist(), *nested.tolist())
+    return Values(*part.code.tolist(), *nested.tolist())
 
 
 def _nested(

@@ -50,12 +50,6 @@ DEV float ex2(float x) {
     return y;
 }
 
-// 16 bytes, or zeros: then `src` is not read.
-DEV void cp_async16_or_zero(u32 dst, const void* src, bool real) {
-    const i32 bytes = real ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
-}
-
 // The block ids of a tile of keys: lane i has that of page i. Pages past `end` are not looked up.
 template <int TILE> DEV i32 load_pages(const i32* table, i32 key, i32 end) {
     static_assert(TILE % BLOCK_SIZE == 0 && TILE / BLOCK_SIZE <= 32, "tiles are whole pages");

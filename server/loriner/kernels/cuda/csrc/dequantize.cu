@@ -6,13 +6,17 @@
 
 #define WARPS 4
 
-// Grid: ceil(tiles * KB / WARPS). Fields as Params of linear.cu; table [272] f32: the values of NF4, then of nested scales.
+struct Values {
+    float of[16 + 256];
+};
+
+// Grid: ceil(tiles * KB / WARPS). Fields as Params of linear.cu; values: of NF4, then of nested scales.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize(u16* out, const u8* weight, const u8* scale, const float* nested, const float* offset,
-                                                                    const float* table, i32 tiles, i32 N, i32 K, i32 KB, i32 nested_shift) {
+                                                                    const __grid_constant__ Values values, i32 tiles, i32 N, i32 K, i32 KB, i32 nested_shift) {
     __shared__ u32 rows[WARPS][16][33];
     __shared__ float code[16];
     grid_launch();
-    if (threadIdx.x < 16) code[threadIdx.x] = table[threadIdx.x];
+    if (threadIdx.x < 16) code[threadIdx.x] = values.of[threadIdx.x];
     __syncthreads();
     grid_wait();
     const i32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -28,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize(u16* out, co
         else {
             const i32 spans = (KB + (1 << nested_shift) - 1) >> nested_shift;
             const float outer = nested[((i64)tile * spans + (kb >> nested_shift)) * 16 + g * 2 + h];
-            own[h] = __fadd_rn(__fmul_rn(table[16 + scale[at]], outer), offset[tile * 16 + g * 2 + h]);
+            own[h] = __fadd_rn(__fmul_rn(values.of[16 + scale[at]], outer), offset[tile * 16 + g * 2 + h]);
         }
     }
     const u32 words[4] = {q.x, q.y, q.z, q.w};

@@ -61,7 +61,7 @@ struct Params {
     const u8* seats;       // seat table or null
     const i32* row_seat;   // [M]
     const float* shrunk;   // [M, shrunk_stride] f32
-    float code[16];        // of NF4
+    float code[16];        // of NF4, and behind it
     float map[256];        // of nested scales
     i32 M, N, K, KB, nested_shift, group, num_groups, shrunk_stride, split0, split1;  // KB: padded to KU
 };
@@ -70,11 +70,6 @@ DEV uint4 ld_once(const u8* p) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
-}
-
-// 16 bytes, or zeros where there is nothing to copy.
-DEV void cp_async16_or_zero(u32 dst, const void* src, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
 }
 
 // The pair of byte I of `v`: the byte becomes the row of the table, the lane its column.

@@ -137,9 +137,9 @@ extern "C" __global__ void lora_embed(float* h, i32 H, const i32* token, const i
     h[(i64)row * H + n] += e->scale[0] * sum;
 }
 
-// y (op)= the adapters' share, for outputs that another kernel made: y [M, N] bf16 (or f32 when `wide`).
-// Each thread owns one output and walks 16 rows; rows of one seat reuse its B. Grid: (ceil(N / 128), ceil(M / 16)).
-extern "C" __global__ void lora_expand_add(void* y, i32 M, i32 N, i32 wide, const float* t, i32 stride, const i32* row_seat, const u8* seats, i32 group,
+// y (op)= the adapters' share, for outputs that another kernel made: y [M, N] bf16.
+// Each thread owns one output and walks 16 rows. Grid: (ceil(N / 128), ceil(M / 16)).
+extern "C" __global__ void lora_expand_add(u16* y, i32 M, i32 N, const float* t, i32 stride, const i32* row_seat, const u8* seats, i32 group,
                                            i32 num_groups, i32 split0, i32 split1) {
     grid_launch();
     grid_wait();
@@ -150,7 +150,6 @@ extern "C" __global__ void lora_expand_add(void* y, i32 M, i32 N, i32 wide, cons
         if (seat < 0) continue;
         const float v = lora_expand(seats, seat, group, num_groups, split0, split1, n, t + (i64)row * stride);
         const i64 at = (i64)row * N + n;
-        if (wide) ((float*)y)[at] += v;
-        else ((u16*)y)[at] = float_to_bf16(bf16_to_float(((u16*)y)[at]) + v);
+        y[at] = float_to_bf16(bf16_to_float(y[at]) + v);
     }
 }

@@ -38,6 +38,18 @@ DEV RowLora row_lora(const u8* seats, i32 seat, i32 group, i32 num_groups, i32 s
     return r;
 }
 
+// p . v for eight ranks, always in this order: a row's sum is the same whichever way it is computed.
+DEV float dot8(const uint4& v, const float4& p, const float4& q) {
+    float sum = __fmul_rn(lo_to_float(v.x), p.x);
+    sum = __fmaf_rn(hi_to_float(v.x), p.y, sum);
+    sum = __fmaf_rn(lo_to_float(v.y), p.z, sum);
+    sum = __fmaf_rn(hi_to_float(v.y), p.w, sum);
+    sum = __fmaf_rn(lo_to_float(v.z), q.x, sum);
+    sum = __fmaf_rn(hi_to_float(v.z), q.y, sum);
+    sum = __fmaf_rn(lo_to_float(v.w), q.z, sum);
+    return __fmaf_rn(hi_to_float(v.w), q.w, sum);
+}
+
 // scale * (B t + bias) for output n; `t` is the row's A x over all slices.
 DEV float lora_row(const RowLora& l, i32 n, const float* t) {
     if (l.rank == 0) return 0.0f;
@@ -47,21 +59,14 @@ DEV float lora_row(const RowLora& l, i32 n, const float* t) {
     if (l.rank % 8 == 0 && l.begin % 4 == 0) {
 #pragma unroll 2
         for (int r = 0; r < l.rank; r += 8) {
-            const uint4 v = __ldg((const uint4*)(b + r));
-            const float4 p = *(const float4*)(t + r), q = *(const float4*)(t + r + 4);
-            sum += lo_to_float(v.x) * p.x + hi_to_float(v.x) * p.y + lo_to_float(v.y) * p.z + hi_to_float(v.y) * p.w;
-            sum += lo_to_float(v.z) * q.x + hi_to_float(v.z) * q.y + lo_to_float(v.w) * q.z + hi_to_float(v.w) * q.w;
+            const float4* p = (const float4*)(t + r);
+            sum = __fadd_rn(sum, dot8(__ldg((const uint4*)(b + r)), p[0], p[1]));
         }
     } else {
         for (int r = 0; r < l.rank; r++) sum += bf16_to_float(b[r]) * t[r];
     }
     if (l.bias) sum += l.bias[n];
-    return l.scale * sum;
-}
-
-DEV float dot8(const uint4& v, const float4& p, const float4& q) {
-    float sum = lo_to_float(v.x) * p.x + hi_to_float(v.x) * p.y + lo_to_float(v.y) * p.z + hi_to_float(v.y) * p.w;
-    return sum + lo_to_float(v.z) * q.x + hi_to_float(v.z) * q.y + lo_to_float(v.w) * q.z + hi_to_float(v.w) * q.w;
+    return __fmul_rn(l.scale, sum);
 }
 
 // As lora_row for four rows (l[0], l[3], l[6], l[9]), whose loads are all under way together; `t` of the first.
@@ -95,13 +100,13 @@ DEV void lora_quad(float (&sum)[4], const RowLora* l, i32 n, const float* t, i32
             for (int i = 0; i < 2; i++) {
                 const RowLora& row = l[j * 3];
                 const float4* from = (const float4*)(t + (i64)j * stride + row.begin + r + i * 8);
-                if (r + i * 8 < row.rank) add[j] += dot8(v[j][i], from[0], from[1]);
+                if (r + i * 8 < row.rank) add[j] = __fadd_rn(add[j], dot8(v[j][i], from[0], from[1]));
             }
     }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         if (l[j * 3].bias) add[j] += l[j * 3].bias[n];
-        sum[j] += l[j * 3].scale * add[j];
+        sum[j] = __fadd_rn(sum[j], __fmul_rn(l[j * 3].scale, add[j]));
     }
 }
 

@@ -1,0 +1,96 @@
+"""Linears of many rows: the weight in bf16, made for the call, then cuBLAS, then what the fused
+kernel's end does in kernels of its own.
+
+Beyond `MAX_FUSED_ROWS` that is quicker than reading NF4 once for every 64 rows. Here a row's result
+may depend on how many rows there are: cuBLAS chooses by that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loriner.kernels.cuda import packing
+from loriner.kernels.cuda.launch import Device, Kernel
+from loriner.kernels.cuda.linear import ADD, GATED, STORE, Adapters, Operand
+from loriner.kernels.cuda.tiling import KIND_BF16
+
+MAX_FUSED_ROWS = 256
+
+
+class ManyRows:
+    """As `Linears.run`, for more rows than that is made for."""
+
+    def __init__(self, device: Device, expand: Kernel) -> None:
+        """`expand`: lora.cu's `lora_expand_add`."""
+        self.device, self._expand = device, expand
+        norm = device.module("norm.cu")
+        self._gate, self._add = norm.kernel("gate"), norm.kernel("add_rows")
+        self._bias = norm.kernel("add_bias")
+
+    def dequantized(self, operand: Operand) -> Tensor:
+        """The weight [N, K] bf16 in its own order, made anew."""
+        if operand.kind == KIND_BF16:
+            rows = packing.unpack_bf16(operand.weight)[:, : operand.inputs]
+            return packing.deinterleave(rows[: operand.outputs], gated=operand.gated)
+        place = self.device.torch_device
+        out = torch.empty(operand.outputs, operand.inputs, dtype=torch.bfloat16, device=place)
+        module = self.device.module("dequantize.cu", KIND=operand.kind, GATED=int(operand.gated))
+        tiles, blocks = operand.weight.shape[:2]
+        nested = operand.nested
+        module.kernel("dequantize")(
+            -(-tiles * blocks // 4),
+            128,
+            out,
+            operand.weight,
+            operand.scale,
+            None if nested is None else nested.outer,
+            None if nested is None else nested.offset,
+            operand.values,
+            tiles,
+            operand.outputs,
+            operand.inputs,
+            blocks,
+            0 if nested is None else nested.span_shift,
+        )
+        return out
+
+    def run(
+        self,
+        x: Tensor,
+        operand: Operand,
+        y: Tensor,
+        epilogue: int,
+        adapters: Adapters | None,
+        *,
+        is_gelu: bool,
+    ) -> None:
+        """As `Linears.run`, but for LOGITS."""
+        weight = self.dequantized(operand)
+        out = y if epilogue == STORE else None
+        product = torch.matmul(x, weight.t(), out=out)
+        rows, outputs = product.shape
+        if operand.bias is not None:
+            self._bias((-(-outputs // 256), rows), 256, product, operand.bias, outputs)
+        if adapters is not None:
+            groups = adapters.seats.shape[1]
+            self._expand(
+                (-(-outputs // 128), -(-rows // 16)),
+                128,
+                product,
+                rows,
+                outputs,
+                adapters.shrunk,
+                adapters.shrunk.shape[1],
+                adapters.row_seat,
+                adapters.seats,
+                adapters.group,
+                groups,
+                *operand.slices,
+            )
+        if epilogue == GATED:
+            half = outputs // 2
+            self._gate((-(-half // 512), rows), 256, y, product, half, int(is_gelu))
+        elif epilogue == ADD:
+            count = rows * outputs
+            self._add(-(-count // 1024), 256, y, product, count)

@@ -1,0 +1,83 @@
+"""How a linear is cut over thread blocks, and how much shared memory that takes: plain numbers.
+
+The defines are `csrc/linear.cu`'s. Invariant: the cut depends on the weight's shape and the card,
+never on the number of rows, so that a row's sums are added in the same order in every batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from loriner.kernels.cuda.packing import BLOCK, TILE
+
+KIND_F32, KIND_NESTED, KIND_BF16 = 0, 1, 2  # of weights
+TOKEN_TILES = (1, 2, 3, 4, 6, 8)  # of 8 rows
+STAGE_BLOCKS = 4  # KU of linear.cu
+GROUP_ROWS = 4 * TILE
+SMEM_TABLE = 65536
+SMEM_SHARED = 112 << 10  # two blocks fit a multiprocessor of 227 KiB
+SMEM_MOST = 227 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How one linear is cut: see the defines of linear.cu."""
+
+    row_groups: int  # of 64 outputs, four warps each
+    input_groups: int  # that split the inputs
+    cluster: int
+    min_blocks: int = 1  # thread blocks that must fit a multiprocessor
+
+    @property
+    def rows(self) -> int:
+        return self.row_groups * GROUP_ROWS
+
+    @property
+    def threads(self) -> int:
+        return self.row_groups * self.input_groups * 128
+
+    def sums(self, token_tiles: int) -> int:
+        """Bytes of the groups' sums."""
+        return self.input_groups * self.rows * (token_tiles * 8 + 4) * 4
+
+    def smem(self, kind: int, token_tiles: int, ring: Ring) -> int:
+        """Bytes of shared memory."""
+        tokens = token_tiles * 8
+        x = ring.stages * self.input_groups * ring.blocks * tokens * 128
+        x += 0 if kind == KIND_BF16 else SMEM_TABLE
+        sums = self.sums(token_tiles)
+        return (x + sums if ring.apart else max(x, sums)) + tokens * 3 * 32
+
+    def ring(self, kind: int, token_tiles: int) -> Ring:
+        """The deepest ring of x that leaves room for the next kernel's block, or that fits at
+        all."""
+        for limit in (SMEM_SHARED, SMEM_MOST):
+            for ring in RINGS:
+                if self.smem(kind, token_tiles, ring) <= limit:
+                    return ring
+        raise AssertionError((self, kind, token_tiles))
+
+
+class Ring(NamedTuple):
+    """How x passes through shared memory."""
+
+    blocks: int  # of 64 inputs of a group in one stage (XU)
+    stages: int
+    apart: bool  # sums have room beside it
+
+
+RINGS = tuple(Ring(b, n, apart) for b in (4, 2, 1) for n in (3, 2) for apart in (True, False))
+
+
+def choose(outputs: int, inputs: int, num_sms: int, *, clusters: bool) -> Tiling:
+    """Enough thread blocks for all multiprocessors (measured on Hopper)."""
+    groups = -(-outputs // GROUP_ROWS)
+    if groups >= 2 * num_sms:
+        return Tiling(2, 1, 1, min_blocks=2)
+    cluster = 1
+    while clusters and cluster < 4 and groups * cluster * 3 <= num_sms * 2:
+        if inputs // BLOCK < 32 * cluster:
+            break
+        cluster *= 2
+    return Tiling(1, 4, cluster)
