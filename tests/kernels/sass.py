@@ -49,7 +49,7 @@ class Code:
         return end
 
     def main_loop(self) -> tuple[str, ...]:
-        """The longest way once round the loop with most matrix products.
+        """The longest way once round the loop with most matrix products out of shared memory.
 
         Of an if and its else one side is on it, of what is skipped at the end of a row all.
         """
@@ -73,7 +73,7 @@ class Code:
             target = self._target(text)
             if target is not None and target < i:
                 loops[target] = i
-        return max(loops.items(), key=lambda ends: (products(self._between(*ends)), -ends[1]))
+        return max(loops.items(), key=lambda ends: (shared(self._between(*ends)), -ends[1]))
 
     def _between(self, first: int, last: int) -> tuple[str, ...]:
         return self.instructions[first : last + 1]
@@ -98,6 +98,11 @@ def opcode(instruction: str) -> str:
 def products(instructions: Sequence[str]) -> int:
     """How many are matrix products."""
     return sum(opcode(text) in ("HMMA", "HGMMA") for text in instructions)
+
+
+def shared(instructions: Sequence[str]) -> int:
+    """How many read matrices in shared memory."""
+    return sum(opcode(text) in ("LDSM", "HGMMA") for text in instructions)
 
 
 def disassemble(cubin: bytes) -> dict[str, Code]:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install cuda-bindings")
 
@@ -36,12 +37,12 @@ except RuntimeError as missing:
     pytest.skip(f"NVRTC: {missing}", allow_module_level=True)
 
 HOPPER = "sm_90a"
-CARDS = {  # compute capability, multiprocessors
-    "sm_80": ((8, 0), 108),
-    "sm_86": ((8, 6), 84),
-    "sm_89": ((8, 9), 142),
-    "sm_90a": ((9, 0), 132),
-    "sm_100a": ((10, 0), 148),
+CARDS = {  # compute capability, multiprocessors, bytes of shared memory that a block can have
+    "sm_80": ((8, 0), 108, 163 << 10),
+    "sm_86": ((8, 6), 84, 99 << 10),
+    "sm_89": ((8, 9), 142, 99 << 10),
+    "sm_90a": ((9, 0), 132, 227 << 10),
+    "sm_100a": ((10, 0), 148, 227 << 10),
 }
 needs_disassembler = pytest.mark.skipif(
     disassembler() is None, reason="needs nvdisasm: pip install nvidia-cuda-nvdisasm"
@@ -73,47 +74,47 @@ LINEARS = (
 )
 FULLY = (*LINEARS[:5], LINEARS[9])  # on Hopper: every number of token tiles
 SOME = (LINEARS[1], LINEARS[2], LINEARS[4], LINEARS[9])  # elsewhere
+ADAPTED = (LINEARS[1], LINEARS[2])  # with adapters
 SOME_TILES = (1, 8)
 
 # Most instructions of a warp, by 32 lanes, for one weight on the way once round the main loop, by
 # token tiles. Where the inputs are split among groups, a warp copies more rows of x.
 MOST_PER_WEIGHT = {
-    "split": {1: 2.8, 2: 4.7, 3: 5.9, 4: 6.3, 6: 5.7, 8: 7.0},
-    "whole": {1: 2.6, 2: 3.0, 3: 3.3, 4: 3.6, 6: 4.6, 8: 5.5},
-    "bf16": {1: 1.7, 2: 2.0, 3: 2.4, 4: 2.4, 6: 3.0, 8: 3.7},
+    "split": {1: 2.8, 2: 3.8, 3: 5.2, 4: 4.8, 6: 4.1, 8: 4.4},
+    "whole": {1: 2.8, 2: 2.6, 3: 2.8, 4: 2.9, 6: 3.7, 8: 3.9},
+    "bf16": {1: 1.5, 2: 1.5, 3: 1.5, 4: 1.5, 6: 1.2, 8: 1.2},
 }
 # Bytes of local memory that are known to be written, by token tiles and linear.
 SPILLED: dict[str, dict[tuple[int, str], int]] = {
     "sm_80": {
-        (8, "llama-3-8b o"): 92,
-        (8, "llama-3-8b gate_up"): 124,
-        (8, "llama-3-8b lm_head"): 64,
-        (8, "smollm2 qkv"): 88,
+        (8, "llama-3-8b o"): 20,
+        (8, "llama-3-8b gate_up"): 36,
+        (8, "llama-3-8b lm_head"): 32,
+        (1, "smollm2 qkv"): 8,
+        (8, "smollm2 qkv"): 8,
+        (1, "llama-3-8b o, adapted"): 20,
+        (8, "llama-3-8b o, adapted"): 20,
+        (8, "llama-3-8b gate_up, adapted"): 44,
     },
     "sm_86": {
-        (1, "llama-3-8b o"): 4,
-        (8, "llama-3-8b o"): 116,
-        (8, "llama-3-8b gate_up"): 112,
-        (8, "llama-3-8b lm_head"): 40,
-        (8, "smollm2 qkv"): 96,
+        (8, "llama-3-8b gate_up"): 44,
+        (8, "llama-3-8b lm_head"): 64,
+        (3, "smollm2 qkv"): 8,
+        (1, "llama-3-8b o, adapted"): 4,
+        (3, "llama-3-8b o, adapted"): 12,
+        (8, "llama-3-8b gate_up, adapted"): 12,
     },
     "sm_90a": {
-        (2, "llama-3-8b qkv"): 28,
-        (8, "llama-3-8b qkv"): 20,
-        (2, "llama-3-8b o"): 12,
-        (8, "llama-3-8b o"): 24,
-        (8, "llama-3-8b gate_up"): 8,
-        (8, "llama-2-70b o"): 20,
-        (8, "qwen3-4b o"): 8,
-        (2, "smollm2 qkv"): 32,
-        (8, "smollm2 qkv"): 24,
-        (8, "smollm2 down"): 24,
+        (8, "llama-3-8b gate_up"): 4,
+        (1, "llama-3-8b o, adapted"): 4,
     },
     "sm_100a": {
-        (8, "llama-3-8b o"): 24,
-        (8, "llama-3-8b gate_up"): 56,
-        (8, "llama-3-8b lm_head"): 80,
-        (8, "smollm2 qkv"): 92,
+        (8, "llama-3-8b o"): 76,
+        (8, "llama-3-8b gate_up"): 48,
+        (8, "llama-3-8b lm_head"): 64,
+        (8, "smollm2 qkv"): 112,
+        (8, "llama-3-8b o, adapted"): 104,
+        (8, "llama-3-8b gate_up, adapted"): 52,
     },
 }
 SPILLED["sm_89"] = SPILLED["sm_86"]
@@ -123,7 +124,8 @@ class Recorder:
     """Stands for a device: notes the definitions that a variant is compiled with."""
 
     def __init__(self, arch: str) -> None:
-        self.capability, self.num_sms = CARDS[arch]
+        self.capability, self.num_sms, self.max_smem = CARDS[arch]
+        self.torch_device, self.arch = torch.device("cpu"), arch
         self.defines: dict[str, int | str] = {}
 
     def module(self, source: str, **defines: int | str) -> Recorder:
@@ -132,7 +134,7 @@ class Recorder:
         return self
 
     def kernel(self, name: str, smem: int) -> None:
-        assert name == "linear" and smem <= tiling.SMEM_MOST
+        assert name == "linear" and smem <= self.max_smem
 
 
 class Variant(NamedTuple):
@@ -143,14 +145,16 @@ class Variant(NamedTuple):
     defines: tuple[tuple[str, int | str], ...]
 
 
-def linear_variant(arch: str, case: Linear, token_tiles: int, *, is_gelu: bool = False) -> Variant:
+def linear_variant(
+    arch: str, case: Linear, token_tiles: int, *, is_gelu: bool = False, adapted: bool = False
+) -> Variant:
     device: Any = Recorder(arch)
     linears = linear.Linears(device)
     cut = tiling.choose(case.outputs, case.inputs, device.num_sms, clusters=linears.clusters)
     operand: Any = SimpleNamespace(
         kind=case.kind, tiling=cut, outputs=case.outputs, inputs=case.inputs
     )
-    linears.kernel(operand, case.epilogue, token_tiles, is_gelu=is_gelu)
+    linears.kernel(operand, case.epilogue, token_tiles, is_gelu=is_gelu, adapted=adapted)
     return Variant(arch, "linear.cu", tuple(sorted(device.defines.items())))
 
 
@@ -159,11 +163,23 @@ def linear_variants(arch: str) -> dict[tuple[int, str], Variant]:
     made: dict[Variant, tuple[int, str]] = {}
     for case in LINEARS if arch == HOPPER else SOME:
         in_full = arch == HOPPER and case in FULLY
-        for tiles in tiling.TOKEN_TILES if in_full else SOME_TILES:
+        tiles_of = tiling.TOKEN_TILES if in_full else SOME_TILES
+        for tiles in sorted({fitting(arch, case, n) for n in tiles_of}):
             made.setdefault(linear_variant(arch, case, tiles), (tiles, case.name))
+    for case in ADAPTED:
+        for tiles in (fitting(arch, case, n) for n in SOME_TILES):
+            variant = linear_variant(arch, case, tiles, adapted=True)
+            made.setdefault(variant, (tiles, f"{case.name}, adapted"))
     gelu = LINEARS[2]._replace(name="gelu")
     made.setdefault(linear_variant(arch, gelu, 1, is_gelu=True), (1, gelu.name))
     return {name: variant for variant, name in made.items()}
+
+
+def fitting(arch: str, case: Linear, token_tiles: int) -> int:
+    """As many token tiles, or the most that the card has room for."""
+    _, num_sms, most = CARDS[arch]
+    cut = tiling.choose(case.outputs, case.inputs, num_sms, clusters=CARDS[arch][0] >= (9, 0))
+    return tiling.token_tiles_of(cut, case.kind, token_tiles * 8, most)
 
 
 def other_variants(arch: str) -> Iterator[Variant]:
@@ -231,6 +247,23 @@ def test_linears_spill_no_more_than_is_known(arch: str) -> None:
 
 
 @needs_disassembler
+def test_on_hopper_no_main_loop_spills() -> None:
+    variants = linear_variants(HOPPER)
+    for name, code in zip(variants, all_codes(variants.values()), strict=True):
+        opcodes = {opcode(text) for text in code["linear"].main_loop()}
+        assert not opcodes & {"STL", "LDL"}, name
+
+
+@needs_disassembler
+def test_adapters_leave_the_main_loop_its_uniform_registers() -> None:
+    """Where the compiler takes a branch for divergent, matrix descriptors go through R2UR."""
+    variants = linear_variants(HOPPER)
+    for name, code in zip(variants, all_codes(variants.values()), strict=True):
+        opcodes = [opcode(text) for text in code["linear"].main_loop()]
+        assert opcodes.count("R2UR") <= 8, name
+
+
+@needs_disassembler
 @pytest.mark.parametrize("arch", [HOPPER, "sm_80"])
 def test_other_kernels_spill_nothing(arch: str) -> None:
     variants = list(other_variants(arch))
@@ -266,7 +299,7 @@ def test_on_hopper_four_warps_multiply_together() -> None:
 @pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
 def test_two_weights_cost_one_permutation_and_one_load_from_shared_memory(arch: str) -> None:
     named = linear_variants(arch)
-    for tiles, name in [(tiles, SOME[1].name) for tiles in SOME_TILES]:
+    for tiles, name in [(fitting(arch, SOME[1], n), SOME[1].name) for n in SOME_TILES]:
         loop = machine_code(named[tiles, name])["linear"].main_loop()
         tokens = 1 if arch == HOPPER else tiles  # mma.sync multiplies 8 rows at a time
         pairs = products(loop) // tokens * WEIGHTS_OF_A_PRODUCT // 64

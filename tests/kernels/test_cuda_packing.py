@@ -30,13 +30,15 @@ SHAPES = (
     *((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)),  # smollm2
     *((2560, 4096), (2560, 9728), (1, 64), (16, 64), (64, 16384), (1040, 2048)),
 )
+HOPPER_SMEM = 227 << 10
 CARDS = {"A100": (108, False), "4090": (128, False), "H100": (132, True), "B200": (148, True)}
+MAX_SMEM = {"A100": 163 << 10, "4090": 99 << 10, "H100": HOPPER_SMEM, "B200": HOPPER_SMEM}
 
 
 def place(device_sms: int = 132, *, clusters: bool = True) -> Linears:
     capability = (9, 0) if clusters else (8, 0)
     device: Any = SimpleNamespace(
-        capability=capability, num_sms=device_sms, torch_device=torch.device("cpu")
+        capability=capability, arch="sm_90a", num_sms=device_sms, torch_device=torch.device("cpu")
     )
     return Linears(device)
 
@@ -248,7 +250,8 @@ def test_any_shape_has_a_tiling(outputs: int, blocks: int, num_sms: int, cluster
     assert cut.cluster in (1, 2, 4) and cut.rows % (16 * cut.cluster) == 0
     assert cut.cluster == 1 or blocks >= 32 * cut.cluster // 2
     for kind, tiles in itertools.product(KINDS, tiling.TOKEN_TILES):
-        assert cut.smem(kind, tiles, cut.ring(kind, tiles)) <= tiling.SMEM_MOST
+        ring = tiling.ring_of(cut, kind, tiles, HOPPER_SMEM)
+        assert ring is not None and cut.smem(kind, tiles, ring) <= HOPPER_SMEM
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,7 +261,8 @@ def test_two_blocks_share_a_multiprocessor_where_the_code_counts_on_it(
 ) -> None:
     cut = tiling.choose(28672, 4096, 132, clusters=True)
     assert cut.min_blocks == 2
-    ring = cut.ring(kind, tiles)
+    ring = tiling.ring_of(cut, kind, tiles, HOPPER_SMEM)
+    assert ring is not None
     assert 2 * (cut.smem(kind, tiles, ring) + 1024) <= 228 << 10
     assert tiling.STAGE_BLOCKS % ring.blocks == 0 and ring.stages >= 2
 
@@ -267,28 +271,23 @@ def test_two_blocks_share_a_multiprocessor_where_the_code_counts_on_it(
 @pytest.mark.parametrize("tiles", tiling.TOKEN_TILES)
 def test_threads_copy_whole_rows_of_x(tiles: int, kind: int) -> None:
     for cut in {tiling.choose(*shape, 132, clusters=True) for shape in SHAPES}:
-        ring = cut.ring(kind, tiles)
+        ring = tiling.ring_of(cut, kind, tiles, HOPPER_SMEM)
+        assert ring is not None
         assert cut.threads % (cut.input_groups * ring.blocks * 8) == 0
         assert tiles * 8 * 3 <= cut.threads, "one thread reads one row's adapter in one slice"
 
 
-@pytest.mark.parametrize(
-    "most",
-    [
-        227 << 10,
-        *(
-            pytest.param(
-                most,
-                marks=pytest.mark.xfail(reason="`Tiling.ring` counts on Hopper's shared memory"),
-            )
-            for most in (163 << 10, 99 << 10)  # sm_80; sm_86, sm_89
-        ),
-    ],
-)
-def test_a_ring_fits_the_shared_memory_of_each_card(most: int) -> None:
-    for shape, kind, tiles in itertools.product(SHAPES, KINDS, tiling.TOKEN_TILES):
-        cut = tiling.choose(*shape, 108, clusters=most > 200 << 10)
-        assert cut.smem(kind, tiles, cut.ring(kind, tiles)) <= most, (shape, kind, tiles)
+@pytest.mark.parametrize("card", CARDS)
+def test_every_step_fits_the_shared_memory_of_each_card(card: str) -> None:
+    (num_sms, clusters), most = CARDS[card], MAX_SMEM[card]
+    for shape, kind, rows in itertools.product(SHAPES, KINDS, (1, 8, 9, 33, 64, 65, 256)):
+        cut = tiling.choose(*shape, num_sms, clusters=clusters)
+        tiles = tiling.token_tiles_of(cut, kind, rows, most)
+        ring = tiling.ring_of(cut, kind, tiles, most)
+        assert ring is not None and cut.smem(kind, tiles, ring) <= most, (shape, kind, rows)
+        larger = [n for n in tiling.TOKEN_TILES if n > tiles]
+        assert tiles * 8 >= rows or not any(tiling.ring_of(cut, kind, n, most) for n in larger)
+        assert most < HOPPER_SMEM or tiles * 8 >= min(rows, 64)
 
 
 def unpack_rows(packed: torch.Tensor) -> torch.Tensor:

@@ -19,11 +19,11 @@ from loriner.kernels.cuda import attention
 from loriner.kernels.cuda import linear as linears
 from loriner.kernels.cuda.attention import Attention
 from loriner.kernels.cuda.launch import Device
-from loriner.kernels.cuda.linear import Adapters, Operand
+from loriner.kernels.cuda.linear import Adapters, LoraPlan, Operand
 from loriner.kernels.cuda.many_rows import MAX_FUSED_ROWS, ManyRows
+from loriner.kernels.cuda.tiling import MAX_STACKED_RANK
 from loriner.kernels.operands import Nf4
 
-MAX_STACKED_RANK = 768  # three slices of rank 256
 LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
 LAST_GROUPS = ("lm_head", "embed")
 Ints = np.typing.NDArray[np.int32]
@@ -36,6 +36,7 @@ class SeatLora(NamedTuple):
     row_seat: Tensor  # [R] i32
     items: Tensor  # [.., 3] i32: first row, rows (at most 32), seat
     num_items: Tensor  # [1] i32
+    plan: LoraPlan
 
     def operand(self, group: str) -> LoraCall:
         """What `linear` needs for this fused linear."""
@@ -57,6 +58,10 @@ class LoraCall(NamedTuple):
 
     lora: SeatLora
     group: int
+
+    @property
+    def adapters(self) -> Adapters:
+        return Adapters(*self.lora, self.group)
 
 
 class Rotation(NamedTuple):
@@ -87,12 +92,9 @@ class CudaKernels:
         self.place = self.device.torch_device
         self.linears = linears.Linears(self.device)
         self._attention: Attention | None = None
-        cluster = 8 if self.device.capability >= (9, 0) else 1
-        lora = self.device.module("lora.cu", CLUSTER=cluster)
-        self._cluster = cluster
-        self._shrink = lora.kernel("lora_shrink")
-        self._embed_lora = lora.kernel("lora_embed")
-        self.many_rows = ManyRows(self.device, lora.kernel("lora_expand_add"))
+        self.many_rows = ManyRows(self.device)
+        self._embed_lora = self.many_rows.lora.kernel("lora_embed")
+        self._plan = self.many_rows.lora.kernel("lora_plan")
         norm = self.device.module("norm.cu")
         self._embed, self._norm = norm.kernel("embed"), norm.kernel("rms_norm")
 
@@ -162,7 +164,17 @@ class CudaKernels:
     def seat_lora(
         self, table: Tensor, row_seat: Tensor, items: Tensor, num_items: Tensor
     ) -> SeatLora:
-        return SeatLora(table, row_seat, items, num_items)
+        """Call it in the step that uses it, before all other kernels: it plans that step."""
+        rows, groups = len(row_seat), table.shape[1]
+        most = rows * (MAX_STACKED_RANK // 16)
+        plan = LoraPlan(
+            torch.empty(groups, rows, 3, 32, dtype=torch.uint8, device=self.place),
+            torch.empty(groups, most, 16, dtype=torch.uint8, device=self.place),
+            torch.empty(groups, dtype=torch.int32, device=self.place),
+        )
+        made = (plan.rows, plan.tiles, plan.num_tiles, most)
+        self._plan(groups, 256, *made, row_seat, rows, items, num_items, table, 0, groups)
+        return SeatLora(table, row_seat, items, num_items, plan)
 
     # ---- the step ----
 
@@ -261,29 +273,8 @@ class CudaKernels:
         *,
         is_gelu: bool = False,
     ) -> None:
-        adapters = None if call is None else self._shrunk(x, call, operand.num_slices)
+        adapters = None if call is None else call.adapters
         if len(x) <= MAX_FUSED_ROWS or epilogue == linears.LOGITS:
             self.linears.run(x, operand, y, epilogue, adapters, is_gelu=is_gelu)
         else:
             self.many_rows.run(x, operand, y, epilogue, adapters, is_gelu=is_gelu)
-
-    def _shrunk(self, x: Tensor, call: LoraCall, slices: int) -> Adapters:
-        """t = A x of every row that has an adapter."""
-        lora, (rows, inputs) = call.lora, x.shape
-        t = torch.empty(rows, MAX_STACKED_RANK, dtype=torch.float32, device=self.place)
-        in_flight = 4 if rows <= 8 else slices
-        self._shrink(
-            (self._cluster, len(lora.items), in_flight),
-            128,
-            x,
-            inputs,
-            lora.table,
-            call.group,
-            lora.table.shape[1],
-            lora.items,
-            lora.num_items,
-            t,
-            t.shape[1],
-            cluster=self._cluster,
-        )
-        return Adapters(lora.table, lora.row_seat, t, call.group)

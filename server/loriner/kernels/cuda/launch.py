@@ -21,6 +21,7 @@ STATIC_SMEM = 48 << 10  # bytes of dynamic shared memory that need no opt-in
 Argument = (
     Tensor | int | float | ctypes.Structure | ctypes.Array[ctypes.c_float] | ctypes.c_int64 | None
 )
+TensorMap = ctypes.c_uint64 * 16
 Grid = int | tuple[int, ...]
 
 
@@ -62,6 +63,31 @@ class Device:
             cubin = nvrtc.compile_cubin(source, self.arch, defines)
             self._modules[key] = Module(self, cubin)
         return self._modules[key]
+
+
+def tensor_map(x: Tensor, blocks: int, tokens: int) -> Any:
+    """Of x [rows, inputs] bf16 as [inputs / 64, rows, 64], in boxes of blocks x tokens x 64 that
+    are swizzled by 128 bytes in shared memory; beyond its ends are zeros."""
+    rows, inputs = x.shape
+    wide = driver.cuuint64_t
+    narrow = driver.cuuint32_t
+    encoded = _checked(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            3,
+            x.data_ptr(),
+            [wide(64), wide(rows), wide(inputs // 64)],
+            [wide(inputs * 2), wide(128)],
+            [narrow(64), narrow(tokens), narrow(blocks)],
+            [narrow(1)] * 3,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        "tensor map",
+    )
+    return TensorMap.from_buffer_copy(TensorMap.from_address(encoded.getPtr()))
 
 
 class Module:

@@ -15,25 +15,30 @@ import torch
 from torch import Tensor
 
 from loriner.kernels.cuda import packing
-from loriner.kernels.cuda.launch import Device, Kernel
+from loriner.kernels.cuda.launch import Device, Kernel, TensorMap, tensor_map
 from loriner.kernels.cuda.packing import BLOCK, TILE
 from loriner.kernels.cuda.tiling import (
     KIND_BF16,
     KIND_F32,
     KIND_NESTED,
+    MAX_STACKED_RANK,
     STAGE_BLOCKS,
-    TOKEN_TILES,
+    Ring,
     Tiling,
     choose,
+    ring_of,
+    token_tiles_of,
 )
 from loriner.kernels.operands import Nf4
 
 STORE, ADD, GATED, LOGITS = 0, 1, 2, 3  # EPILOGUE of linear.cu
 MIN_SPAN = 8  # blocks that must share a nested scale's own scale, or scales are expanded
 STAGE_BYTES = STAGE_BLOCKS * BLOCK // 2  # of an output's codes in a warp's stage
-LEAN = 96  # registers of a thread, where small kernels are to fit beside
+LEAN, LEAN_ADAPTED = 104, 112  # registers of a thread, where small kernels are to fit beside
 LEAN_TILES = 2  # token tiles up to which they do
-DEEP_TILES = 4  # token tiles up to which registers hold two stages of weights
+DEEP_TILES = 3  # token tiles up to which registers hold two stages of weights (or one more)
+PART = 2048  # inputs of A x that a thread block sums: one or two rounds of its loads
+MOST_SHRUNK = 8 * 513 * MAX_STACKED_RANK  # values of A x that a launch may make
 NUM_VALUES = 16 + 256  # of NF4 and of nested scales
 
 Values = ctypes.c_float * NUM_VALUES
@@ -42,11 +47,20 @@ Values = ctypes.c_float * NUM_VALUES
 class _Params(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("weight", "scale", "nested", "offset")],
-        *[(name, ctypes.c_void_p) for name in ("bias", "x", "y", "seats", "row_seat", "shrunk")],
+        *[(name, ctypes.c_void_p) for name in ("bias", "x", "y", "tiles", "num_tiles", "rows")],
+        *[(name, ctypes.c_void_p) for name in ("shrunk", "gate")],
         ("values", Values),
-        *[(name, ctypes.c_int) for name in ("M", "N", "K", "KB", "nested_shift", "group")],
-        *[(name, ctypes.c_int) for name in ("num_groups", "shrunk_stride", "split0", "split1")],
+        ("shrunk_size", ctypes.c_int64),
+        *[(name, ctypes.c_int) for name in ("M", "N", "K", "KB", "nested_shift", "max_tiles")],
+        *[(name, ctypes.c_int) for name in ("shrunk_stride", "parts", "workers")],
+        *[(name, ctypes.c_int) for name in ("split0", "split1")],
     ]
+
+
+class _MappedParams(ctypes.Structure):
+    """On Hopper, where x is copied by tensor maps. Aligned to 64 bytes over there."""
+
+    _fields_ = [("x_map", TensorMap), ("rest", _Params), ("padding", ctypes.c_uint64 * 8)]
 
 
 class Operand(NamedTuple):
@@ -77,12 +91,22 @@ class Operand(NamedTuple):
         return sum(t.nbytes for t in tensors if t is not None)
 
 
+class LoraPlan(NamedTuple):
+    """What `lora_plan` of lora.cu makes of a step's adapters, for every fused linear."""
+
+    rows: Tensor  # [groups, M, 3, 32] u8
+    tiles: Tensor  # [groups, tiles, 16] u8
+    num_tiles: Tensor  # [groups] i32
+
+
 class Adapters(NamedTuple):
-    """What the epilogue needs to add adapters: all on the device, fixed for a captured graph."""
+    """The adapters of one fused linear: all on the device, fixed for a captured graph."""
 
     seats: Tensor  # seat table [seats, groups, 96] u8
     row_seat: Tensor  # [M] i32
-    shrunk: Tensor  # [M, stride] f32
+    items: Tensor  # [.., 3] i32: first row, rows (at most 32), seat
+    num_items: Tensor  # [1] i32
+    plan: LoraPlan
     group: int
 
 
@@ -92,6 +116,9 @@ class Linears:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.clusters = device.capability >= (9, 0)
+        self.maps = device.arch == "sm_90a"
+        self._gate = torch.tensor([1, 0], dtype=torch.int32, device=device.torch_device)
+        self._shrunk = torch.zeros(MOST_SHRUNK, dtype=torch.int64, device=device.torch_device)
 
     def prepare_nf4(
         self, parts: Sequence[Nf4], bias: Tensor | None, *, gated: bool = False
@@ -173,21 +200,37 @@ class Linears:
         [M, N/2] bf16 (GATED).
         """
         rows = x.shape[0]
-        tiles = next((n for n in TOKEN_TILES if n * 8 >= rows), TOKEN_TILES[-1])
         cut = operand.tiling
-        kernel = self.kernel(operand, epilogue, tiles, is_gelu=is_gelu)
-        params = _params(x, operand, y, adapters)
+        tiles = token_tiles_of(cut, operand.kind, rows, self.device.max_smem)
+        kernel = self.kernel(
+            operand, epilogue, tiles, is_gelu=is_gelu, adapted=adapters is not None
+        )
+        plain = _params(x, operand, y)
+        if adapters is not None:
+            self._add_adapters(plain, adapters)
+        params: ctypes.Structure = plain
+        if self.maps:
+            ring = self._ring(operand, tiles)
+            params = _MappedParams(tensor_map(x, ring.blocks, tiles * 8), plain)
         row_tiles = operand.weight.shape[0] * TILE // cut.rows
         grid = (row_tiles * cut.cluster, -(-rows // (tiles * 8)))
         kernel(grid, cut.threads, params, cluster=cut.cluster)
 
     def kernel(
-        self, operand: Operand, epilogue: int, token_tiles: int, *, is_gelu: bool = False
+        self,
+        operand: Operand,
+        epilogue: int,
+        token_tiles: int,
+        *,
+        is_gelu: bool = False,
+        adapted: bool = False,
     ) -> Kernel:
         """The compiled variant for this operand."""
         kind = operand.kind
         cut = operand.tiling
-        ring = cut.ring(kind, token_tiles)
+        ring = self._ring(operand, token_tiles)
+        deep = DEEP_TILES + (cut.input_groups == 1)
+        lean = LEAN_ADAPTED if adapted else LEAN
         module = self.device.module(
             "linear.cu",
             NT=token_tiles,
@@ -196,15 +239,35 @@ class Linears:
             XU=ring.blocks,
             STAGES=ring.stages,
             APART=int(ring.apart),
-            DEPTH=2 if kind != KIND_BF16 and token_tiles <= DEEP_TILES else 1,
+            DEPTH=2 if kind != KIND_BF16 and token_tiles <= deep else 1,
             CLUSTER=cut.cluster,
             KIND=kind,
             EPILOGUE=epilogue,
             MIN_BLOCKS=cut.min_blocks,
-            REGISTERS=LEAN if cut.min_blocks == 1 and token_tiles <= LEAN_TILES else 0,
+            REGISTERS=lean if cut.min_blocks == 1 and token_tiles <= LEAN_TILES else 0,
             GELU=int(is_gelu),
+            LORA=int(adapted),
         )
         return module.kernel("linear", cut.smem(kind, token_tiles, ring))
+
+    def _ring(self, operand: Operand, token_tiles: int) -> Ring:
+        ring = ring_of(operand.tiling, operand.kind, token_tiles, self.device.max_smem)
+        assert ring is not None, "token_tiles are what fits"
+        return ring
+
+    def _add_adapters(self, params: _Params, adapters: Adapters) -> None:
+        parts = num_parts(params.K)
+        size = parts * params.M * MAX_STACKED_RANK
+        if size > len(self._shrunk):
+            raise ValueError(f"{params.M} rows of {params.K} inputs: too many for adapters.")
+        rows, tiles, num_tiles = adapters.plan
+        params.rows = rows[adapters.group].data_ptr()
+        params.tiles, params.max_tiles = tiles[adapters.group].data_ptr(), tiles.shape[1]
+        params.num_tiles = num_tiles[adapters.group :].data_ptr()
+        params.shrunk, params.shrunk_size = self._shrunk.data_ptr(), len(self._shrunk)
+        params.gate = self._gate.data_ptr()
+        params.shrunk_stride, params.parts = MAX_STACKED_RANK, parts
+        params.workers = self.device.num_sms
 
     def _tiling(self, outputs: int, inputs: int, *, gated: bool) -> Tiling:
         if inputs % BLOCK or (gated and outputs % 16):
@@ -212,9 +275,14 @@ class Linears:
         return choose(outputs, inputs, self.device.num_sms, clusters=self.clusters)
 
 
-def _params(x: Tensor, operand: Operand, y: Tensor, adapters: Adapters | None) -> _Params:
+def num_parts(inputs: int) -> int:
+    """Parts of the inputs over which A x is summed apart, each by a block."""
+    return max(1, round(inputs / PART))
+
+
+def _params(x: Tensor, operand: Operand, y: Tensor) -> _Params:
     nested = operand.nested
-    params = _Params(
+    return _Params(
         weight=operand.weight.data_ptr(),
         scale=_pointer(operand.scale),
         nested=None if nested is None else nested.outer.data_ptr(),
@@ -231,13 +299,6 @@ def _params(x: Tensor, operand: Operand, y: Tensor, adapters: Adapters | None) -
         split0=operand.slices[0],
         split1=operand.slices[1],
     )
-    if adapters is not None:
-        params.seats = adapters.seats.data_ptr()
-        params.row_seat = adapters.row_seat.data_ptr()
-        params.shrunk = adapters.shrunk.data_ptr()
-        params.group, params.num_groups = adapters.group, adapters.seats.shape[1]
-        params.shrunk_stride = adapters.shrunk.shape[1]
-    return params
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from loriner.kernels.cuda import packing
-from loriner.kernels.cuda.launch import Device, Kernel
+from loriner.kernels.cuda.launch import Device
 from loriner.kernels.cuda.linear import ADD, GATED, STORE, Adapters, Operand
-from loriner.kernels.cuda.tiling import KIND_BF16
+from loriner.kernels.cuda.tiling import KIND_BF16, MAX_STACKED_RANK
 
 MAX_FUSED_ROWS = 256
 
@@ -21,9 +21,12 @@ MAX_FUSED_ROWS = 256
 class ManyRows:
     """As `Linears.run`, for more rows than that is made for."""
 
-    def __init__(self, device: Device, expand: Kernel) -> None:
-        """`expand`: lora.cu's `lora_expand_add`."""
-        self.device, self._expand = device, expand
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._cluster = 8 if device.capability >= (9, 0) else 1
+        self.lora = device.module("lora.cu", CLUSTER=self._cluster)
+        self._shrink = self.lora.kernel("lora_shrink")
+        self._expand = self.lora.kernel("lora_expand_add")
         norm = device.module("norm.cu")
         self._gate, self._add = norm.kernel("gate"), norm.kernel("add_rows")
         self._bias = norm.kernel("add_bias")
@@ -73,24 +76,41 @@ class ManyRows:
         if operand.bias is not None:
             self._bias((-(-outputs // 256), rows), 256, product, operand.bias, outputs)
         if adapters is not None:
-            groups = adapters.seats.shape[1]
-            self._expand(
-                (-(-outputs // 128), -(-rows // 16)),
-                128,
-                product,
-                rows,
-                outputs,
-                adapters.shrunk,
-                adapters.shrunk.shape[1],
-                adapters.row_seat,
-                adapters.seats,
-                adapters.group,
-                groups,
-                *operand.slices,
-            )
+            self._add_adapters(product, x, operand, adapters)
         if epilogue == GATED:
             half = outputs // 2
             self._gate((-(-half // 512), rows), 256, y, product, half, int(is_gelu))
         elif epilogue == ADD:
             count = rows * outputs
             self._add(-(-count // 1024), 256, y, product, count)
+
+    def _add_adapters(
+        self, product: Tensor, x: Tensor, operand: Operand, adapters: Adapters
+    ) -> None:
+        (rows, inputs), outputs = x.shape, operand.outputs
+        t = torch.empty(rows, MAX_STACKED_RANK, dtype=torch.float32, device=x.device)
+        seats = (adapters.seats, adapters.group, adapters.seats.shape[1])
+        self._shrink(
+            (self._cluster, len(adapters.items), operand.num_slices),
+            128,
+            x,
+            inputs,
+            *seats,
+            adapters.items,
+            adapters.num_items,
+            t,
+            t.shape[1],
+            cluster=self._cluster,
+        )
+        self._expand(
+            (-(-outputs // 128), -(-rows // 16)),
+            128,
+            product,
+            rows,
+            outputs,
+            t,
+            t.shape[1],
+            adapters.row_seat,
+            *seats,
+            *operand.slices,
+        )

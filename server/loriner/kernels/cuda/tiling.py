@@ -7,17 +7,20 @@ never on the number of rows, so that a row's sums are added in the same order in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from loriner.kernels.cuda.packing import BLOCK, TILE
 
 KIND_F32, KIND_NESTED, KIND_BF16 = 0, 1, 2  # of weights
 TOKEN_TILES = (1, 2, 3, 4, 6, 8)  # of 8 rows
+MAX_STACKED_RANK = 768  # three slices of rank 256
 STAGE_BLOCKS = 4  # KU of linear.cu
 GROUP_ROWS = 4 * TILE
 SMEM_TABLE = 65536
-SMEM_SHARED = 112 << 10  # two blocks fit a multiprocessor of 227 KiB
-SMEM_MOST = 227 << 10
+SMEM_CONTROL = 48  # epoch and barriers
+LEAST_SHRUNK = 4 * MAX_STACKED_RANK * 4  # bytes: four rows of the most ranks
+SMEM_RESERVED = 1536  # bytes of a multiprocessor that a block costs beside its own, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +50,9 @@ class Tiling:
         x = ring.stages * self.input_groups * ring.blocks * tokens * 128
         x += 0 if kind == KIND_BF16 else SMEM_TABLE
         sums = self.sums(token_tiles)
-        return (x + sums if ring.apart else max(x, sums)) + tokens * 3 * 32
-
-    def ring(self, kind: int, token_tiles: int) -> Ring:
-        """The deepest ring of x that leaves room for the next kernel's block, or that fits at
-        all."""
-        for limit in (SMEM_SHARED, SMEM_MOST):
-            for ring in RINGS:
-                if self.smem(kind, token_tiles, ring) <= limit:
-                    return ring
-        raise AssertionError((self, kind, token_tiles))
+        if ring.apart:
+            return max(x, LEAST_SHRUNK) + sums + tokens * 3 * 32 + SMEM_CONTROL
+        return max(x, sums + LEAST_SHRUNK) + tokens * 3 * 32 + SMEM_CONTROL
 
 
 class Ring(NamedTuple):
@@ -68,6 +64,24 @@ class Ring(NamedTuple):
 
 
 RINGS = tuple(Ring(b, n, apart) for b in (4, 2, 1) for n in (3, 2) for apart in (True, False))
+
+
+@cache
+def ring_of(cut: Tiling, kind: int, token_tiles: int, max_smem: int) -> Ring | None:
+    """The deepest ring of x that leaves room for the next kernel's block, or that fits a block's
+    `max_smem` bytes at all."""
+    for limit in (max_smem // 2 - SMEM_RESERVED, max_smem):
+        for ring in RINGS:
+            if cut.smem(kind, token_tiles, ring) <= limit:
+                return ring
+    return None
+
+
+@cache
+def token_tiles_of(cut: Tiling, kind: int, rows: int, max_smem: int) -> int:
+    """Tiles of 8 rows in one pass: as many as there are rows for, or as fit."""
+    fitting = [n for n in TOKEN_TILES if ring_of(cut, kind, n, max_smem)]
+    return next((n for n in fitting if n * 8 >= rows), fitting[-1])
 
 
 def choose(outputs: int, inputs: int, num_sms: int, *, clusters: bool) -> Tiling:

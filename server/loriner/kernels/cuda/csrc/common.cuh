@@ -83,6 +83,14 @@ DEV void grid_wait() {
 #endif
 }
 
+// A value that another block of this launch writes, or one that it reads.
+DEV u64 ld_relaxed(const u64* p) {
+    u64 v;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+DEV void st_relaxed(u64* p, u64 v) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
+
 // Clusters: blocks of one cluster read each other's shared memory.
 DEV u32 cluster_rank() {
     u32 r;

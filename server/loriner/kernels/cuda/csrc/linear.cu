@@ -11,13 +11,19 @@
 // further; the blocks of a cluster add their sums through each other's shared memory in a fixed order. So a
 // row's result depends neither on the other rows nor on NT.
 //
+// Adapters: before their main loop the first thread blocks multiply A x in units, which the end of every thread
+// block waits for: each value carries the launch's epoch, so that nothing but the value itself is waited for.
+// Those blocks are the first to be scheduled and never wait before they have given their part, so the
+// launch may be of any size.
+//
 // Defines: NT, WR x WK groups (each has 64 outputs), STAGES (of the ring of x, XU blocks of each group), DEPTH
 // (stages of weights in registers), CLUSTER, APART (sums have room beside table and ring), KIND (0 NF4 with f32
 // scales, 1 NF4 with nested scales, 2 bf16), EPILOGUE (0 bf16 store, 1 add to f32, 2 gated bf16 store, 3 f32
-// store), GELU, MIN_BLOCKS, REGISTERS (of a thread at most; 0: what MIN_BLOCKS leaves).
+// store), GELU, LORA, MIN_BLOCKS, REGISTERS (of a thread at most; 0: what MIN_BLOCKS leaves).
 #include "common.cuh"
 #include "lora.cuh"
 
+#define AHEAD 4  // steps of 32 inputs of A x that a warp has in flight
 #define KU 4  // blocks of 64 inputs in a group's stage
 #define GROUPS (WR * WK)
 #define WARPS (GROUPS * 4)
@@ -27,6 +33,8 @@
 #define NF4_KIND (KIND != 2)
 #define WORDS (NF4_KIND ? 1 : 4)  // 16-byte words of a lane in a block
 #define BLOCK_BYTES (WORDS * 512)
+#define HOP (WK * KU * BLOCK_BYTES)  // from a group's stage to its next
+#define WINDOW (NF4_KIND && DEPTH == 1 ? 2 : KU)  // blocks of weights in registers in each stage
 #define TABLE (NF4_KIND ? 65536 : 0)  // 256 rows: 32 copies of a bf16 pair, then 32 of a nested scale's value
 #define X_TILE (TOKENS * 128)         // rows of x in one block
 #define X_STAGE (WK * XU * X_TILE)
@@ -36,8 +44,16 @@
 #define OWN (ROWS / CLUSTER)  // outputs that this thread block finishes
 static_assert(TOKENS * 3 <= THREADS, "one thread reads one row's adapter in one slice");
 #define SUMS (CLUSTER * WK * OWN * RED_STRIDE * 4)
-#define SUMS_AT (APART ? TABLE + STAGES * X_STAGE : 0)
-#define ROW_LORA (APART ? SUMS_AT + SUMS : TABLE + STAGES * X_STAGE > SUMS ? TABLE + STAGES * X_STAGE : SUMS)
+#define FRONT (TABLE + STAGES * X_STAGE)
+#define LEAST_SHRUNK 12288  // four rows of x of the most ranks (768)
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define SUMS_AT (APART ? MAX(FRONT, LEAST_SHRUNK) : 0)
+#define ROW_LORA (APART ? SUMS_AT + SUMS : MAX(FRONT, SUMS + LEAST_SHRUNK))
+#define SHRUNK_AT (APART ? 0 : SUMS)  // A x of rows of x, when table and ring have done their work
+#define SHRUNK_BYTES (APART ? SUMS_AT : ROW_LORA - SUMS)
+#define EPOCH_AT (ROW_LORA + TOKENS * 96)
+#define BARRIERS_AT (EPOCH_AT + 16)  // one of each stage of x
+static_assert(STAGES * X_STAGE >= WARPS * 512, "a unit of A x is summed where x will be");
 #define X_TOKENS (THREADS / (WK * XU * 8))  // rows of x that the thread block copies at a time
 #define X_ROUNDS ((TOKENS + X_TOKENS - 1) / X_TOKENS)
 
@@ -51,6 +67,9 @@ static_assert(TOKENS * 3 <= THREADS, "one thread reads one row's adapter in one 
 extern __shared__ __align__(1024) u8 smem[];
 
 struct Params {
+#if WGMMA
+    TensorMap x_map;       // of x as [K / 64, M, 64], in boxes of [XU, TOKENS, 64] that are swizzled by 128 bytes
+#endif
     const u8* weight;      // [tiles, KB, BLOCK_BYTES], a tile is the 16 outputs of a warp
     const u8* scale;       // [tiles, KB / 4, 16, 4] f32, or u8 when nested
     const float* nested;   // [tiles, spans, 16] f32, a span is 1 << nested_shift blocks
@@ -58,12 +77,15 @@ struct Params {
     const float* bias;     // [N] f32 or null
     const u16* x;          // [M, K] bf16
     void* y;               // by EPILOGUE
-    const u8* seats;       // seat table or null
-    const i32* row_seat;   // [M]
-    const float* shrunk;   // [M, shrunk_stride] f32
+    const ShrinkTile* tiles;  // of A x in this linear, and how many there are: lora.cu's plan
+    const i32* num_tiles;
+    const RowLora* rows;   // [M, 3]
+    u64* shrunk;           // [parts, M, shrunk_stride]: A x over each part of the inputs, f32 below the epoch
+    u32* gate;             // this launch's epoch, and how many of its blocks know it
     float code[16];        // of NF4, and behind it
     float map[256];        // of nested scales
-    i32 M, N, K, KB, nested_shift, group, num_groups, shrunk_stride, split0, split1;  // KB: padded to KU
+    i64 shrunk_size;
+    i32 M, N, K, KB, nested_shift, max_tiles, shrunk_stride, parts, workers, split0, split1;  // KB: padded to KU
 };
 
 DEV uint4 ld_once(const u8* p) {
@@ -72,37 +94,83 @@ DEV uint4 ld_once(const u8* p) {
     return v;
 }
 
-// The pair of byte I of `v`: the byte becomes the row of the table, the lane its column.
-template <int I> DEV u32 pair(u32 v, u32 lane4) { return *(const u32*)(smem + __byte_perm(v, lane4, 0x5504 | I << 4)); }
+// Word I of a lane's column in the table: the byte I of `v` becomes the row. On Hopper dynamic shared memory begins at
+// 1024 (the kernel checks it), so that the address needs no addition: `column` has the high bits.
+#if WGMMA
+#define SMEM_START 1024
+DEV u32 column_of(i32 lane) { return (smem_addr(smem) & 0xff000000) | lane * 4; }
+template <int I, int OFFSET = 0> DEV u32 look_up(u32 v, u32 column) {
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(__byte_perm(v, column, 0x7604 | I << 4)), "n"(SMEM_START + OFFSET));
+    return word;
+}
+#else
+DEV u32 column_of(i32 lane) { return lane * 4; }
+template <int I, int OFFSET = 0> DEV u32 look_up(u32 v, u32 column) { return *(const u32*)(smem + OFFSET + __byte_perm(v, column, 0x5504 | I << 4)); }
+#endif
 
-// This thread's part of the ring of x: [STAGES][WK * XU][TOKENS] rows of 128 bytes, 16-byte chunk c of row r
-// in place of chunk c ^ (r % 8).
+// The ring of x: [STAGES][WK * XU][TOKENS] rows of 128 bytes, 16-byte chunk c of row r in place of chunk c ^ (r % 8).
+#if WGMMA
+struct FeedX {
+    i32 kb, slot, step;  // of the next step of a stage: group 0's block
+
+    DEV FeedX(const Params&, i32, i32 begin) : kb(begin * KU), slot(0), step(0) {}
+};
+
+// By one warp.
+DEV void copy_x(const Params& p, const FeedX& f, u32 base, i32 token0) {
+    const u32 barrier = base + BARRIERS_AT + f.slot * 8;
+    if (!elected()) return;
+    barrier_expect(barrier, X_STAGE);
+#pragma unroll
+    for (int i = 0; i < WK; i++) copy_tensor(base + TABLE + f.slot * X_STAGE + i * (XU * X_TILE), &p.x_map, barrier, token0, f.kb + i * KU);
+}
+#else
 struct FeedX {
     const u16* from;  // of block 0
     u32 to;
     i32 jump, rows, kb, slot, step;
+
+    DEV FeedX(const Params& p, i32 token0, i32 begin) : slot(0), step(0) {
+        const i32 token = threadIdx.x / (WK * XU * 8), chunk = threadIdx.x % (WK * XU * 8);
+        kb = (begin + chunk / 8 / XU) * KU + chunk / 8 % XU;
+        from = p.x + (i64)(token0 + token) * p.K + (chunk & 7) * 8;
+        jump = X_TOKENS * p.K, rows = min(p.M - token0, TOKENS) - token;
+        to = TABLE + (chunk / 8) * X_TILE + token * 128 + (((chunk & 7) ^ (token & 7)) << 4);
+    }
 };
 
-DEV void load_x(const Params& p, FeedX& f, u32 base) {
+DEV void copy_x(const Params& p, const FeedX& f, u32 base, i32) {
     const bool valid = f.kb * 64 < p.K;
 #pragma unroll
     for (int i = 0; i < X_ROUNDS; i++)
         if (i * X_TOKENS < f.rows)
             cp_async16_or_zero(base + f.slot * X_STAGE + i * X_TOKENS * 128 + (f.to ^ (i * X_TOKENS % 8 * 16)),
                                valid ? f.from + f.kb * 64 + (i64)i * f.jump : p.x, valid);
+}
+#endif
+
+DEV void load_x(const Params& p, FeedX& f, u32 base, i32 token0) {
+    if (!WGMMA || __shfl_sync(0xffffffffu, threadIdx.x, 0) < 32) copy_x(p, f, base, token0);
     f.step = f.step == X_STEPS - 1 ? 0 : f.step + 1;
     f.kb += f.step ? XU : WK * KU - (X_STEPS - 1) * XU;
     f.slot = f.slot == STAGES - 1 ? 0 : f.slot + 1;
 }
 
 struct Weights {
-    uint4 word[DEPTH][KU][WORDS];
+    uint4 word[DEPTH][WINDOW][WORDS];
     const u8* from;  // the stage to load next
 };
 
-template <int D, int U> DEV void load_block(Weights& w) {
+template <int D, int U> DEV void load_block(Weights& w, const u8* from) {
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) w.word[D][U][i] = ld_once(w.from + U * BLOCK_BYTES + i * 512);
+    for (int i = 0; i < WORDS; i++) w.word[D][U % WINDOW][i] = ld_once(from + U * BLOCK_BYTES + i * 512);
+}
+
+// Block U has been decoded: ask for the one that comes next in its place.
+template <int D, int U> DEV void refill(Weights& w, bool more) {
+    if constexpr (U + WINDOW < KU) load_block<D, U + WINDOW>(w, w.from - HOP);
+    else if (more) load_block<D, U + WINDOW - KU>(w, w.from);
 }
 
 // Scales of a stage: lane l has those of the tile's output l % 16 (g, half), for KU blocks.
@@ -122,11 +190,35 @@ DEV void load_scales(const Params& p, Scales& s, i32 kb) {
     }
 }
 
+template <int D> DEV void load_stage(Weights& w) {
+    load_block<D, 0>(w, w.from), load_block<D, 1>(w, w.from);
+    if constexpr (WINDOW > 2) load_block<D, 2>(w, w.from), load_block<D, 3>(w, w.from);
+}
+
+DEV void load_first(const Params& p, Weights& w, Scales& s, i32 tile, i32 kb, i32 mine) {
+    const i32 lane = threadIdx.x & 31;
+    w.from = p.weight + ((i64)tile * p.KB + kb) * BLOCK_BYTES + lane * 16;
+    if (mine > 0) load_stage<0>(w);
+    w.from += HOP;
+    if (DEPTH > 1) {
+        if (mine > 1) load_stage<DEPTH - 1>(w);
+        w.from += HOP;
+    }
+    if (NF4_KIND) {
+        s.from = p.scale + ((i64)tile * p.KB + kb) * (KIND == 0 ? 64 : 16) + (lane & 15) * (KIND == 0 ? 16 : 4);
+        if (KIND == 1) {
+            const i32 spans = (p.KB + (1 << p.nested_shift) - 1) >> p.nested_shift;
+            s.outer_from = p.nested + (i64)tile * spans * 16 + (lane & 15), s.offset = p.offset[tile * 16 + (lane & 15)];
+        }
+        if (mine > 0) load_scales(p, s, kb);
+    }
+}
+
 // The scales of this lane's two outputs for block U.
 template <int U> DEV float2 scales_of(const Scales& s, i32 lane) {
     float own = U == 0 ? s.plain.x : U == 1 ? s.plain.y : U == 2 ? s.plain.z : s.plain.w;
     if (KIND == 1)  // rounded as bitsandbytes does: product, then sum
-        own = __fadd_rn(__fmul_rn(*(const float*)(smem + 128 + __byte_perm(s.index, lane * 4, 0x5504 | U << 4)), s.outer), s.offset);
+        own = __fadd_rn(__fmul_rn(__uint_as_float(look_up<U, 128>(s.index, column_of(lane))), s.outer), s.offset);
     const i32 g2 = (lane >> 2) * 2;
     return make_float2(__shfl_sync(0xffffffffu, own, g2), __shfl_sync(0xffffffffu, own, g2 + 1));
 }
@@ -167,12 +259,13 @@ DEV void finish_multiply(float (&c)[NT][4]) {
 }
 
 DEV void decode(u32 (&a)[4][4], const uint4 (&word)[WORDS], i32 lane) {
+    const u32 column = column_of(lane);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         const uint4 q = word[NF4_KIND ? 0 : k];
         if (NF4_KIND) {
             const u32 v = k == 0 ? q.x : k == 1 ? q.y : k == 2 ? q.z : q.w;
-            a[k][0] = pair<0>(v, lane * 4), a[k][1] = pair<1>(v, lane * 4), a[k][2] = pair<2>(v, lane * 4), a[k][3] = pair<3>(v, lane * 4);
+            a[k][0] = look_up<0>(v, column), a[k][1] = look_up<1>(v, column), a[k][2] = look_up<2>(v, column), a[k][3] = look_up<3>(v, column);
         } else {
             a[k][0] = q.x, a[k][1] = q.y, a[k][2] = q.z, a[k][3] = q.w;
         }
@@ -186,8 +279,8 @@ DEV void blocks(Weights& w, const Scales& s, XTile x_tile, i32 lane, bool more, 
         if (NF4_KIND) start_multiply<false>(part, now, x_tile, U % XU, lane);
         else start_multiply<true>(acc, now, x_tile, U % XU, lane);
         if constexpr (U + 1 < KU) {
-            decode(next, w.word[D][U + 1], lane);
-            if (more) load_block<D, U + 1>(w);
+            decode(next, w.word[D][(U + 1) % WINDOW], lane);
+            refill<D, U + 1>(w, more);
         }
         if (NF4_KIND) {
             const float2 scale = scales_of<U>(s, lane);
@@ -208,7 +301,7 @@ template <int D>
 DEV void stage_step(Weights& w, const Scales& s, XTile x_tile, i32 lane, i32 step, bool more, u32 (&a)[4][4], u32 (&b)[4][4], float (&part)[NT][4], float (&acc)[NT][4]) {
     if (step == 0) {
         decode(a, w.word[D][0], lane);
-        if (more) load_block<D, 0>(w);
+        refill<D, 0>(w, more);
         blocks<D, 0, XU>(w, s, x_tile, lane, more, a, b, part, acc);
     }
     if constexpr (XU == 2)
@@ -247,14 +340,170 @@ DEV void reduced(float (&sum)[4], i32 output, i32 quad) {
     }
 }
 
-// Bias and adapters onto output n of the four rows of `quad`.
-DEV void finish(const Params& p, float (&v)[4], i32 n, i32 token0, i32 quad) {
+// The outputs that this thread block finishes; gated ones have another half behind the first.
+struct Outputs {
+    i32 first, end;  // of a half, if gated
+    i32 half;        // 0: not gated
+
+    DEV i32 slice(const Params& p, i32 n) const { return (n >= p.split0) + (n >= p.split1); }
+    DEV i32 first_slice(const Params& p) const { return slice(p, first); }
+    DEV i32 last_slice(const Params& p) const { return slice(p, end - 1 + half); }
+};
+
+DEV Outputs own_outputs(const Params& p, i32 rank) {
+    constexpr i32 shape = EPILOGUE == 2 ? 2 : 1;
+    const i32 first = (blockIdx.x / CLUSTER) * (ROWS / shape) + rank * (OWN / shape);
+    return {first, min(first + OWN / shape, p.N / shape), EPILOGUE == 2 ? p.N / 2 : 0};
+}
+
+DEV u32 num_blocks() { return gridDim.x * gridDim.y; }
+
+DEV u32 read_epoch(const Params& p) {
+    u32 epoch;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(epoch) : "l"(p.gate) : "memory");
+    return epoch;
+}
+// How many blocks know the epoch, with this one. The next one begins when all do, and not before this launch ends.
+DEV u32 note_epoch(const Params& p) {
+    u32 before;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.gate + 1) : "memory");
+    return before + 1;
+}
+DEV void leave(const Params& p) {
+    const u32 epoch = *(const u32*)(smem + EPOCH_AT) + 1;
+    p.gate[1] = 0, p.gate[0] = epoch ? epoch : 1;
+    if (!epoch)  // values of the epochs before must not be taken for those of the epochs to come
+        for (i64 i = 0; i < p.shrunk_size; i++) p.shrunk[i] = 0;
+}
+
+DEV void start_x(const Params& p, FeedX& f, u32 base, i32 token0, i32 stages) {
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (i < stages * X_STEPS) load_x(p, f, base, token0);
+#if !WGMMA
+        cp_async_commit();
+#endif
+    }
+}
+
+// A unit: 16 ranks of up to 8 rows of an item, over one part of the inputs, which the block's warps share. Ranks are
+// the A operand of mma.m16n8k16, rows of x the B operand; lanes take eight consecutive inputs as their
+// fragments' sixteen, the same for both. Everything is added in a fixed order, whatever the other rows.
+struct Unit {
+    uint4 a[AHEAD][2];  // this lane's rows of A (g and g + 8), asked for
+    const u16 *from, *x;
+    i32 rows, ranks, steps;  // of 32 inputs, of this warp
+    u64* out;
+};
+
+DEV uint4 ld16(const u16* p, bool valid) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (valid) asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+DEV void ask(const Params& p, Unit& u, i32 step) {
+    const i32 g = (threadIdx.x & 31) >> 2;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) u.a[i][h] = ld16(u.from + (i64)h * 8 * p.K + (step + i) * 32, g + h * 8 < u.ranks && step + i < u.steps);
+}
+
+// Ask for the A of unit `next`; false when there is none.
+DEV bool start_unit(const Params& p, i32 next, i32 warp, Unit& u) {
+    const i32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const i32 tile = next / p.parts, part = next - tile * p.parts;
+    const ShrinkTile e = p.tiles[min(tile, p.max_tiles - 1)];
+    if (tile >= *p.num_tiles) return false;
+    const i32 all = p.K / 32, share = part * WARPS + warp, begin = all * share / (p.parts * WARPS);
+    u.rows = e.rows, u.ranks = e.ranks, u.steps = all * (share + 1) / (p.parts * WARPS) - begin;
+    u.x = p.x + (i64)(e.row + g) * p.K + begin * 32 + t * 8;
+    u.out = p.shrunk + ((i64)part * p.M + e.row) * p.shrunk_stride + e.rank;
+    u.from = (const u16*)e.a + (i64)(e.rank + g) * p.K + begin * 32 + t * 8;
+    ask(p, u, 0);
+    return true;
+}
+
+DEV void multiply_unit(const Params& p, Unit& u, float (&acc)[4]) {
+#pragma unroll 1
+    for (i32 s = 0; s < u.steps; s += AHEAD) {
+        if (s) ask(p, u, s);
+        uint4 x[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            x[i] = make_uint4(0, 0, 0, 0);
+            if (((threadIdx.x & 31) >> 2) < u.rows && s + i < u.steps) x[i] = ld_cg16(u.x + (s + i) * 32);
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            mma_bf16(acc, u.a[i][0].x, u.a[i][1].x, u.a[i][0].y, u.a[i][1].y, x[i].x, x[i].y);
+            mma_bf16(acc, u.a[i][0].z, u.a[i][1].z, u.a[i][0].w, u.a[i][1].w, x[i].z, x[i].w);
+        }
+    }
+}
+
+// Add the warps' sums of a unit, and give them out.
+DEV void publish_unit(const Params& p, const float (&acc)[4], u32 epoch, i32 rows, i32 ranks, u64* out) {
+    float* sums = (float*)(smem + TABLE);
+    *(float4*)(sums + threadIdx.x * 4) = make_float4(acc[0], acc[1], acc[2], acc[3]);
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += sums[w * 128 + threadIdx.x];
+        const i32 c = threadIdx.x & 3, from = threadIdx.x >> 2, row = (from & 3) * 2 + (c & 1), r = (from >> 2) + (c >> 1) * 8;
+        if (row < rows && r < ranks) st_relaxed(out + (i64)row * p.shrunk_stride + r, (u64)epoch << 32 | __float_as_uint(sum));
+    }
+    __syncthreads();
+}
+
+// A x of `count` rows of x from `token` on, over all parts, in shared memory: [count, stride] f32.
+DEV void gather_shrunk(const Params& p, const Outputs& own, i32 token0, i32 token, i32 count, i32 stride) {
+    const i32 first = own.first_slice(p), last = own.last_slice(p);
+    count = min(count, p.M - token0 - token);
+    const i64 part = (i64)p.M * p.shrunk_stride;
+    const u32 epoch = *(const u32*)(smem + EPOCH_AT);
+#pragma unroll 1
+    for (i32 i0 = threadIdx.x; i0 < count * stride; i0 += THREADS * 2) {
+        const u64* from[2];
+        float sum[2] = {};
+#pragma unroll
+        for (int q = 0; q < 2; q++) {
+            const i32 i = i0 + q * THREADS, row = i / stride, r = i - row * stride;
+            const RowLora* l = (const RowLora*)(smem + ROW_LORA) + (token + row) * 3;
+            from[q] = nullptr;
+            if (i < count * stride && l[first].begin + r < l[last].begin + l[last].rank) from[q] = p.shrunk + (i64)(token0 + token + row) * p.shrunk_stride + l[first].begin + r;
+        }
+#pragma unroll 1
+        for (i32 j = 0; j < p.parts; j += 4) {
+            u64 v[2][4];
+#pragma unroll
+            for (int q = 0; q < 2; q++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) v[q][k] = from[q] && j + k < p.parts ? ld_relaxed(from[q] + (j + k) * part) : (u64)epoch << 32;
+#pragma unroll
+            for (int q = 0; q < 2; q++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    while ((u32)(v[q][k] >> 32) != epoch) v[q][k] = ld_relaxed(from[q] + (j + k) * part);
+                    sum[q] += __uint_as_float((u32)v[q][k]);
+                }
+        }
+#pragma unroll
+        for (int q = 0; q < 2; q++)
+            if (from[q]) ((float*)(smem + SHRUNK_AT))[i0 + q * THREADS] = sum[q];
+    }
+}
+
+// Bias and adapters onto output n of the four rows of `quad`, `rows` of which are there; `shrunk`: of the first.
+DEV void finish(const Params& p, const Outputs& own, float (&v)[4], i32 n, i32 quad, i32 rows, const float* shrunk, i32 stride) {
     if (p.bias)
 #pragma unroll
         for (int j = 0; j < 4; j++) v[j] += p.bias[n];
-    if (p.seats) {
-        const RowLora* rows = (const RowLora*)(smem + ROW_LORA) + quad * 12 + (n >= p.split0) + (n >= p.split1);
-        lora_quad(v, rows, n, p.shrunk + (i64)(token0 + quad * 4) * p.shrunk_stride, p.shrunk_stride);
+    if (LORA && stride) {
+        const i32 slice = own.slice(p, n), start = slice == 0 ? 0 : slice == 1 ? p.split0 : p.split1;
+        lora_quad(v, (const RowLora*)(smem + ROW_LORA) + quad * 12, own.first_slice(p), slice, n - start, rows, shrunk, stride);
     }
 }
 
@@ -266,34 +515,64 @@ DEV float activate(float v) {
 #endif
 }
 
-DEV void epilogue(const Params& p, i32 token0, i32 rank) {
-    constexpr i32 per = EPILOGUE == 2 ? OWN / 2 : OWN, total = per * TOKENS / 4;
-    const i32 first = (blockIdx.x / CLUSTER) * (EPILOGUE == 2 ? ROWS / 2 : ROWS) + rank * per;
-    const i32 outputs = EPILOGUE == 2 ? p.N / 2 : p.N;
+// Most ranks of a row of x in this thread block's slices, to a multiple of 4.
+DEV i32 most_ranks(i32 first, i32 last, i32 tokens) {
+    const RowLora* rows = (const RowLora*)(smem + ROW_LORA);
+    i32 most = 0;
+#pragma unroll
+    for (i32 i = 0; i < TOKENS; i += 32) {
+        const RowLora* l = rows + min(i + (i32)(threadIdx.x & 31), tokens - 1) * 3;
+        most = max(most, l[last].begin + l[last].rank - l[first].begin);
+    }
+    return (__reduce_max_sync(0xffffffffu, most) + 3) & ~3;
+}
+
+// How the end deals with adapters: rows of x whose A x fit shared memory at a time.
+struct Passes {
+    i32 stride, quads;  // stride 0: no row here has an adapter
+
+    DEV Passes(const Outputs& own, const Params& p, i32 token0) {
+        stride = LORA ? most_ranks(own.first_slice(p), own.last_slice(p), min(TOKENS, p.M - token0)) : 0;
+        quads = stride ? min(SHRUNK_BYTES / 16 / stride, TOKENS / 4) : TOKENS / 4;
+    }
+};
+
+DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32 token0) {
+    constexpr i32 per = EPILOGUE == 2 ? OWN / 2 : OWN;
+    const i32 outputs = EPILOGUE == 2 ? p.N / 2 : p.N, stride = passes.stride, quads = passes.quads;
 #pragma unroll 1
-    for (i32 i = threadIdx.x; i < total; i += THREADS) {
-        const i32 own = i % per, n = first + own, quad = i / per, row0 = token0 + quad * 4;
-        const i32 rows = min(p.M - row0, 4);
-        if (n >= outputs) continue;
-        float old[4], sum[4], up[4];
-        if (EPILOGUE == 1)
-#pragma unroll
-            for (int j = 0; j < 4; j++) old[j] = j < rows ? ((const float*)p.y)[(i64)(row0 + j) * outputs + n] : 0.0f;
-        const i32 output = EPILOGUE == 2 ? (own >> 3) * 16 + (own & 7) : own;  // 8 of gate, the 8 of up with them
-        reduced(sum, output, quad);
-        finish(p, sum, n, token0, quad);
-        if (EPILOGUE == 2) {
-            reduced(up, output + 8, quad);
-            finish(p, up, n + outputs, token0, quad);
+    for (i32 quad0 = 0; quad0 < TOKENS / 4; quad0 += quads) {
+        if (LORA && quad0) {
+            __syncthreads();
+            gather_shrunk(p, own, token0, quad0 * 4, quads * 4, stride);
+            __syncthreads();
         }
+#pragma unroll 1
+        for (i32 i = threadIdx.x; i < per * min(quads, TOKENS / 4 - quad0); i += THREADS) {
+            const i32 at = i % per, n = own.first + at, quad = quad0 + i / per, row0 = token0 + quad * 4;
+            const i32 rows = min(p.M - row0, 4);
+            if (n >= outputs) continue;
+            const float* shrunk = (const float*)(smem + SHRUNK_AT) + (quad - quad0) * 4 * stride;
+            float old[4], sum[4], up[4];
+            if (EPILOGUE == 1)
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (j >= rows) break;
-            const i64 at = (i64)(row0 + j) * outputs + n;
-            if (EPILOGUE == 2) ((u16*)p.y)[at] = float_to_bf16(activate(sum[j]) * up[j]);
-            if (EPILOGUE == 0) ((u16*)p.y)[at] = float_to_bf16(sum[j]);
-            if (EPILOGUE == 1) ((float*)p.y)[at] = old[j] + sum[j];
-            if (EPILOGUE == 3) ((float*)p.y)[at] = sum[j];
+                for (int j = 0; j < 4; j++) old[j] = j < rows ? ((const float*)p.y)[(i64)(row0 + j) * outputs + n] : 0.0f;
+            const i32 output = EPILOGUE == 2 ? (at >> 3) * 16 + (at & 7) : at;  // 8 of gate, the 8 of up with them
+            reduced(sum, output, quad);
+            finish(p, own, sum, n, quad, rows, shrunk, stride);
+            if (EPILOGUE == 2) {
+                reduced(up, output + 8, quad);
+                finish(p, own, up, n + outputs, quad, rows, shrunk, stride);
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (j >= rows) break;
+                const i64 to = (i64)(row0 + j) * outputs + n;
+                if (EPILOGUE == 2) ((u16*)p.y)[to] = float_to_bf16(activate(sum[j]) * up[j]);
+                if (EPILOGUE == 0) ((u16*)p.y)[to] = float_to_bf16(sum[j]);
+                if (EPILOGUE == 1) ((float*)p.y)[to] = old[j] + sum[j];
+                if (EPILOGUE == 3) ((float*)p.y)[to] = sum[j];
+            }
         }
     }
 }
@@ -315,23 +594,11 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     const i32 stages = (end - begin + WK - 1) / WK;             // of the thread block
     i32 kb = (begin + wk) * KU;
     Scales s;
-    if (NF4_KIND) {
-        s.from = p.scale + ((i64)tile * p.KB + kb) * (KIND == 0 ? 64 : 16) + (lane & 15) * (KIND == 0 ? 16 : 4);
-        if (KIND == 1) {
-            const i32 spans = (p.KB + (1 << p.nested_shift) - 1) >> p.nested_shift;
-            s.outer_from = p.nested + (i64)tile * spans * 16 + (lane & 15), s.offset = p.offset[tile * 16 + (lane & 15)];
-        }
-        if (mine > 0) load_scales(p, s, kb);
-    }
     Weights w;
-    w.from = p.weight + ((i64)tile * p.KB + kb) * BLOCK_BYTES + lane * 16;
-    constexpr i32 hop = WK * KU * BLOCK_BYTES;
-    if (mine > 0) load_block<0, 0>(w), load_block<0, 1>(w), load_block<0, 2>(w), load_block<0, 3>(w);
-    w.from += hop;
-    if (DEPTH > 1) {
-        if (mine > 1) load_block<DEPTH - 1, 0>(w), load_block<DEPTH - 1, 1>(w), load_block<DEPTH - 1, 2>(w), load_block<DEPTH - 1, 3>(w);
-        w.from += hop;
-    }
+    const i32 block = blockIdx.y * gridDim.x + blockIdx.x, workers = min((i32)num_blocks(), p.workers);
+    Unit unit;
+    const bool works = LORA && block < workers && start_unit(p, block, warp, unit);
+    if (!works) load_first(p, w, s, tile, kb, mine);
     if (NF4_KIND) {
 #pragma unroll
         for (int i = 0; i < (ENTRIES + THREADS - 1) / THREADS; i++) {
@@ -344,22 +611,42 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
             }
         }
     }
-    if (p.seats && threadIdx.x < TOKENS * 3) {
-        const i32 row = token0 + threadIdx.x / 3;
-        ((RowLora*)(smem + ROW_LORA))[threadIdx.x] = row_lora(p.seats, row < p.M ? p.row_seat[row] : -1, p.group, p.num_groups, threadIdx.x % 3, p.split0, p.split1);
-    }
-    FeedX f;
-    const i32 token = threadIdx.x / (WK * XU * 8), chunk = threadIdx.x % (WK * XU * 8);
-    f.kb = (begin + chunk / 8 / XU) * KU + chunk / 8 % XU, f.slot = 0, f.step = 0;
-    f.from = p.x + (i64)(token0 + token) * p.K + (chunk & 7) * 8;
-    f.jump = X_TOKENS * p.K, f.rows = min(p.M - token0, TOKENS) - token;
-    f.to = TABLE + (chunk / 8) * X_TILE + token * 128 + (((chunk & 7) ^ (token & 7)) << 4);
+    if (LORA)
+        for (i32 i = threadIdx.x; i < min(TOKENS, p.M - token0) * 6; i += THREADS) cp_async16(smem_addr(smem) + ROW_LORA + i * 16, (const uint4*)(p.rows + (i64)token0 * 3) + i);
+    cp_async_commit();
+    FeedX f(p, token0, begin);
     const u32 base = smem_addr(smem);
-    grid_wait();
+#if WGMMA
+    if ((base & 0xffffff) != SMEM_START) __trap();
+    if (threadIdx.x == 0) {
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i < stages * X_STEPS) load_x(p, f, base);
-        cp_async_commit();
+        for (int i = 0; i < STAGES; i++) barrier_init(base + BARRIERS_AT + i * 8);
+        barrier_init_done();
+    }
+#endif
+    grid_wait();
+    u32 epoch = 0;
+    if (LORA && threadIdx.x == 0) epoch = read_epoch(p);
+    if (!works) start_x(p, f, base, token0, stages);
+    if (LORA && threadIdx.x == 0) *(u32*)(smem + EPOCH_AT) = epoch;
+    if (works) {
+        i32 next = block;
+        const u32 epoch = read_epoch(p);  // out of shared memory it costs the main loop its uniform registers
+        bool more = true;
+        while (more) {
+            float acc[4] = {};
+            multiply_unit(p, unit, acc);
+            const i32 rows = unit.rows, ranks = unit.ranks;
+            u64* out = unit.out;
+            more = start_unit(p, next += workers, warp, unit);  // its A comes in meanwhile
+            publish_unit(p, acc, epoch, rows, ranks, out);
+        }
+        load_first(p, w, s, tile, kb, mine);
+#if WGMMA
+        async_after_generic();
+#endif
+        __syncthreads();
+        start_x(p, f, base, token0, stages);
     }
     float acc[NT][4], part[NT][4];
 #pragma unroll
@@ -370,6 +657,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     const XTile x_group = base + TABLE + wk * XU * X_TILE;
 #endif
     i32 slot = 0;
+    u32 phase = 0;
     u32 a[4][4], b[4][4];
 #pragma unroll 1
     for (int i = 0; i < stages; i++) {
@@ -379,13 +667,16 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
         if (NF4_KIND && i + 1 < mine) load_scales(p, s, kb);
 #pragma unroll
         for (int step = 0; step < X_STEPS; step++) {
+#if !WGMMA
             cp_async_wait<STAGES - 2>();
-#if WGMMA
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // copies, then wgmma's reads
 #endif
-            __syncthreads();
-            if (i * X_STEPS + step + STAGES - 1 < stages * X_STEPS) load_x(p, f, base);
+            __syncthreads();  // all are done with the slot that is filled now
+            if (i * X_STEPS + step + STAGES - 1 < stages * X_STEPS) load_x(p, f, base, token0);
+#if WGMMA
+            barrier_wait(base + BARRIERS_AT + slot * 8, phase);
+#else
             cp_async_commit();
+#endif
             if (i < mine) {
 #if WGMMA
                 const XTile x_tile = x_group + slot * (X_STAGE / 16);
@@ -396,8 +687,9 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
                 else stage_step<DEPTH - 1>(w, now, x_tile, lane, step, more, a, b, part, acc);
             }
             slot = slot == STAGES - 1 ? 0 : slot + 1;
+            phase ^= slot == 0;
         }
-        w.from += hop;
+        w.from += HOP;
     }
     cp_async_wait<0>();
     if (APART) {
@@ -407,8 +699,13 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     } else {
         __syncthreads();
     }
+    const u32 passed = LORA && threadIdx.x == 0 ? note_epoch(p) : 0;
     give(acc, rank * WK + wk, wr * 4 + (warp & 3), lane);
+    const Outputs own = own_outputs(p, rank);
+    const Passes passes(own, p, token0);
+    if (passes.stride) gather_shrunk(p, own, token0, 0, passes.quads * 4, passes.stride);
     if (CLUSTER == 1) __syncthreads();
     else cluster_sync();
-    epilogue(p, token0, rank);
+    epilogue(p, own, passes, token0);
+    if (LORA && passed == num_blocks()) leave(p);
 }

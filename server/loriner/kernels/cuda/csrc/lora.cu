@@ -153,3 +153,45 @@ extern "C" __global__ void lora_expand_add(u16* y, i32 M, i32 N, const float* t,
         y[at] = float_to_bf16(bf16_to_float(y[at]) + v);
     }
 }
+
+// What the linears of a step need to know of its adapters: rows [groups, M, 3], and the tiles of A x by group, `most`
+// at most. Grid: (groups from `first` on), 256 threads. No kernel may begin before this one has ended.
+extern "C" __global__ void __launch_bounds__(256) lora_plan(RowLora* rows, ShrinkTile* tiles, i32* num_tiles, i32 most, const i32* row_seat, i32 M,
+                                                            const Item* items, const i32* num_items, const u8* seats, i32 first, i32 num_groups) {
+    __shared__ i32 warps[8];
+    const i32 group = first + blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    grid_wait();
+    rows += (i64)group * M * 3, tiles += (i64)group * most;
+    for (i32 i = threadIdx.x; i < M * 3; i += 256) rows[i] = row_lora(seats, row_seat[i / 3], group, num_groups, i % 3);
+    const i32 live = *num_items;
+    i32 base = 0;
+    for (i32 i0 = 0; i0 < live; i0 += 256) {
+        const i32 i = i0 + threadIdx.x;
+        Item item = {0, 0, 0};
+        i32 rank = 0;
+        u64 a = 0;
+        if (i < live) {
+            item = items[i];
+            const SeatEntry* e = seat_entry(seats, item.seat, group, num_groups);
+            rank = e->rank_end[2], a = e->a;
+        }
+        const i32 own = (rank + 15) / 16 * ((item.rows + 7) / 8);
+        i32 end = own;
+#pragma unroll
+        for (int d = 1; d < 32; d <<= 1) {
+            const i32 before = __shfl_up_sync(0xffffffffu, end, d);
+            end += lane >= d ? before : 0;
+        }
+        __syncthreads();
+        if (lane == 31) warps[warp] = end;
+        __syncthreads();
+        i32 all = 0;
+        for (int w = 0; w < 8; w++) end += w < warp ? warps[w] : 0, all += warps[w];
+        ShrinkTile* to = tiles + base + end - own;
+        for (i32 rank0 = 0; rank0 < rank; rank0 += 16)
+            for (i32 row0 = 0; row0 < item.rows; row0 += 8)
+                *to++ = {a, (u16)(item.row + row0), (u16)rank0, (u8)min(item.rows - row0, 8), (u8)min(rank - rank0, 16), 0};
+        base += all;
+    }
+    if (threadIdx.x == 0) num_tiles[group] = base;
+}

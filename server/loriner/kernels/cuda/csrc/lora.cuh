@@ -19,22 +19,29 @@ DEV const SeatEntry* seat_entry(const u8* seats, i32 seat, i32 group, i32 num_gr
 
 // What one row's adapter does in one slice of the outputs.
 struct RowLora {
-    const u16* b;       // of the slice's output 0, minus what makes `n` the index
+    const u16* b;       // of the slice's output 0
     const float* bias;  // likewise, or null
-    i32 begin, rank;
+    i32 begin, rank;    // its ranks among the adapter's
     float scale;
     i32 spare;
 };
+static_assert(sizeof(RowLora) == 32, "copied in two pieces of 16 bytes");
 
-DEV RowLora row_lora(const u8* seats, i32 seat, i32 group, i32 num_groups, i32 slice, i32 split0, i32 split1) {
+// A tile of A x: up to 16 ranks of up to 8 rows of one adapter.
+struct ShrinkTile {
+    u64 a;  // of the adapter's rank 0
+    u16 row, rank;
+    u8 rows, ranks;
+    u16 spare;
+};
+static_assert(sizeof(ShrinkTile) == 16, "the plan's rows");
+
+DEV RowLora row_lora(const u8* seats, i32 seat, i32 group, i32 num_groups, i32 slice) {
     RowLora r = {nullptr, nullptr, 0, 0, 0.0f, 0};
     if (seat < 0) return r;
     const SeatEntry* e = seat_entry(seats, seat, group, num_groups);
-    const i32 start = slice == 0 ? 0 : slice == 1 ? split0 : split1;
     r.begin = slice == 0 ? 0 : e->rank_end[slice - 1], r.rank = e->rank_end[slice] - r.begin;
-    r.b = (const u16*)e->b[slice] - (i64)start * r.rank;
-    r.bias = e->bias[slice] ? (const float*)e->bias[slice] - start : nullptr;
-    r.scale = e->scale[slice];
+    r.b = (const u16*)e->b[slice], r.bias = (const float*)e->bias[slice], r.scale = e->scale[slice];
     return r;
 }
 
@@ -50,13 +57,12 @@ DEV float dot8(const uint4& v, const float4& p, const float4& q) {
     return __fmaf_rn(hi_to_float(v.w), q.w, sum);
 }
 
-// scale * (B t + bias) for output n; `t` is the row's A x over all slices.
+// scale * (B t + bias) for output n of the slice; `t`: of the slice's ranks.
 DEV float lora_row(const RowLora& l, i32 n, const float* t) {
     if (l.rank == 0) return 0.0f;
     const u16* b = l.b + (i64)n * l.rank;
-    t += l.begin;
     float sum = 0.0f;
-    if (l.rank % 8 == 0 && l.begin % 4 == 0) {
+    if (l.rank % 8 == 0 && (u64)t % 16 == 0) {
 #pragma unroll 2
         for (int r = 0; r < l.rank; r += 8) {
             const float4* p = (const float4*)(t + r);
@@ -69,15 +75,21 @@ DEV float lora_row(const RowLora& l, i32 n, const float* t) {
     return __fmul_rn(l.scale, sum);
 }
 
-// As lora_row for four rows (l[0], l[3], l[6], l[9]), whose loads are all under way together; `t` of the first.
-DEV void lora_quad(float (&sum)[4], const RowLora* l, i32 n, const float* t, i32 stride) {
-    i32 most = 0, odd = 0;
+// As lora_row for `rows` of four rows, whose loads are all under way together. `l`: the first row's slices; `t`: its
+// ranks from slice `first` on, the next row's are `stride` later.
+DEV void lora_quad(float (&sum)[4], const RowLora* l, i32 first, i32 slice, i32 n, i32 rows, const float* t, i32 stride) {
+    i32 most = 0, odd = 0, rank[4], begin[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) most = max(most, l[j * 3].rank), odd |= l[j * 3].rank & 7 | l[j * 3].begin & 3;
+    for (int j = 0; j < 4; j++) {
+        rank[j] = j < rows ? l[j * 3 + slice].rank : 0;
+        begin[j] = j < rows ? l[j * 3 + slice].begin - l[j * 3 + first].begin : 0;
+        most = max(most, rank[j]), odd |= rank[j] & 7 | begin[j] & 3;
+    }
     if (odd) {
 #pragma unroll 1
-        for (int j = 0; j < 4; j++) {
-            const float v = lora_row(l[j * 3], n, t + (i64)j * stride);
+        for (int j = 0; j < rows; j++) {
+            const RowLora* row = l + j * 3;
+            const float v = lora_row(row[slice], n, t + (i64)j * stride + row[slice].begin - row[first].begin);
             sum[0] += j == 0 ? v : 0.0f, sum[1] += j == 1 ? v : 0.0f, sum[2] += j == 2 ? v : 0.0f, sum[3] += j == 3 ? v : 0.0f;
         }
         return;
@@ -90,28 +102,29 @@ DEV void lora_quad(float (&sum)[4], const RowLora* l, i32 n, const float* t, i32
         for (int j = 0; j < 4; j++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const RowLora& row = l[j * 3];
                 v[j][i] = make_uint4(0, 0, 0, 0);
-                if (r + i * 8 < row.rank) v[j][i] = __ldg((const uint4*)(row.b + (i64)n * row.rank + r + i * 8));
+                if (r + i * 8 < rank[j]) v[j][i] = __ldg((const uint4*)(l[j * 3 + slice].b + (i64)n * rank[j] + r + i * 8));
             }
 #pragma unroll
         for (int j = 0; j < 4; j++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const RowLora& row = l[j * 3];
-                const float4* from = (const float4*)(t + (i64)j * stride + row.begin + r + i * 8);
-                if (r + i * 8 < row.rank) add[j] = __fadd_rn(add[j], dot8(v[j][i], from[0], from[1]));
+                const float4* from = (const float4*)(t + (i64)j * stride + begin[j] + r + i * 8);
+                if (r + i * 8 < rank[j]) add[j] = __fadd_rn(add[j], dot8(v[j][i], from[0], from[1]));
             }
     }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        if (l[j * 3].bias) add[j] += l[j * 3].bias[n];
-        sum[j] = __fadd_rn(sum[j], __fmul_rn(l[j * 3].scale, add[j]));
+        if (rank[j] == 0) continue;
+        const RowLora& row = l[j * 3 + slice];
+        if (row.bias) add[j] += row.bias[n];
+        sum[j] = __fadd_rn(sum[j], __fmul_rn(row.scale, add[j]));
     }
 }
 
-// What the row's adapter adds to output n; slices end at split0, split1 and N.
+// What the row's adapter adds to output n; slices end at split0, split1 and N. `t`: A x over all its ranks.
 DEV float lora_expand(const u8* seats, i32 seat, i32 group, i32 num_groups, i32 split0, i32 split1, i32 n, const float* t) {
-    const i32 slice = (n >= split0) + (n >= split1);
-    return lora_row(row_lora(seats, seat, group, num_groups, slice, split0, split1), n, t);
+    const i32 slice = (n >= split0) + (n >= split1), start = slice == 0 ? 0 : slice == 1 ? split0 : split1;
+    const RowLora l = row_lora(seats, seat, group, num_groups, slice);
+    return lora_row(l, n - start, t + l.begin);
 }

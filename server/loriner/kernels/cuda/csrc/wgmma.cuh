@@ -1,7 +1,40 @@
+// Hopper: copies of boxes of tensors, barriers that count their bytes, and products of four warps.
+//
 // wgmma with A in registers and B, K-major rows of 128 swizzled bytes, in shared memory (PTX ISA, wgmma).
 // Registers of a group in flight are not touched until wgmma_wait.
 #pragma once
 #include "common.cuh"
+
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+DEV void barrier_init(u32 barrier) { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory"); }
+DEV void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEV void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+DEV void barrier_wait(u32 barrier, u32 phase) {
+    u32 done;
+    do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+                     : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
+    } while (!done);
+}
+// One lane of a whole warp.
+DEV bool elected() {
+    u32 one;
+    asm volatile("{\n.reg .pred p;\n.reg .b32 r;\nelect.sync r|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(one));
+    return one;
+}
+// What was done to shared memory comes before the copies that follow.
+DEV void async_after_generic() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The box at (0, row, block).
+DEV void copy_tensor(u32 to, const TensorMap* map, u32 barrier, i32 row, i32 block) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to), "l"(map),
+                 "r"(barrier), "r"(0), "r"(row), "r"(block)
+                 : "memory");
+}
 
 template <int N> DEV void wgmma(float (&c)[N][4], const u32 (&a)[4], u64 desc, bool add);
 
