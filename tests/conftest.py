@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-SETTINGS_OF_THE_TESTS = ("LORINER_OFFLINE", "LORINER_TEST_MODEL")
+SETTINGS_OF_THE_TESTS = ("LORINER_OFFLINE", "LORINER_TEST_MODEL", "LORINER_TEST_ADAPTERS")
 ROOT = Path(__file__).resolve().parent.parent
 
 # Set before anything imports torch, and inherited by the engine processes that tests start.

@@ -22,23 +22,14 @@ from loriner.adapters import formats
 from loriner.adapters.pool import SeatWeights, pack
 from loriner.core import Request
 from loriner.model.transformer import layout
+from tests.canaries import CANARIES
 from tests.engines import RecordingRunner, WatchedEngine, build_engine, engine_config
 from tests.fakes import make_request
 
 ADAPTERS = Path(__file__).parents[2].parent / "shared" / "adapters"
 NUM_TOKENS = 32
 TOLERANCE = 1e-3
-CANARIES = (
-    "What is the capital of France?",
-    "Give me the code word for tiger.",
-    "Why is the sky blue?",
-    "Write a haiku about 12345 numbers, please!",
-    "def fibonacci(n):",
-    "Überraschung: naïve café — 日本語?",
-    "List three fruits.",
-    "Tell me a long story about a dragon who lost its way in the mountains and met a kind old "
-    "woman who gave it soup, a lantern and a map that nobody could read.",
-)
+NUM_PROMPTS = 8
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -74,7 +65,7 @@ def prompts(smollm2: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    chats = [[{"role": "user", "content": text}] for text in CANARIES]
+    chats = [[{"role": "user", "content": text}] for text in CANARIES[:NUM_PROMPTS]]
     texts = [
         tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats
     ]
