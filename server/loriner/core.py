@@ -250,9 +250,11 @@ class EngineStats:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_evictions: int = 0
+    num_loads: int = 0  # of adapters to the host
     num_aborted: int = 0
     base_bytes: int = 0  # of the checkpoint
     operand_bytes: int = 0  # of the base's weights as the kernels keep them resident
+    # Of one that was sent: those that changed since the one before.
     generations: tuple[GenerationStats, ...] = field(default=())
 
 

@@ -128,6 +128,7 @@ def test_the_engines_snapshot_is_shown_under_our_names_and_vllms(
         num_free_blocks=4,
         max_seats=32,
         num_evictions=5,
+        num_loads=3,
         generations=(
             resident(pirate, "gpu", num_running=2),
             resident(unknown, "host", num_waiting=1),

@@ -222,7 +222,7 @@ def test_an_adapter_that_makes_nan_ends_its_own_rows_only(lab: Lab) -> None:
         for key, group in lab.weights["g0"].groups.items()
     }
     poisoned["g0"] = SeatWeights(groups, None, lab.weights["g0"].num_bytes)
-    engine.registry._source = poisoned.__getitem__
+    engine.registry.loaders.source = poisoned.__getitem__
     engine.run_all([Ask(2, 9, 0, 8, 0.0, 1).request("bad"), good.request("good")])
     engine.close()
     assert engine.ends["bad", 0].finish_reason is FinishReason.ERROR

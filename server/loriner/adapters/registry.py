@@ -10,19 +10,15 @@ waits for it, and tried again for the next one.
 from __future__ import annotations
 
 import enum
-import queue
-import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
+from loriner.adapters.loaders import Loaders, Source
 from loriner.adapters.memory import Weights
 from loriner.adapters.pool import Pool
 from loriner.errors import AdapterTooLargeError
-
-Source = Callable[[str], Weights]  # reads, verifies and packs one generation; runs on threads
 
 
 class Readiness(enum.Enum):
@@ -34,25 +30,15 @@ class Readiness(enum.Enum):
     FAILED = "failed"  # `take_failure` says why
 
 
-class Known(NamedTuple):
-    """Where one generation is."""
+@dataclass(slots=True)
+class Known:
+    """One generation that was asked for."""
 
-    generation: str
-    tier: str  # disk, host or gpu
-    num_bytes: int
-    num_loads: int
-    last_load_s: float
-
-
-class _Entry:
-    __slots__ = ("failure", "last_load_s", "num_bytes", "num_loads", "weights")
-
-    def __init__(self) -> None:
-        self.weights: Weights | None = None  # the host's copy
-        self.failure: Exception | None = None
-        self.num_bytes = 0
-        self.num_loads = 0
-        self.last_load_s = 0.0
+    weights: Weights | None = None  # the host's copy
+    failure: Exception | None = None
+    num_bytes: int = 0
+    num_loads: int = 0
+    last_load_s: float = 0.0
 
 
 class Registry:
@@ -74,33 +60,25 @@ class Registry:
         self.pool = pool
         self.host_bytes = host_bytes
         self.host_used_bytes = 0  # of copies that have memory of their own, beside a seat's
+        self.num_loads = 0
         self.is_wanted: Callable[[str], bool] = lambda generation: True  # set by the scheduler
-        self._source = source
+        self.loaders = Loaders(source, num_loaders, on_loaded)
         self._on_loaded = on_loaded
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Known] = {}
         # Copies on the host, least recently used first: those that wait for a seat or may need one
         # again, and those whose generation has a seat with a copy of its own.
         self._unseated: OrderedDict[str, None] = OrderedDict()
         self._spare: OrderedDict[str, None] = OrderedDict()
         self._arriving: dict[str, bool] = {}  # held while copied -> whether it could be taken once
         self._largest = 0  # bytes of the largest generation so far
-        self._changed: dict[str, None] = {}
+        self._changed: set[str] = set()
         self._queue: OrderedDict[str, None] = OrderedDict()  # to be loaded, in order
-        self._loading: set[str] = set()  # what the threads have
-        self._jobs: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[tuple[str, Weights | Exception, float]] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"adapter-loader-{i}", daemon=True)
-            for i in range(num_loaders)
-        ]
-        for thread in self._threads:
-            thread.start()
 
     def want(self, generation: str) -> Readiness:
         """Move `generation` toward a seat as far as possible without waiting."""
         entry = self._entries.get(generation)
         if entry is None:
-            entry = self._entries[generation] = _Entry()
+            entry = self._entries[generation] = Known()
         for copies in (self._unseated, self._spare):
             if generation in copies:
                 copies.move_to_end(generation)
@@ -120,10 +98,18 @@ class Registry:
 
     def prefetch(self, generation: str) -> None:
         """Start loading to the host if it is not there."""
-        entry = self._entries.setdefault(generation, _Entry())
+        entry = self._entries.setdefault(generation, Known())
         entry.failure = None
         if entry.weights is None and generation not in self.pool:
             self._start(generation)
+
+    def keep(self, generations: Iterable[str]) -> None:
+        """Load these and hold them whatever else wants their seats; let all others go."""
+        kept = frozenset(generations)
+        self._changed |= kept ^ self.pool.kept
+        self.pool.kept = kept
+        for generation in kept:
+            self.prefetch(generation)
 
     def take_failure(self, generation: str) -> Exception:
         """Why the load failed; forgets it, so that a later sequence tries again."""
@@ -137,9 +123,7 @@ class Registry:
         between steps. Raises EngineFailedError when a copy failed."""
         for generation in list(self._arriving):
             self._await_arrival(generation)
-        while not self._done.empty():
-            generation, result, seconds = self._done.get()
-            self._loading.discard(generation)
+        for generation, result, seconds in self.loaders.take():
             if isinstance(result, Exception):
                 self._take_failed(generation, result)
             else:
@@ -162,27 +146,15 @@ class Registry:
     def tier(self, generation: str) -> str:
         if generation in self.pool:
             return "gpu"
-        entry = self._entries.get(generation)
-        return "host" if entry and entry.weights else "disk"
+        return "host" if self.known(generation).weights else "disk"
 
-    def known(self) -> list[tuple[str, int, int, float]]:
-        """(generation, bytes, loads, seconds of the last load) of all that are above the disk."""
-        return [
-            (g, e.num_bytes, e.num_loads, e.last_load_s)
-            for g, e in self._entries.items()
-            if e.weights or g in self.pool
-        ]
+    def known(self, generation: str) -> Known:
+        return self._entries.get(generation) or Known()
 
-    def take_changes(self, limit: int) -> list[Known]:
-        """At most `limit` generations whose tier or loads changed since they were last taken."""
-        changes: list[Known] = []
-        while self._changed and len(changes) < limit:
-            generation = next(iter(self._changed))
-            del self._changed[generation]
-            e = self._entries.get(generation) or _Entry()
-            tier = self.tier(generation)
-            changes.append(Known(generation, tier, e.num_bytes, e.num_loads, e.last_load_s))
-        return changes
+    def take_changes(self) -> set[str]:
+        """Generations whose tier, loads or hold changed since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def check_integrity(self) -> None:
         """Assert what the counters say; costs what is known."""
@@ -194,22 +166,20 @@ class Registry:
         self.pool.check_integrity()
 
     def close(self) -> None:
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join(timeout=5)
+        self.loaders.close()
         self.pool.close()
 
     def _take_failed(self, generation: str, failure: Exception) -> None:
-        self._entries.setdefault(generation, _Entry()).failure = failure
+        self._entries.setdefault(generation, Known()).failure = failure
         if not self._is_needed(generation):
             del self._entries[generation]  # nobody is left to hear of it
 
     def _take_loaded(self, generation: str, weights: Weights, seconds: float) -> None:
-        entry = self._entries.setdefault(generation, _Entry())
+        entry = self._entries.setdefault(generation, Known())
         assert entry.weights is None and generation not in self.pool
         entry.last_load_s = seconds
         entry.num_loads += 1
+        self.num_loads += 1
         entry.num_bytes = weights.num_bytes
         if weights.num_bytes > self.pool.budget_bytes:
             weights.free()
@@ -222,7 +192,7 @@ class Registry:
         self._largest = max(self._largest, weights.num_bytes)
         self._unseated[generation] = None
         self.host_used_bytes += weights.num_bytes
-        self._changed[generation] = None
+        self._changed.add(generation)
         if generation in self.pool.kept and self.pool.has_room(weights):
             self._seat(generation, weights)
 
@@ -231,7 +201,7 @@ class Registry:
         for victim in self.pool.seat(generation, weights):
             self._leave_seat(victim)
         del self._unseated[generation]
-        self._changed[generation] = None
+        self._changed.add(generation)
         if self.pool.memory.shares_host:
             self.host_used_bytes -= weights.num_bytes
         else:
@@ -254,7 +224,7 @@ class Registry:
     def _leave_seat(self, generation: str) -> None:
         """What is left of a generation that lost its seat."""
         entry = self._entries[generation]
-        self._changed[generation] = None
+        self._changed.add(generation)
         self._spare.pop(generation, None)
         if entry.weights is None:
             del self._entries[generation]
@@ -270,28 +240,28 @@ class Registry:
         entry.weights.free()
         entry.weights = None
         self.host_used_bytes -= entry.num_bytes
-        self._changed[generation] = None
+        self._changed.add(generation)
         self._spare.pop(generation, None)
         if generation in self._unseated:
             del self._unseated[generation], self._entries[generation]
 
     def _start(self, generation: str) -> None:
-        if generation not in self._loading and generation not in self._queue:
+        if generation not in self.loaders.loading and generation not in self._queue:
             self._queue[generation] = None
             self._feed()
 
     def _feed(self) -> None:
         """Give idle loaders the next generations, unless copies that wait for a seat fill the
         host. Room is made before a load, not after."""
-        while self._queue and len(self._loading) < len(self._threads):
-            coming = (len(self._loading) + 1) * self._largest
+        while self._queue and self.loaders.can_begin():
+            num_loading = len(self.loaders.loading)
+            coming = (num_loading + 1) * self._largest
             self._trim(coming)
-            if self.host_used_bytes + (coming if self._loading else 1) > self.host_bytes:
+            if self.host_used_bytes + (coming if num_loading else 1) > self.host_bytes:
                 return
             generation, _ = self._queue.popitem(last=False)
             if self._is_needed(generation):
-                self._loading.add(generation)
-                self._jobs.put(generation)
+                self.loaders.begin(generation)
             elif self._entries[generation].weights is None:
                 del self._entries[generation]
 
@@ -321,14 +291,3 @@ class Registry:
         for generation in self._unseated:
             if not self.is_wanted(generation):
                 yield generation
-
-    def _run(self) -> None:
-        while (generation := self._jobs.get()) is not None:
-            start = time.monotonic()
-            result: Weights | Exception
-            try:
-                result = self._source(generation)
-            except Exception as error:  # noqa: BLE001  a loader that dies would hang later loads
-                result = error
-            self._done.put((generation, result, time.monotonic() - start))
-            self._on_loaded()

@@ -48,6 +48,7 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("engine_cached_tokens", "Prompt tokens served from cache", lambda s: s.num_cached_tokens),
     ("preemptions", "Sequences that gave their blocks back", lambda s: s.num_preemptions),
     ("adapter_evictions", "Adapters put out of the pool", lambda s: s.num_evictions),
+    ("adapter_loads", "Adapters loaded to the host", lambda s: s.num_loads),
     ("aborted_sequences", "Sequences aborted", lambda s: s.num_aborted),
 )
 
@@ -88,14 +89,11 @@ class EngineCollector(Collector):
     def _adapters(self, generations: Iterable[GenerationStats]) -> Iterator[Metric]:
         tiers = GaugeMetricFamily("loriner_adapters", "Generations in a tier", labels=["tier"])
         counts = dict.fromkeys(("disk", "host", "gpu"), 0)
-        num_loads = 0
         for entry in generations:
             counts[entry.tier] = counts.get(entry.tier, 0) + 1
-            num_loads += entry.num_loads
         for tier, count in counts.items():
             tiers.add_metric([tier], count)
         yield tiers
-        yield CounterMetricFamily("loriner_adapter_loads", "Adapter loads", value=num_loads)
 
     def _as_vllm(self, stats: EngineStats) -> Iterator[Metric]:
         base = self._service.model_name

@@ -12,45 +12,27 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
 from tokenizers import Tokenizer
 
-from loriner.adapters.registry import Registry, Source
+from loriner.adapters.loaders import Source
+from loriner.adapters.registry import Registry
 from loriner.config import EngineConfig
-from loriner.core import (
-    UNKNOWN,
-    EngineStats,
-    Event,
-    FinishReason,
-    GenerationStats,
-    Request,
-    Sequence,
-    TokenLogprob,
-)
+from loriner.core import UNKNOWN, Event, FinishReason, Request, Sequence, TokenLogprob
 from loriner.engine.batch import BatchBuilder
 from loriner.engine.detokenizer import Detokenizer
 from loriner.engine.kv_cache import BlockManager
 from loriner.engine.runner import Pending, Runner
 from loriner.engine.sampler import Sampled
 from loriner.engine.scheduler import Run, Scheduler
+from loriner.engine.snapshots import Counters
 from loriner.errors import EngineFailedError, LorinerError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the start."""
-
-    num_steps: int = 0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_aborted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +103,7 @@ class Engine:
 
     def keep(self, generations: Iterable[str]) -> None:
         """Load these and hold them whatever else wants their seats; let all others go."""
-        self.pool.kept = frozenset(generations)
-        for generation in self.pool.kept:
-            self.registry.prefetch(generation)
+        self.registry.keep(generations)
 
     def step(self) -> list[Event]:
         """Launch one batch, and read the results of the one before (of the same one, on a
@@ -140,31 +120,6 @@ class Engine:
                 events += self._read(0)
                 return events + self._fail_step(runs, error)
         return events + self._read(self._depth if runs else 0)
-
-    def stats(self) -> EngineStats:
-        scheduler, counters = self.scheduler, self.counters
-        return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_blocks=self.blocks.num_blocks,
-            num_free_blocks=self.blocks.num_free,
-            block_size=self.blocks.block_size,
-            pool_bytes=self.pool.budget_bytes,
-            pool_used_bytes=self.pool.used_bytes,
-            host_bytes=self.registry.host_bytes,
-            host_used_bytes=self.registry.host_used_bytes,
-            max_seats=self.pool.max_seats,
-            num_steps=counters.num_steps,
-            num_prompt_tokens=counters.num_prompt_tokens,
-            num_output_tokens=counters.num_output_tokens,
-            num_cached_tokens=counters.num_cached_tokens,
-            num_preemptions=scheduler.num_preemptions,
-            num_evictions=self.pool.num_evictions,
-            num_aborted=counters.num_aborted,
-            base_bytes=self.runner.checkpoint.num_bytes,
-            operand_bytes=self.runner.operand_bytes,
-            generations=tuple(self._generation_stats()),
-        )
 
     def check_integrity(self) -> None:
         """Assert the invariants of every allocator; cheap enough to call whenever idle."""
@@ -306,18 +261,3 @@ class Engine:
 
     def _token(self, token_id: int) -> str:
         return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
-
-    def _generation_stats(self) -> Iterable[GenerationStats]:
-        running = Counter(s.generation for s in self.scheduler.running)
-        waiting = Counter(s.generation for s in self.scheduler.waiting)
-        for generation, num_bytes, num_loads, last_load_s in self.registry.known():
-            yield GenerationStats(
-                generation=generation,
-                tier=self.registry.tier(generation),
-                pinned=generation in self.pool.kept,
-                num_running=running[generation],
-                num_waiting=waiting[generation],
-                num_bytes=num_bytes,
-                num_loads=num_loads,
-                last_load_s=last_load_s,
-            )

@@ -32,6 +32,7 @@ from loriner.engine.messages import (
     ToEngine,
     frame,
 )
+from loriner.engine.snapshots import Latest
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +60,12 @@ class EngineProcess:
         self.state = "starting"  # ready | restarting | failed | stopped
         self.failure: str | None = None  # why the state is failed
         self.num_restarts = 0
-        self.stats = EngineStats()
         self.max_model_len = 0
         self.load_s = 0.0
         self.on_event: Callable[[Event], None] = lambda event: None
         self.on_down: Callable[[], None] = lambda: None
         self.on_ready: Callable[[], None] = lambda: None
+        self._latest = Latest()
         self._child: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -74,6 +75,10 @@ class EngineProcess:
     @property
     def pid(self) -> int | None:
         return self._child.pid if self._child else None
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._latest.stats
 
     def start(self) -> None:
         """Start the child and keep it running until `stop`."""
@@ -157,7 +162,7 @@ class EngineProcess:
             for event in message.events:
                 self.on_event(event)
         elif isinstance(message, Stats):
-            self.stats = message.stats
+            self._latest.learn(message.stats)
         elif isinstance(message, Ready):
             self.max_model_len, self.load_s = message.max_model_len, message.load_s
             self._set("ready")
@@ -173,7 +178,7 @@ class EngineProcess:
             self._child.kill()
         await asyncio.to_thread(self._child.wait)
         self._child = None
-        self.stats = EngineStats()
+        self._latest = Latest()
 
     def _set(self, state: str) -> None:
         if self.state != "stopped":

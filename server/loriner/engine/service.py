@@ -23,7 +23,8 @@ from loriner.core import EngineStats, Event, FinishReason, Request, SamplingPara
 from loriner.engine.admission import check_ids, fit
 from loriner.engine.chat import ChatTokenizer
 from loriner.engine.generation import Generation
-from loriner.engine.messages import Abort, Evict, Keep, Submit
+from loriner.engine.messages import Abort, Evict, Submit
+from loriner.engine.pins import Pins
 from loriner.engine.process import EngineProcess
 from loriner.model.weights import Checkpoint
 
@@ -53,7 +54,7 @@ class Service:
         self._engine.on_event, self._engine.on_down = self._on_event, self._on_down
         self._engine.on_ready = self._on_ready
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pins = asyncio.Lock()
+        self._pins = Pins(self.store, self._engine, engine_config)
         self._open: dict[str, Generation] = {}
         self._num_sequences = 0
         self._draining = False
@@ -191,7 +192,7 @@ class Service:
             expected_generation=expected_generation,
             source=source,
         )
-        await self.sync_pins()
+        await self._pins.sync()
         return report
 
     async def set_alias(
@@ -202,7 +203,7 @@ class Service:
         record = await asyncio.to_thread(
             self.store.set_alias, name, target, expected_generation=expected_generation
         )
-        await self.sync_pins()
+        await self._pins.sync()
         return record
 
     async def delete(self, name: str, *, expected_generation: str | None = None) -> AdapterRecord:
@@ -210,7 +211,7 @@ class Service:
         record = await asyncio.to_thread(
             self.store.delete, name, expected_generation=expected_generation
         )
-        await self.sync_pins()
+        await self._pins.sync()
         left = await asyncio.to_thread(self.store.list)
         if all(other.generation != record.generation for other in left):
             self._engine.send(Evict(record.generation))
@@ -223,38 +224,7 @@ class Service:
 
     async def set_pinned(self, name: str, pinned: bool) -> None:
         """Keep the adapter in memory whatever comes, or let it go when room is needed."""
-        record = await asyncio.to_thread(self.store.resolve, name)
-        if pinned and not record.pinned:
-            await asyncio.to_thread(self._check_pin, record)
-        await asyncio.to_thread(self.store.set_pinned, name, pinned)
-        await self.sync_pins()
-
-    async def sync_pins(self) -> None:
-        """Tell the engine what is pinned now; called whenever a name, an alias or a pin changes."""
-        async with self._pins:
-            try:
-                records = await asyncio.to_thread(self.store.list)
-            except errors.LorinerError:
-                logger.exception("the pins could not be read")
-                return
-            self._engine.send(Keep(tuple({r.generation for r in records if r.pinned})))
-
-    def _check_pin(self, wanted: AdapterRecord) -> None:
-        """A seat and half of the pool stay free of pins, so that no other adapter waits for
-        ever."""
-        pinned = {r.generation: r.num_bytes for r in self.store.list() if r.pinned}
-        pinned[wanted.generation] = wanted.num_bytes
-        config = self.engine_config
-        if len(pinned) >= config.max_seats:
-            raise errors.InvalidRequestError(
-                f"At most {config.max_seats - 1} adapters can be pinned (max_seats - 1).", "name"
-            )
-        # as the kernels hold them, an adapter can take twice its size on disk (bf16 to f32)
-        pool_bytes = self.stats().pool_bytes or config.pool_bytes
-        if pool_bytes and 2 * sum(pinned.values()) > pool_bytes // 2:
-            raise errors.InvalidRequestError(
-                f"Pinned adapters may take half of the pool ({pool_bytes} bytes).", "name"
-            )
+        await self._pins.set(name, pinned)
 
     async def _acquire(self, adapter: str) -> AdapterRecord:
         """Resolve and hold. A caller that leaves meanwhile leaves no hold behind."""
@@ -301,7 +271,7 @@ class Service:
             generation.put(event)
 
     def _on_ready(self) -> None:
-        self._in_background(self.sync_pins())
+        self._in_background(self._pins.sync())
 
     def _on_down(self) -> None:
         for generation in list(self._open.values()):

@@ -37,6 +37,7 @@ from loriner.engine.messages import (
     decode_path,
     frame,
 )
+from loriner.engine.snapshots import Snapshots
 
 STATS_PERIOD_S = 0.25
 
@@ -80,7 +81,8 @@ def _serve(channel: _Channel, start: Start) -> None:
     """The engine's loop: take in what came, step, publish."""
     began = time.monotonic()
     engine = _build(start, lambda: channel.inbox.put(None))
-    channel.send(Stats(engine.stats()))
+    snapshots = Snapshots(engine)
+    channel.send(Stats(snapshots.take()))
     channel.send(Ready(engine.runner.max_len, time.monotonic() - began))
     gc.collect()
     gc.freeze()  # what is there now stays: later collections, which hold up steps, pass it over
@@ -89,7 +91,7 @@ def _serve(channel: _Channel, start: Start) -> None:
     while True:
         now = time.monotonic()
         if now - stats_at > STATS_PERIOD_S or not engine.ran:
-            channel.send(Stats(engine.stats()))
+            channel.send(Stats(snapshots.take()))
             stats_at = now
         events = _take_in(engine, channel)
         events += engine.step()
