@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ def test_records_have_the_layout_of_the_source() -> None:
     assert body is not None
     fields = re.findall(r"^    (?:u64|double|float|i32) ([\w, ]+);", body[1], re.M)
     assert [name for group in fields for name in group.split(", ")] == list(ROW.names or ())
-    assert (ROW.itemsize, ENTRY.itemsize) == (64, 8)
+    assert (ROW.itemsize, ENTRY.itemsize) == (48, 8)
     for name in ("THREADS", "FIXED_SMEM", "MAX_TOP"):
         assert f"#define {name} {getattr(sampling, name)}\n" in source
 
@@ -37,7 +36,7 @@ def test_records_have_the_layout_of_the_source() -> None:
 def test_a_greedy_row_has_no_scale_and_no_filters() -> None:
     row = describe(temperature=0.0)[0]
     assert row["scale"] == 0.0 and row["gap"] == -math.inf and row["top_p"] == 1.0
-    assert (row["top_k"], row["tally"], row["logprobs"], row["live"]) == (0, -1, -1, 1)
+    assert (row["top_k"], row["logprobs"], row["live"]) == (0, -1, 1)
 
 
 def test_temperature_and_min_p_become_a_scale_and_a_gap() -> None:
@@ -57,19 +56,6 @@ def test_a_seed_is_taken_modulo_two_to_the_64() -> None:
     assert describe(temperature=1.0, seed=2**64 + 5)[0]["seed"] == 5
 
 
-@pytest.mark.parametrize(
-    "penalty", [{"repetition_penalty": 1.1}, {"frequency_penalty": 0.1}, {"presence_penalty": -1.0}]
-)
-def test_penalties_need_a_tally(penalty: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="tally"):
-        describe(temperature=1.0, **penalty)
-    assert describe(temperature=1.0, tally=3, **penalty)[0]["tally"] == 3
-
-
-def test_a_row_without_penalties_leaves_its_tally_alone() -> None:
-    assert describe(temperature=1.0, tally=3)[0]["tally"] == -1
-
-
 def test_adjustments_name_each_token_once_and_barring_wins() -> None:
     entries = adjustments([(9, 1.0), (2, 0.5), (9, 0.25)], barred=(2, 0))
     assert entries.tolist() == [(0, -math.inf), (2, -math.inf), (9, 1.25)]
@@ -81,7 +67,7 @@ def test_a_sheet_holds_the_rows_then_their_entries_then_padding() -> None:
     rows = np.concatenate([describe(temperature=t) for t in (0.0, 1.0, 2.0)])
     lists = {2: adjustments([(5, 1.0)]), 0: adjustments(barred=(7, 8))}
     used = made.fill(rows, [4, 0, 9], lists)
-    assert used == 4 * 64 + 3 * 8
+    assert used == 4 * 48 + 3 * 8
     assert made.rows["position"][:3].tolist() == [4, 0, 9]
     assert made.rows["live"].tolist() == [1, 1, 1, 0]
     assert made.rows["num_entries"][:3].tolist() == [2, 0, 1]
@@ -94,7 +80,7 @@ def test_a_sheet_forgets_the_last_step() -> None:
     made = sheet()
     rows = np.concatenate([describe(temperature=1.0)] * 3)
     made.fill(rows, [1, 2, 3], {1: adjustments([(5, 1.0)])})
-    assert made.fill(rows[:2], [5, 6]) == 4 * 64
+    assert made.fill(rows[:2], [5, 6]) == 4 * 48
     assert made.rows["num_entries"][:2].tolist() == [0, 0]
     assert made.rows["live"].tolist() == [1, 1, 0, 0]
 

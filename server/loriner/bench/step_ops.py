@@ -86,7 +86,7 @@ class _CudaOps:
     def sampler(self, rows: int) -> Op:
         from loriner.kernels.cuda.sampling import Sampler, describe
 
-        made = Sampler(self._linears.device, self.config.vocab_size, rows, max_tallies=1)
+        made = Sampler(self._linears.device, self.config.vocab_size, rows)
         described = [
             describe(temperature=DRAWN.temperature, top_k=DRAWN.top_k, top_p=DRAWN.top_p, seed=row)
             for row in range(rows)

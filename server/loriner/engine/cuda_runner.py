@@ -143,9 +143,7 @@ class CudaRunner:
         self.pool = Pool(seats, max_seats)
         computation = GpuComputation(self, seats)
         eos_ids = self.model_config.eos_token_ids
-        sampler = Sampler(
-            self.ops.device, self.model_config.vocab_size, self._config.max_sequences, 0
-        )
+        sampler = Sampler(self.ops.device, self.model_config.vocab_size, self._config.max_sequences)
         chooser = GpuChooser(sampler, eos_ids)
         config = self._config
         limits = Limits(

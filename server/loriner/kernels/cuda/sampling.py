@@ -1,9 +1,8 @@
-"""The GPU sampler: packs a step's parameters on the host, launches csrc/sampling.cu, keeps tallies.
+"""The GPU sampler: packs a step's parameters on the host, launches csrc/sampling.cu.
 
-Semantics: engine/sampler.py, which this file does not know: it takes plain values and arrays.
-Nothing here waits for the GPU, and one captured launch serves any parameters. A tally counts the
-tokens of one sequence that has penalties; the kernel adds the token it chooses, so the host need
-not know it. Invariant: a row's token is a function of its own logits, parameters and tally alone.
+Semantics: engine/sampler.py without its penalties; this file does not know it and takes plain
+values and arrays. Nothing here waits for the GPU, and one captured launch serves any parameters.
+Invariant: a row's token is a function of its own logits and parameters alone.
 """
 
 from __future__ import annotations
@@ -38,12 +37,8 @@ ROW = np.dtype(
         ("top_p", "<f8"),
         ("scale", "<f4"),
         ("gap", "<f4"),
-        ("repetition", "<f4"),
-        ("frequency", "<f4"),
-        ("presence", "<f4"),
         ("top_k", "<i4"),
         ("position", "<i4"),
-        ("tally", "<i4"),
         ("first_entry", "<i4"),
         ("num_entries", "<i4"),
         ("logprobs", "<i4"),
@@ -64,29 +59,15 @@ def describe(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int = 0,
-    repetition_penalty: float = 1.0,
-    frequency_penalty: float = 0.0,
-    presence_penalty: float = 0.0,
     logprobs: int | None = None,
-    tally: int = -1,
 ) -> Records:
-    """One sequence's parameters, [1] ROW: made once, then `Sheet.fill` adds what a step changes.
-
-    Penalties need a tally; a sequence without them has none.
-    """
-    penalised = repetition_penalty != 1.0 or frequency_penalty or presence_penalty
-    if penalised and tally < 0:
-        raise ValueError("penalties need a tally")
+    """One sequence's parameters, [1] ROW: made once, then `Sheet.fill` adds what a step changes."""
     row = np.zeros(1, dtype=ROW)
     row["seed"] = seed & ((1 << 64) - 1)
     row["top_p"] = top_p
     row["scale"] = min(math.log2(math.e) / temperature, 1e38) if temperature > 0 else 0.0
     row["gap"] = temperature * math.log(min_p) if min_p > 0 else -math.inf
-    row["repetition"] = repetition_penalty
-    row["frequency"] = frequency_penalty
-    row["presence"] = presence_penalty
     row["top_k"] = min(top_k, 2**31 - 1)
-    row["tally"] = tally if penalised else -1
     row["logprobs"] = -1 if logprobs is None else min(logprobs, MAX_TOP)
     row["live"] = 1
     return row
@@ -165,21 +146,15 @@ class Sampler:
     """Chooses the tokens of up to `max_rows` rows a step. Results stay on the GPU.
 
     `ids` is the first part of `results`, so one copy of a prefix brings what the step asked for.
-    Memory: 2 bytes x `max_tallies` x vocabulary (128 x 128,256: 31 MiB), and before sm_90 a copy of
-    the logits, 4 bytes x `max_rows` x vocabulary.
+    Memory: before sm_90 a copy of the logits, 4 bytes x `max_rows` x vocabulary.
     """
 
-    def __init__(self, device: Device, vocab: int, max_rows: int, max_tallies: int) -> None:
+    def __init__(self, device: Device, vocab: int, max_rows: int) -> None:
         self.plan = Plan.of(vocab, device.capability, device.max_smem)
         self.vocab, self.max_rows = vocab, max_rows
         module = device.module(SOURCE, CLUSTER=self.plan.cluster)
         self._sample = module.kernel("sample", smem=self.plan.smem)
-        self._fill_tally = module.kernel("fill_tally")
         where = device.torch_device
-        # [max_tallies, padded] u16: bit 15: in the prompt; the others: times in the output
-        self.tallies = torch.zeros(
-            max(max_tallies, 1), self.plan.padded, dtype=torch.int16, device=where
-        )
         scratch = max_rows * self.plan.padded if self.plan.cluster == 1 else 1
         self._scratch = torch.empty(scratch, dtype=torch.float32, device=where)
         size = Sheet.num_bytes(max_rows, max_rows * ENTRIES_PER_ROW)
@@ -201,7 +176,7 @@ class Sampler:
     @property
     def num_bytes(self) -> int:
         """Of GPU memory."""
-        held = (self.tallies, self._scratch, self._parameters, self.results)
+        held = (self._scratch, self._parameters, self.results)
         return sum(tensor.nbytes for tensor in held)
 
     def load(
@@ -229,8 +204,6 @@ class Sampler:
             self.plan.segment,
             self._parameters,
             self._entries,
-            self.tallies,
-            self.plan.padded,
             self._scratch,
             self.ids,
             self.logprobs,
@@ -239,14 +212,3 @@ class Sampler:
             self.cuts,
             cluster=self.plan.cluster,
         )
-
-    def reset_tally(self, tally: int, prompt_ids: Seq[int], output_ids: Seq[int] = ()) -> None:
-        """Give a tally to a sequence with these tokens, on the current stream, before its first row
-        there (again after a preemption). Tokens that the kernel will choose, it counts itself."""
-        counts = self.tallies[tally]
-        counts.zero_()
-        tokens = torch.tensor([*prompt_ids, *output_ids], dtype=torch.int32)
-        if len(tokens):
-            tokens = tokens.pin_memory().to(counts.device, non_blocking=True)
-            grid = -(-len(tokens) // 256)
-            self._fill_tally(grid, 256, counts, tokens, len(prompt_ids), len(tokens))

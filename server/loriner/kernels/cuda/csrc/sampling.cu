@@ -1,4 +1,4 @@
-// Logits -> token ids: penalties, bias, temperature, min_p, top_k, top_p, one draw, log-probabilities.
+// Logits -> token ids: bias, temperature, min_p, top_k, top_p, one draw, log-probabilities.
 //
 // A row belongs to a cluster of blocks (one block before sm_90), and its ids are cut into SEGMENTS of
 // `seg`, one for each warp, in order. Probabilities are integers, 2^MASS_BITS at the row's best token:
@@ -34,14 +34,11 @@ struct Row {
     double top_p;      // 1: off
     float scale;       // log2(e) / temperature; 0: greedy
     float gap;         // temperature * ln(min_p); -inf: off
-    float repetition;  // 1: off
-    float frequency, presence;
-    i32 top_k;          // 0: off
-    i32 position;       // output tokens so far
-    i32 tally;          // its row of the tallies, -1: no penalties
+    i32 top_k;         // 0: off
+    i32 position;      // output tokens so far
     i32 first_entry, num_entries;
-    i32 logprobs;       // -1: none; k: the chosen token's and the k best
-    i32 live;           // 0: a row of padding
+    i32 logprobs;      // -1: none; k: the chosen token's and the k best
+    i32 live;          // 0: a row of padding
 };
 
 // Added to one token's logit; -inf bars it.
@@ -212,18 +209,8 @@ DEV bool finite_best(u64 top) {
     return key > KEY_NEG_INF && key < KEY_INF;
 }
 
-// Penalties, rounded as the CPU's: repetition over prompt and output, the others over the output.
-DEV float penalised(float x, u32 tally, const Row& r) {
-    if (!tally) return x;
-    if (r.repetition != 1.0f) x = x > 0.0f ? __fdiv_rn(x, r.repetition) : __fmul_rn(x, r.repetition);
-    u32 times = tally & 0x7fffu;
-    if (times) x = __fsub_rn(x, __fadd_rn(__fmul_rn(r.frequency, (float)times), r.presence));
-    return x;
-}
-
-// Reads the logits once: their best, and where wanted a copy with the penalties applied.
-template <bool ADJUST, bool STORE>
-DEV Best load(const View& raw, float* home, const u16* tally, const Row& r, i32 lane) {
+// Reads the logits once: their best, and where wanted a copy.
+template <bool STORE> DEV Best load(const View& raw, float* home, i32 lane) {
     const int DEPTH = 4;  // loads under way
     Best best{NEG_INF, 0};
 #pragma unroll 1
@@ -244,15 +231,6 @@ DEV Best load(const View& raw, float* home, const u16* tally, const Row& r, i32 
             i32 i = base + u * 128;
             if (i < raw.n) {
                 track(best, v[u], i);
-                if (ADJUST && tally) {
-                    uint2 t = *(const uint2*)(tally + i);
-                    if (t.x | t.y) {
-                        v[u].x = penalised(v[u].x, t.x & 0xffffu, r);
-                        v[u].y = penalised(v[u].y, t.x >> 16, r);
-                        v[u].z = penalised(v[u].z, t.y & 0xffffu, r);
-                        v[u].w = penalised(v[u].w, t.y >> 16, r);
-                    }
-                }
                 if (STORE) *(float4*)(home + i) = v[u];
             }
         }
@@ -544,8 +522,8 @@ DEV i32 walk(const View& v, const Cut& cut, float m, float scale, u64 left, i32 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, CLUSTER > 1 ? 3 : 2)
-    sample(const float* logits, i32 stride, i32 V, i32 seg, const Row* rows, const Entry* entries, u16* tallies,
-           i32 tally_stride, float* scratch, i32* ids, float* logprobs, i32* top_ids, float* top_logprobs, float* cuts) {
+    sample(const float* logits, i32 stride, i32 V, i32 seg, const Row* rows, const Entry* entries,
+           float* scratch, i32* ids, float* logprobs, i32* top_ids, float* top_logprobs, float* cuts) {
     extern __shared__ uint4 dynamic[];
     Shared& s = *(Shared*)dynamic;
     const i32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = blockIdx.y;
@@ -559,7 +537,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLUSTER > 1 ? 3 : 2)
         if (rank == 0 && threadIdx.x == 0) ids[row] = -1;
         return;
     }
-    const bool greedy = r.scale == 0.0f, adjusts = r.tally >= 0 || r.num_entries > 0;
+    const bool greedy = r.scale == 0.0f, adjusts = r.num_entries > 0;
     const bool stored = adjusts || (STAGED && (!greedy || r.logprobs >= 0));
     const i32 begin = (i32)rank * WARPS * seg, first = begin + warp * seg;
     const i32 n = V - first < 0 ? 0 : V - first < seg ? V - first : seg;
@@ -571,11 +549,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLUSTER > 1 ? 3 : 2)
     {
         const View raw = view_of(logits, stride, row, first, n);
         float* const copy = block_home + warp * seg;
-        const u16* const tally = r.tally >= 0 ? tallies + (i64)r.tally * tally_stride + first : nullptr;
-        Best best;
-        if (adjusts) best = load<true, true>(raw, copy, tally, r, lane);
-        else if (stored) best = load<false, true>(raw, copy, nullptr, r, lane);
-        else best = load<false, false>(raw, nullptr, nullptr, r, lane);
+        const Best best = stored ? load<true>(raw, copy, lane) : load<false>(raw, nullptr, lane);
         top = row_reduce<true>(s, packed(best, first), turn);
     }
     s.raw_best = of_key((u32)(top >> 32));  // every thread writes the same
@@ -645,30 +619,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLUSTER > 1 ? 3 : 2)
     if (id >= 0) {
         ids[row] = id;
         if (r.logprobs >= 0) logprobs[row] = (logits[(i64)row * stride + id] - s.raw_best) - s.log_z;
-        u16* const tally = tallies + (i64)r.tally * tally_stride + id;
-        if (r.tally >= 0 && (*tally & 0x7fffu) != 0x7fffu) ++*tally;
     }
 #if CLUSTER > 1
     row_sync();  // peers may still read this block's shared memory
 #endif
-}
-
-// Fills one zeroed tally: bit 15 of a token that the prompt has, and how often the output has it.
-extern "C" __global__ void fill_tally(u32* tally, const i32* tokens, i32 num_prompt, i32 num_tokens) {
-    grid_launch();
-    grid_wait();
-    i32 i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= num_tokens) return;
-    u32* word = tally + (tokens[i] >> 1);
-    const u32 shift = (tokens[i] & 1) * 16;
-    if (i < num_prompt) {
-        atomicOr(word, 0x8000u << shift);
-        return;
-    }
-    for (u32 old = *(volatile u32*)word;;) {
-        if ((old >> shift & 0x7fffu) == 0x7fffu) return;
-        u32 now = atomicCAS(word, old, old + (1u << shift));
-        if (now == old) return;
-        old = now;
-    }
 }
