@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from loriner.adapters.loaders import Source
 from loriner.adapters.pool import SeatWeights
 from loriner.config import MIB, EngineConfig
 from loriner.core import UNKNOWN, Event, Request, SamplingParams
@@ -111,9 +112,7 @@ class LateStep:
 class WatchedEngine(Engine):
     """Notes, for every sequence, the logits that each of its tokens was chosen from."""
 
-    def __init__(
-        self, config: EngineConfig, runner: Runner, source: Callable[[str], SeatWeights]
-    ) -> None:
+    def __init__(self, config: EngineConfig, runner: Runner, source: Source) -> None:
         tokenizer = Tokenizer.from_file(str(config.model / "tokenizer.json"))
         super().__init__(config, runner, tokenizer, source)
         self.logits: dict[Key, list[Tensor]] = {}

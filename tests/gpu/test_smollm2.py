@@ -98,7 +98,8 @@ class Side:
         self, requests: list[Request], size: int, answers: list[list[int]] | None = None
     ) -> Choices:
         """What the model would choose after each part of `answers`, or of its own."""
-        self.runner.notes = notes = {}
+        notes: Choices = {}
+        self.runner.notes = notes
         self.runner.answers = dict(enumerate(answers or []))
         try:
             assert self.answers(requests, size) == (answers or own_tokens(notes, len(requests)))

@@ -44,12 +44,6 @@ DEV u32 at_step(i32 row, i32 step, i32 odd) {
     return row * ROW_BYTES + (((step % 4 * 2 + odd) ^ (row & 7)) << 4) + step / 4 * 128;
 }
 
-DEV float ex2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // The block ids of a tile of keys: lane i has that of page i. Pages past `end` are not looked up.
 template <int TILE> DEV i32 load_pages(const i32* table, i32 key, i32 end) {
     static_assert(TILE % BLOCK_SIZE == 0 && TILE / BLOCK_SIZE <= 32, "tiles are whole pages");
@@ -121,13 +115,13 @@ template <int COUNT> DEV void soften(float* s, float* o, float* top, float* sum,
         best = fmaxf(best, __shfl_xor_sync(FULL, best, 1));
         best = fmaxf(best, __shfl_xor_sync(FULL, best, 2));
         const float shift = best == NEG_INF ? 0.0f : best * scale;  // no key yet: all weights are 0
-        const float fade = ex2(fmaf(top[half], scale, -shift));
+        const float fade = exp2_fast(fmaf(top[half], scale, -shift));
         float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < COUNT; i++)
 #pragma unroll
             for (int j = half * 2; j < half * 2 + 2; j++) {
-                s[i * 4 + j] = ex2(fmaf(s[i * 4 + j], scale, -shift));
+                s[i * 4 + j] = exp2_fast(fmaf(s[i * 4 + j], scale, -shift));
                 total += s[i * 4 + j];
             }
         top[half] = best;
@@ -205,7 +199,7 @@ DEV void combine(const Outputs& to, const Tile& t, float* weights) {
             state[i] = chunk < n ? ld_cg8(to.state + first + chunk * stride + head) : make_float2(NEG_INF, 0.0f);
         }
         const float top = warp_max(fmaxf(state[0].x, state[1].x));
-        const float w0 = ex2(state[0].x - top), w1 = ex2(state[1].x - top);
+        const float w0 = exp2_fast(state[0].x - top), w1 = exp2_fast(state[1].x - top);
         const float by = 1.0f / warp_sum(w0 * state[0].y + w1 * state[1].y);
         weights[head * MAX_CHUNKS + lane] = w0 * by;
         weights[head * MAX_CHUNKS + lane + 32] = w1 * by;
@@ -269,7 +263,7 @@ DEV void finish(const Outputs& to, const Tile& t, const float* o, const float* t
 #pragma unroll
         for (int w = 0; w < D_WARPS; w++) {
             const float2 state = states[w * 16 + head];
-            const float by = ex2(state.x - best);
+            const float by = exp2_fast(state.x - best);
             const float4 x = *(const float4*)(merge + merge_at(w, head, dim / 8) + dim % 8);
             total = fmaf(state.y, by, total);
             v.x = fmaf(x.x, by, v.x), v.y = fmaf(x.y, by, v.y);

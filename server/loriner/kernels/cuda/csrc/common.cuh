@@ -59,6 +59,13 @@ DEV void ldmatrix_x4_trans(u32& a, u32& b, u32& c, u32& d, u32 addr) {
                  : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(addr) : "memory");
 }
 
+// 2^x, to 2 ulp; 0 below the smallest normal number.
+DEV float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 DEV float warp_sum(float v) {
 #pragma unroll
     for (int i = 16; i; i >>= 1) v += __shfl_xor_sync(0xffffffffu, v, i);

@@ -91,11 +91,6 @@ DEV float max_nan(float a, float b) {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
     return m;
 }
-DEV float exp2_fast(float x) {
-    float e;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x));
-    return e;
-}
 DEV u64 shift_right(u64 v, u32 by) {  // 0 from 64 on
     asm("shr.u64 %0, %0, %1;" : "+l"(v) : "r"(by));
     return v;
@@ -109,22 +104,16 @@ DEV void row_sync() {
     __syncthreads();
 #endif
 }
-DEV u32 peer32(const u32* p, u32 rank) {
+// What stands at the same place in the shared memory of block `rank` of the row.
+template <typename T> DEV T peer(const T* p, u32 rank) {
 #if CLUSTER > 1
-    u32 v;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(cluster_map(smem_addr(p), rank)) : "memory");
+    T v;
+    const u32 from = cluster_map(smem_addr(p), rank);
+    if constexpr (sizeof(T) == 8) asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(v) : "r"(from) : "memory");
+    else asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
     return v;
 #else
-    return *(const volatile u32*)p;
-#endif
-}
-DEV u64 peer64(const u64* p, u32 rank) {
-#if CLUSTER > 1
-    u64 v;
-    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(v) : "r"(cluster_map(smem_addr(p), rank)) : "memory");
-    return v;
-#else
-    return *(const volatile u64*)p;
+    return *(const volatile T*)p;
 #endif
 }
 
@@ -176,7 +165,7 @@ template <bool MAX> DEV u64 row_reduce(Shared& s, u64 v, u32& turn) {
         if (lane == 0) s.whole[turn] = v;
     }
     row_sync();
-    v = lane < CLUSTER ? peer64(&s.whole[turn], lane) : 0;
+    v = lane < CLUSTER ? peer(&s.whole[turn], lane) : 0;
     turn ^= 1;
     return MAX ? warp_max64(v) : warp_sum64(v);
 }
@@ -320,10 +309,10 @@ DEV Cut find_cut(Shared& s, const View& v, float floor, u64 limit, float m, floa
         if (threadIdx.x < BUCKETS) {
 #pragma unroll
             for (u32 rank = 0; rank < CLUSTER; rank++) {
-                count += peer32(&s.count[threadIdx.x], rank);
+                count += peer(&s.count[threadIdx.x], rank);
                 if (MASS) {
-                    mass += peer32(&s.mass_lo[threadIdx.x], rank);
-                    mass += (u64)peer32(&s.mass_hi[threadIdx.x], rank) << 32;
+                    mass += peer(&s.mass_lo[threadIdx.x], rank);
+                    mass += (u64)peer(&s.mass_hi[threadIdx.x], rank) << 32;
                 }
             }
         }
@@ -395,7 +384,7 @@ DEV void best_few(Shared& s, const View& raw, i32 first, i32 V, i32 row, i32* to
         if (lane == 0) s.segment_ties[warp] = ties;
         row_sync();
         for (i32 e = lane; e < (i32)rank * WARPS + warp; e += 32)
-            seen += peer32((const u32*)&s.segment_ties[e % WARPS], e / WARPS);
+            seen += peer((const u32*)&s.segment_ties[e % WARPS], e / WARPS);
         seen = (i32)warp_sum64(seen);
     }
     __syncthreads();
@@ -423,8 +412,8 @@ DEV void best_few(Shared& s, const View& raw, i32 first, i32 V, i32 row, i32* to
         u64 mine = 0;
         i32 total = 0;
         for (u32 r = 0; r < CLUSTER; r++) {
-            i32 num = (i32)peer32((const u32*)&s.num_top, r);
-            if (lane >= total && lane < total + num && lane < MAX_TOP) mine = peer64(&s.top[lane - total], r);
+            i32 num = (i32)peer((const u32*)&s.num_top, r);
+            if (lane >= total && lane < total + num && lane < MAX_TOP) mine = peer(&s.top[lane - total], r);
             total += num;
         }
         i32 place = 0;
@@ -446,8 +435,8 @@ DEV u64 random_bits(u64 seed, i32 position) {
 
 // A segment's kept mass, its limited ties among it, while `room` of them are still to come.
 DEV u64 segment_mass(const Shared& s, i32 e, u64 each, i32& room) {
-    u64 mass = peer64(&s.segment_mass[e % WARPS], e / WARPS);
-    i32 ties = (i32)peer32((const u32*)&s.segment_ties[e % WARPS], e / WARPS);
+    u64 mass = peer(&s.segment_mass[e % WARPS], e / WARPS);
+    i32 ties = (i32)peer((const u32*)&s.segment_ties[e % WARPS], e / WARPS);
     mass += each * (room < 0 ? 0 : room < ties ? room : ties);
     room -= ties;
     return mass;
@@ -460,7 +449,7 @@ DEV void choose_segment(Shared& s, const Cut& cut, float m, float scale, i32 lan
     const u64 each = cut.ties == EVERY ? 0 : mass_of(cut.value, m, scale);
     i32 tied = 0;
 #pragma unroll 1
-    for (i32 e = first; e < end; e++) tied += (i32)peer32((const u32*)&s.segment_ties[e % WARPS], e / WARPS);
+    for (i32 e = first; e < end; e++) tied += (i32)peer((const u32*)&s.segment_ties[e % WARPS], e / WARPS);
     const i32 lane_room = cut.ties - (warp_scan(tied, lane) - tied);
     i32 room = lane_room;
     u64 sum = 0;
