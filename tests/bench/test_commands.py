@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from loriner.adapters.store import Store
 from loriner.cli import main
+from loriner.engine.cpu_runner import CpuRunner
 
-KINDS = ("decode", "kernels", "prefill", "load", "serve")
+KINDS = ("decode", "kernels", "prefill", "load", "serve", "many")
 
 
 class Ran:
@@ -129,7 +131,7 @@ def test_load_times_every_tier_and_the_gaps_of_running_streams(bench: Any, tmp_p
 def test_serve_streams_over_http_beside_the_engine_alone(bench: Any, tmp_path: Path) -> None:
     ran = bench(
         "serve",
-        "--streams 3 --new 120 --prompt 8 --clients 2 --ranks 2 --folder",
+        "--streams 3 --new 400 --prompt 8 --clients 2 --ranks 2 --folder",
         f"{tmp_path} -- --kv-bytes 16M",
     )
     http, alone = ran.of["serve"]
@@ -138,6 +140,46 @@ def test_serve_streams_over_http_beside_the_engine_alone(bench: Any, tmp_path: P
     assert http["of_engine"] == pytest.approx(http["tokens_per_s"] / alone["tokens_per_s"])
     assert 0 < http["gap_p99_ms"] <= http["gap_longest_ms"]
     assert ran.of["first_token"][0]["p50_ms"] > 0
+
+
+MANY = "many --adapters 9 --streams 3 --seats 4 --hosted 2 --checked 3 --new 6 --ranks 2,4 --folder"
+
+
+def test_many_adapters_come_from_every_tier_and_none_is_wrong(bench: Any, tmp_path: Path) -> None:
+    ran = bench(*MANY.split(), str(tmp_path))
+    (checked,) = ran.of["checked"]
+
+    assert sum(line["requests"] for line in ran.of["many"]) == checked["num_requests"] == 18
+    assert {line["tier"] for line in ran.of["many"]} >= {"gpu", "disk"}
+    assert (checked["changed"], checked["wrong"], checked["num_checked"]) == ([], [], 3)
+    assert checked["num_like_base"] == 0, "the adapters say nothing of their own"
+
+
+def test_many_says_which_adapter_answered_for_another(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = CpuRunner.source
+
+    def mixed_up(runner: CpuRunner, store: Store) -> Any:
+        source, last = load(runner, store), list[str]()
+
+        def other(generation: str) -> Any:
+            last.append(generation)
+            return source(last[0] if len(last) == 5 else generation)
+
+        return other
+
+    monkeypatch.setattr(CpuRunner, "source", mixed_up)
+    ran = bench(*MANY.replace("--checked 3", "--checked 9").split(), str(tmp_path), status=1)
+    (checked,) = ran.of["checked"]
+    assert (checked["changed"], checked["wrong"]) == ([], [4])
+
+
+def test_many_asks_for_room_on_the_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "many", "--device", "cpu", "--adapters", "9000", "--shape", "llama-2-70b"]
+
+    assert main([*command, "--folder", str(tmp_path)]) == 2
+    assert "GB; " in capsys.readouterr().err
 
 
 def test_base_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

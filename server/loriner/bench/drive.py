@@ -46,9 +46,18 @@ class Prompts:
         return tuple(self._draw.choices(self._ids, k=length))
 
 
-def request(name: str, prompt: tuple[int, ...], generation: str | None, max_tokens: int) -> Request:
+def request(
+    name: str,
+    prompt: tuple[int, ...],
+    generation: str | None,
+    max_tokens: int,
+    *,
+    logprobs: int | None = None,
+) -> Request:
     """Greedy, and exactly `max_tokens` long."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs
+    )
     return Request(name, prompt, sampling, generation, arrival_s=time.monotonic())
 
 
@@ -95,6 +104,14 @@ def step(engine: Engine) -> list[Event]:
     return events
 
 
+def checked(events: list[Event]) -> list[Event]:
+    """`events`. Raises EngineFailedError when one tells of a failure."""
+    for event in events:
+        if event.error is not None:
+            raise EngineFailedError(event.error)
+    return events
+
+
 def note(
     trace: Trace,
     events: list[Event],
@@ -102,9 +119,7 @@ def note(
     on_full: Callable[[Trace], None] = lambda trace: None,
 ) -> None:
     now = time.perf_counter()
-    for event in events:
-        if event.error is not None:
-            raise EngineFailedError(event.error)
+    for event in checked(events):
         trace.num_tokens += len(event.token_ids)
         if event.token_ids:
             trace.first.setdefault(event.request_id, now)

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ GAP_HEAD = ("while", "steps", "median ms", "p99 ms", "longest ms", "p99 / quiet"
 TIERS = ("seated", "host", "disk", "disk, first time")
 GROUP = 10  # loads between two quiet stretches
 SPARE_SEATS = 2
+WRITERS = 8  # threads; an adapter of rank 16 takes half a second of one
 HEADROOM = 4  # adapters on the host beyond those that are asked for
 
 
@@ -89,13 +91,15 @@ def open_store(root: Path, base: RandomBase) -> Store:
 
 
 def publish(store: Store, adapters: RandomAdapters, count: int, folder: Path) -> list[str]:
-    """Write and publish so many; their generations."""
-    generations = []
-    for index in range(count):
+    """Write and publish so many, some at once; their generations."""
+
+    def one(index: int) -> str:
         with tempfile.TemporaryDirectory(dir=folder) as own:
             written = adapters.write(index, Path(own) / "adapter")
-            generations.append(store.publish(written, f"random-{index}").generation)
-    return generations
+            return store.publish(written, f"random-{index}").generation
+
+    with ThreadPoolExecutor(WRITERS) as threads:
+        return list(threads.map(one, range(count)))
 
 
 def need_of(

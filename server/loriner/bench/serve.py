@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 HEAD = ("", "tokens/s", "of engine", "gap p50 ms", "gap p99 ms", "p99 / p50", "longest ms")
 FIRST_HEAD = ("first token ms", "p50", "p99")
 READY_S = 540.0
+WRITERS = 8  # threads
 
 
 def add_command(subparsers: options.Parsers) -> None:
@@ -146,12 +148,16 @@ def serving(args: argparse.Namespace, model: Path, folder: Path) -> Iterator[int
 
 def publish(port: int, adapters: RandomAdapters, count: int, folder: Path) -> None:
     """Through the admin door, from a path; each folder goes when it is published."""
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
-        for index in range(count):
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as http:
+
+        def one(index: int) -> None:
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 written = adapters.write(index, Path(own) / "adapter")
                 asked = {"name": f"random-{index}", "path": str(written)}
                 http.post("/admin/adapters", json=asked).raise_for_status()
+
+        with ThreadPoolExecutor(WRITERS) as threads:
+            list(threads.map(one, range(count)))
 
 
 def body(

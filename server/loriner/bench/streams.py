@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from loriner.bench import drive
 from loriner.core import Event
-from loriner.errors import EngineFailedError
 
 if TYPE_CHECKING:
     from loriner.bench.target import Target
@@ -45,7 +44,7 @@ class Streams:
         """One step of the engine; how many streams got a token in it."""
         events = drive.step(self._engine)
         now = time.perf_counter()
-        num_tokens = sum(self._take(event) for event in events)
+        num_tokens = sum(self._take(event) for event in drive.checked(events))
         if num_tokens:
             self.left -= 1
         if num_tokens == len(self._names):
@@ -84,8 +83,6 @@ class Streams:
             drive.step(self._engine)
 
     def _take(self, event: Event) -> bool:
-        if event.error is not None:
-            raise EngineFailedError(event.error)
         if event.request_id in self._names:
             return bool(event.token_ids)
         self._answered.add(event.request_id)

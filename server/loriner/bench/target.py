@@ -77,6 +77,10 @@ class Target:
         )
         return found
 
+    def bypass_store(self) -> None:
+        """From now on adapters are loaded from `adapters`, by their names there."""
+        self.engine.registry.loaders.source = self._packed
+
     def close(self) -> None:
         self.engine.close()
 
