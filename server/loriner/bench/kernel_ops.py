@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,87 +50,52 @@ LINEARS = (
 )
 
 
-class Nf4Kernels(Protocol):
-    """NF4 linears of one backend."""
+class Surface:
+    """The kernels through the methods that the model calls, on the device of `base`."""
 
-    dtype: torch.dtype  # of the activations
+    def __init__(self, base: RandomBase, num_threads: int) -> None:
+        self.device = base.device
+        self.on_gpu = base.device.type == "cuda"
+        self.ops: Any = kernels.select(base.device.type)
+        self.ops.start(num_threads)
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32  # of the activations
 
     def prepare(self, fused: Fused, weights: Sequence[Nf4]) -> Any:
         """What is resident."""
+        return self.ops.prepare_nf4(weights, None, gated=fused.gated)
 
-    def output(self, fused: Fused, rows: int, outputs: int) -> Tensor:
-        """Where a launch writes, poisoned; or a residual that it adds to."""
+    def random(self, *shape: int) -> Tensor:
+        """Activations that bf16 holds exactly."""
+        return torch.randn(shape, device=self.device).bfloat16().to(self.dtype)
 
-    def launch(self, fused: Fused, x: Tensor, operand: Any, y: Tensor) -> Tensor:
-        """x [M, K] -> y, or another tensor where the backend makes its own."""
+    def residual(self, fused: Fused, rows: int, outputs: int) -> Tensor | None:
+        """[M, N] f32, where the linear adds to one."""
+        return torch.randn(rows, outputs, device=self.device) if fused.adds else None
 
-    def expected(self, fused: Fused, product: Tensor, before: Tensor) -> Tensor:
-        """What `y` has to become, in float64, of x W^T [M, N] and y before."""
-
-
-class CudaNf4:
-    """`kernels.cuda`: with the epilogues that the model uses."""
-
-    dtype = torch.bfloat16
-
-    def __init__(self, device: torch.device) -> None:
-        from loriner.kernels.cuda import linear
-        from loriner.kernels.cuda.launch import Device
-
-        self._cuda = linear
-        self._device = device
-        self._linears = linear.Linears(Device(device.index or 0))
-
-    def prepare(self, fused: Fused, weights: Sequence[Nf4]) -> Any:
-        return self._linears.prepare_nf4(weights, None, gated=fused.gated)
-
-    def output(self, fused: Fused, rows: int, outputs: int) -> Tensor:
-        if fused.adds:
-            return torch.randn(rows, outputs, device=self._device)
-        width = outputs // 2 if fused.gated else outputs
-        return torch.full((rows, width), torch.nan, dtype=self.dtype, device=self._device)
-
-    def launch(self, fused: Fused, x: Tensor, operand: Any, y: Tensor) -> Tensor:
-        epilogue = self._cuda.ADD if fused.adds else self._cuda.STORE
-        epilogue = self._cuda.GATED if fused.gated else epilogue
-        self._linears.run(x, operand, y, epilogue, None)
+    def launch(
+        self, fused: Fused, x: Tensor, operand: Any, residual: Tensor | None, lora: Any = None
+    ) -> Tensor:
+        """x [M, K] -> [M, N], or [M, N/2] where gated; a residual may be changed in place."""
+        y: Tensor
+        if residual is not None:
+            y = self.ops.linear_add(residual, x, operand, lora)
+        elif fused.gated:
+            y = self.ops.linear_gated(x, operand, lora, "silu")
+        else:
+            y = self.ops.linear(x, operand, lora)
         return y
 
-    def expected(self, fused: Fused, product: Tensor, before: Tensor) -> Tensor:
-        if fused.adds:
-            return before.double() + product
+    def poison(self, fused: Fused, rows: int, outputs: int) -> None:
+        """Leave NaN in the memory that the allocator gives the next launch for its result."""
+        width = outputs // 2 if fused.gated else outputs
+        torch.full((rows, width), torch.nan, dtype=self.dtype, device=self.device)
+
+    def expected(self, fused: Fused, product: Tensor) -> Tensor:
+        """What a launch gives beside its residual, in float64, of x W^T [M, N]."""
         if fused.gated:
             gate, up = product.chunk(2, dim=-1)
             return F.silu(gate) * up
         return product
-
-
-class CpuNf4:
-    """`kernels.select("cpu")`, which returns a tensor of its own and never adds or gates."""
-
-    dtype = torch.float32
-
-    def __init__(self, num_threads: int) -> None:
-        self._ops = kernels.select("cpu")
-        self._ops.start(num_threads)
-
-    def prepare(self, fused: Fused, weights: Sequence[Nf4]) -> Any:
-        return self._ops.prepare_nf4(weights, None, gated=fused.gated)
-
-    def output(self, fused: Fused, rows: int, outputs: int) -> Tensor:
-        return torch.full((rows, outputs), torch.nan)
-
-    def launch(self, fused: Fused, x: Tensor, operand: Any, y: Tensor) -> Tensor:
-        out: Tensor = self._ops.linear(x, operand)
-        return out
-
-    def expected(self, fused: Fused, product: Tensor, before: Tensor) -> Tensor:
-        return product
-
-
-def ours(base: RandomBase, num_threads: int) -> Nf4Kernels:
-    """Our kernels on the device of `base`."""
-    return CudaNf4(base.device) if base.device.type == "cuda" else CpuNf4(num_threads)
 
 
 def nf4(base: RandomBase, name: str) -> Nf4:

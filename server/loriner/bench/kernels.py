@@ -10,6 +10,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loriner.bench import options
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loriner.bench.figures import Figures, Limits
-    from loriner.bench.kernel_ops import Fused, Nf4Kernels
+    from loriner.bench.kernel_ops import Fused, Surface
     from loriner.bench.random_base import RandomBase
     from loriner.bench.timing import Stopwatch
 
@@ -98,9 +99,9 @@ def measure_linears(
     limits: Limits,
     figures: Figures,
 ) -> list[Measured]:
-    from loriner.bench.kernel_ops import LINEARS, ours
+    from loriner.bench.kernel_ops import LINEARS, Surface
 
-    kernels = ours(base, args.threads)
+    kernels = Surface(base, args.threads)
     found: list[Measured] = []
     for fused in LINEARS:
         bench = _LinearBench(fused, base, kernels, watch, limits)
@@ -119,7 +120,7 @@ class _LinearBench:
         self,
         fused: Fused,
         base: RandomBase,
-        kernels: Nf4Kernels,
+        kernels: Surface,
         watch: Stopwatch,
         limits: Limits,
     ) -> None:
@@ -157,14 +158,11 @@ class _LinearBench:
             for layer in range(self._count(self.weight_bytes))
         ]
 
-        def launch(x: Tensor, y: Tensor, operand: Any) -> Callable[[], object]:
-            return lambda: self.kernels.launch(self.fused, x, operand, y)
-
         times = {}
         for rows in all_rows:
-            x = self._input(rows)
-            y = self.kernels.output(self.fused, rows, self.outputs)
-            launches = [launch(x, y, operand) for operand in operands]
+            x = self.kernels.random(rows, self.inputs)
+            h = self.kernels.residual(self.fused, rows, self.outputs)
+            launches = [partial(self.kernels.launch, self.fused, x, o, h) for o in operands]
             times[rows] = self.watch.each_us(launches, repeats=repeats)
         return times
 
@@ -193,40 +191,30 @@ class _LinearBench:
             prepare(self.fused.weights(self.base, layer)) for layer in range(self._count(size))
         ]
 
-        def launch(x: Tensor, operand: Any) -> Callable[[], object]:
-            return lambda: run(x, operand)
-
         times = {}
         for rows in all_rows:
-            x = self._input(rows).bfloat16()
-            times[rows] = self.watch.each_us([launch(x, o) for o in operands], repeats=repeats)
+            x = self.kernels.random(rows, self.inputs).bfloat16()
+            launches = [partial(run, x, operand) for operand in operands]
+            times[rows] = self.watch.each_us(launches, repeats=repeats)
         return times
 
     def _error(self, rows: int) -> float:
-        """Of fresh inputs, relative, over the whole output."""
+        """Of fresh inputs, relative, over the whole output. Of a sum, against what was added: the
+        residual is larger and would hide an error."""
         import torch
 
         from loriner.bench.kernel_ops import dequantized
 
         weights = self.fused.weights(self.base, 0)
-        x = self._input(rows)
-        y = self.kernels.output(self.fused, rows, self.outputs)
-        before = y.clone()
+        x = self.kernels.random(rows, self.inputs)
+        residual = self.kernels.residual(self.fused, rows, self.outputs)
+        before = 0.0 if residual is None else residual.double()
         operand = self.kernels.prepare(self.fused, weights)
-        out = self.kernels.launch(self.fused, x, operand, y).double()
+        self.kernels.poison(self.fused, rows, self.outputs)
+        out = self.kernels.launch(self.fused, x, operand, residual).double() - before
         product = x.double() @ dequantized(weights, torch.float64).t()
-        expected = self.kernels.expected(self.fused, product, before)
-        if self.fused.adds:
-            # Against what was added: the residual is larger and would hide an error.
-            residual = expected - product
-            out, expected = out - residual, product
+        expected = self.kernels.expected(self.fused, product)
         return float((out - expected).norm() / expected.norm())
-
-    def _input(self, rows: int) -> Tensor:
-        import torch
-
-        shape, device = (rows, self.inputs), self.base.device
-        return torch.randn(shape, device=device).bfloat16().to(self.kernels.dtype)
 
     def _num_bytes(self, rows: int) -> int:
         width = self.outputs // 2 if self.fused.gated else self.outputs
