@@ -1,7 +1,7 @@
 """Medians of what runs on a device: events on a GPU, a clock on a CPU; limits of the card.
 
-Knows torch, none of ours. `replayable` is how everything is timed on a GPU: launches captured once
-and replayed, so that the host costs nothing.
+Knows torch, and of ours how to capture. `replayable` is how everything is timed on a GPU: launches
+captured once and replayed, so that the host costs nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from loriner.engine.graphs import no_collection
 
 GIB = 1 << 30
 Launch = Callable[[], object]
@@ -56,7 +58,7 @@ class Stopwatch:
             run()  # whatever is allocated or compiled on the first call is there before the capture
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with no_collection(), torch.cuda.graph(graph):
             run()
         return graph.replay
 

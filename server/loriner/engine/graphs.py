@@ -67,7 +67,7 @@ class _Address:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Garbage that frees device memory or page-locked memory would spoil a capture under way."""
     gc.collect()
     was_enabled = gc.isenabled()
@@ -98,7 +98,7 @@ class Graphs:
         free_before, _ = torch.cuda.mem_get_info(self._device)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         pool = torch.cuda.graph_pool_handle()
-        with _no_collection():
+        with no_collection():
             for done, variant in enumerate(wanted):
                 self._graphs[variant] = self._capture(variant, stream, pool)
                 if (done + 1) % 8 == 0 or done + 1 == len(wanted):
