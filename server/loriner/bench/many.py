@@ -8,10 +8,11 @@ alone in the engine, its weights straight from where they were drawn.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 HEAD = ("adapter was on", "requests", "first token p50 ms", "p99 ms", "longest ms")
 TIERS = ("gpu", "host", "disk")
 ROWS_A_STEP = 256  # up to here a row does not depend on its neighbours, bit for bit
-CLOSE = 1e-3  # nats: one adapter is further than this from another, and from none
+CLOSE = 0.02  # nats: one adapter is further than this from another, and from none
 SPARE_BYTES = 2 << 30  # of disk, beside the adapters
 
 
@@ -81,6 +82,7 @@ class Checked:
     wrong: list[int]  # which answered otherwise alone
     num_checked: int
     num_like_base: int  # of the checked ones, how many answer as the base does
+    largest: float  # distance of two answers that count as the same
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
     figures.note(
         f"{found.num_requests} requests; {len(found.changed)} answers changed on the way back;"
         f" {len(found.wrong)} of {found.num_checked} differ from the adapter alone;"
-        f" {found.num_like_base} of those answer as the base does"
+        f" {found.num_like_base} of those answer as the base does; answers that agree are"
+        f" {found.largest:.2g} nats apart at most"
     )
     return 1 if found.changed or found.wrong else 0
 
@@ -154,10 +157,12 @@ def measure(
     )
     figures.table(HEAD, [row for tier in TIERS for row in cells(tier, [*there, *back], figures)])
     answers = {one.index: one.answer for one in there}
-    changed = sorted(one.index for one in back if not is_same(one.answer, answers[one.index]))
+    apart = {one.index: distance(one.answer, answers[one.index]) for one in back}
     picked = range(0, count, max(1, count // max(1, args.checked)))[: args.checked]
-    wrong, num_like_base = check_alone(target, picked, answers, args)
-    return Checked(2 * count, changed, wrong, len(picked), num_like_base)
+    alone, num_like_base = check_alone(target, picked, answers, args)
+    agreeing = [value for value in (*apart.values(), *alone.values()) if value <= CLOSE]
+    largest = max(agreeing, default=0.0)
+    return Checked(2 * count, far(apart), far(alone), len(picked), num_like_base, largest)
 
 
 def serve(
@@ -185,18 +190,17 @@ def serve(
 
 def check_alone(
     target: Target, picked: Sequence[int], answers: dict[int, Answer], args: argparse.Namespace
-) -> tuple[list[int], int]:
-    """The adapters that say something else alone, their weights not from the store; and how many
-    say what the base says."""
+) -> tuple[dict[int, float], int]:
+    """How far each is from what it says alone, its weights not from the store; and how many say
+    what the base says."""
     names = [target.adapters.generation(index) for index in picked]
     target.bypass_store()
-    wrong, num_like_base = [], 0
+    apart, num_like_base = {}, 0
     for index, generation in zip(picked, names, strict=True):
         alone = ask_alone(target, index, generation, args)
-        if not is_same(alone, answers[index]):
-            wrong.append(index)
-        num_like_base += is_same(alone, ask_alone(target, index, None, args))
-    return wrong, num_like_base
+        apart[index] = distance(alone, answers[index])
+        num_like_base += distance(alone, ask_alone(target, index, None, args)) <= CLOSE
+    return apart, num_like_base
 
 
 def ask_alone(
@@ -216,10 +220,16 @@ def answer_of(event: Event) -> Answer:
     return [(one.token_id, one.logprob) for one in event.logprobs]
 
 
-def is_same(one: Answer, other: Answer) -> bool:
-    return len(one) == len(other) and all(
-        a == b and abs(x - y) <= CLOSE for (a, x), (b, y) in zip(one, other, strict=True)
-    )
+def distance(one: Answer, other: Answer) -> float:
+    """The largest between their log-probabilities; infinite when tokens differ."""
+    if [token for token, _ in one] != [token for token, _ in other]:
+        return math.inf
+    return max(abs(a - b) for (_, a), (_, b) in zip(one, other, strict=True))
+
+
+def far(apart: Mapping[int, float]) -> list[int]:
+    """Those that answered something else."""
+    return sorted(index for index, value in apart.items() if value > CLOSE)
 
 
 def ask(target: Target, index: int, generation: str | None, args: argparse.Namespace) -> Request:
