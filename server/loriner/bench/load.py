@@ -134,7 +134,7 @@ def measure_tiers(
         trace = drive.run(engine, asked)
         times[tier].append(1e3 * (trace.first["load"] - trace.begun))
 
-    drive.warm(engine, prompts, [*fillers, *fillers])
+    drive.warm(engine, prompts, fillers)
     for generation in cold:
         ask("disk, first time", generation)
         ask("seated", generation)

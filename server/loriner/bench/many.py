@@ -112,6 +112,11 @@ def run(args: argparse.Namespace) -> int:
             target.close()
             store.close()
     figures.record("checked", {"shape": args.shape, "adapters": args.adapters, **asdict(found)})
+    return report(found, figures)
+
+
+def report(found: Checked, figures: Figures) -> int:
+    """The exit status."""
     figures.note(
         f"{found.num_requests} requests; {len(found.changed)} answers changed on the way back;"
         f" {len(found.wrong)} of {found.num_checked} differ from the adapter alone;"
