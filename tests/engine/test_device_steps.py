@@ -230,8 +230,19 @@ def test_the_devices_way_gives_the_hosts_tokens(
         engine.close()
         results.append(answers(engine))
     assert results[0] == results[1]
-    used = runners[1].computation.variants
-    assert {v.has_tiles for v in used} == {v.has_lora for v in used} == {False, True}
+
+
+def test_prompts_answers_and_adapters_each_have_their_variant(
+    runners: tuple[CpuRunner, DeviceLikeRunner], base: Path
+) -> None:
+    runner = runners[1]
+    engine = make(runner, base)
+    for name in (None, "g1"):
+        request = make_request(range(3, 9), request_id=str(name), generation=name)
+        engine.run_all([request])
+    engine.close()
+    used = {(v.has_tiles, v.has_lora) for v in runner.computation.variants}
+    assert used == {(False, False), (False, True), (True, False), (True, True)}
 
 
 def test_rows_whose_logits_are_broken_end_alone(
