@@ -693,6 +693,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     }
     cp_async_wait<0>();
     if (APART) {
+        if (LORA) __syncthreads();        // A x comes where table and ring were
         if (CLUSTER > 1) cluster_wait();  // every block of the cluster has begun
     } else if (CLUSTER > 1) {
         cluster_sync();  // every block of the cluster is done with its table and ring
