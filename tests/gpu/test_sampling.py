@@ -140,7 +140,7 @@ def test_draws_follow_the_probabilities(
     """Pearson's chi-square over 20,000 draws; 5 sigma."""
     sampler, vocab, num_launches = samplers(1000), 1000, 157
     row = normal(rng, (1, vocab))[0]
-    logits = torch.from_numpy(row).cuda().repeat(MAX_ROWS)
+    logits = torch.from_numpy(row).cuda().repeat(MAX_ROWS, 1)
     drawn = []
     for launch in range(num_launches):
         seeds = rng.integers(0, 2**63, MAX_ROWS)

@@ -185,7 +185,7 @@ def test_steps_in_flight_keep_their_own_parameters(
 ) -> None:
     """More steps are given than there are host buffers, none waited for."""
     sampler = samplers(32000)
-    logits = torch.from_numpy(normal(rng, (1, 32000))).cuda().repeat(MAX_ROWS)
+    logits = torch.from_numpy(normal(rng, (1, 32000))).cuda().repeat(MAX_ROWS, 1)
     rows, seen = [], []
     for seed in range(12):
         rows.append(np.concatenate([describe(temperature=1.0, seed=seed)] * MAX_ROWS))

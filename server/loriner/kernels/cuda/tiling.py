@@ -18,7 +18,7 @@ MAX_STACKED_RANK = 768  # three slices of rank 256
 STAGE_BLOCKS = 4  # KU of linear.cu
 GROUP_ROWS = 4 * TILE
 SMEM_TABLE = 65536
-SMEM_CONTROL = 48  # epoch and barriers
+SMEM_CONTROL = 16 + 4 * 4 * 16  # epoch; two barriers of each group in each stage
 LEAST_SHRUNK = 4 * MAX_STACKED_RANK * 4  # bytes: four rows of the most ranks
 SMEM_RESERVED = 1536  # bytes of a multiprocessor that a block costs beside its own, at most
 
@@ -63,7 +63,8 @@ class Ring(NamedTuple):
     apart: bool  # sums have room beside it
 
 
-RINGS = tuple(Ring(b, n, apart) for b in (4, 2, 1) for n in (3, 2) for apart in (True, False))
+_SIZES = ((4, 3), (4, 2), (2, 3), (2, 2), (1, 4), (1, 3), (1, 2))
+RINGS = tuple(Ring(*size, apart) for size in _SIZES for apart in (True, False))
 
 
 @cache

@@ -52,7 +52,7 @@ static_assert(TOKENS * 3 <= THREADS, "one thread reads one row's adapter in one 
 #define SHRUNK_AT (APART ? 0 : SUMS)  // A x of rows of x, when table and ring have done their work
 #define SHRUNK_BYTES (APART ? SUMS_AT : ROW_LORA - SUMS)
 #define EPOCH_AT (ROW_LORA + TOKENS * 96)
-#define BARRIERS_AT (EPOCH_AT + 16)  // one of each stage of x
+#define BARRIERS_AT (EPOCH_AT + 16)  // a full and a free one of each group's tile of x in each stage
 static_assert(STAGES * X_STAGE >= WARPS * 512, "a unit of A x is summed where x will be");
 #define X_TOKENS (THREADS / (WK * XU * 8))  // rows of x that the thread block copies at a time
 #define X_ROUNDS ((TOKENS + X_TOKENS - 1) / X_TOKENS)
@@ -110,20 +110,25 @@ template <int I, int OFFSET = 0> DEV u32 look_up(u32 v, u32 column) { return *(c
 #endif
 
 // The ring of x: [STAGES][WK * XU][TOKENS] rows of 128 bytes, 16-byte chunk c of row r in place of chunk c ^ (r % 8).
+// On Hopper each group has a ring of its own: its first warp fills a slot when all have freed it.
 #if WGMMA
-struct FeedX {
-    i32 kb, slot, step;  // of the next step of a stage: group 0's block
+DEV u32 full_barrier(u32 base, i32 slot, i32 group) { return base + BARRIERS_AT + (slot * WK + group) * 16; }
+DEV u32 free_barrier(u32 base, i32 slot, i32 group) { return full_barrier(base, slot, group) + 8; }
 
-    DEV FeedX(const Params&, i32, i32 begin) : kb(begin * KU), slot(0), step(0) {}
-};
-
-// By one warp.
-DEV void copy_x(const Params& p, const FeedX& f, u32 base, i32 token0) {
-    const u32 barrier = base + BARRIERS_AT + f.slot * 8;
+// By one warp of the group: the x of step `ahead` from the one whose first block is kb.
+DEV void fetch_x(const Params& p, u32 base, i32 token0, i32 group, i32 slot, u32 parity, i32 kb, i32 ahead) {
+    const u32 full = full_barrier(base, slot, group);
+    barrier_wait(free_barrier(base, slot, group), parity);
     if (!elected()) return;
-    barrier_expect(barrier, X_STAGE);
+    barrier_expect(full, XU * X_TILE);
+    copy_tensor(base + TABLE + slot * X_STAGE + group * (XU * X_TILE), &p.x_map, full, token0, kb + ahead / X_STEPS * (WK * KU) + ahead % X_STEPS * XU);
+}
+
+// A group's first slots, of `stages` at most.
+DEV void start_x(const Params& p, u32 base, i32 token0, i32 group, i32 kb, i32 stages) {
 #pragma unroll
-    for (int i = 0; i < WK; i++) copy_tensor(base + TABLE + f.slot * X_STAGE + i * (XU * X_TILE), &p.x_map, barrier, token0, f.kb + i * KU);
+    for (int i = 0; i < STAGES - 1; i++)
+        if (i / X_STEPS < stages) fetch_x(p, base, token0, group, i, 1, kb, i);
 }
 #else
 struct FeedX {
@@ -140,7 +145,7 @@ struct FeedX {
     }
 };
 
-DEV void copy_x(const Params& p, const FeedX& f, u32 base, i32) {
+DEV void copy_x(const Params& p, const FeedX& f, u32 base) {
     const bool valid = f.kb * 64 < p.K;
 #pragma unroll
     for (int i = 0; i < X_ROUNDS; i++)
@@ -148,14 +153,22 @@ DEV void copy_x(const Params& p, const FeedX& f, u32 base, i32) {
             cp_async16_or_zero(base + f.slot * X_STAGE + i * X_TOKENS * 128 + (f.to ^ (i * X_TOKENS % 8 * 16)),
                                valid ? f.from + f.kb * 64 + (i64)i * f.jump : p.x, valid);
 }
-#endif
 
-DEV void load_x(const Params& p, FeedX& f, u32 base, i32 token0) {
-    if (!WGMMA || __shfl_sync(0xffffffffu, threadIdx.x, 0) < 32) copy_x(p, f, base, token0);
+DEV void load_x(const Params& p, FeedX& f, u32 base) {
+    copy_x(p, f, base);
     f.step = f.step == X_STEPS - 1 ? 0 : f.step + 1;
     f.kb += f.step ? XU : WK * KU - (X_STEPS - 1) * XU;
     f.slot = f.slot == STAGES - 1 ? 0 : f.slot + 1;
 }
+
+DEV void start_x(const Params& p, FeedX& f, u32 base, i32 stages) {
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (i / X_STEPS < stages) load_x(p, f, base);
+        cp_async_commit();
+    }
+}
+#endif
 
 struct Weights {
     uint4 word[DEPTH][WINDOW][WORDS];
@@ -186,7 +199,7 @@ DEV void load_scales(const Params& p, Scales& s, i32 kb) {
     if (KIND == 0) s.plain = *(const float4*)s.from;
     if (KIND == 1) {
         s.index = *(const u32*)s.from;
-        s.outer = s.outer_from[(i64)(kb >> p.nested_shift) * 16];
+        s.outer = s.outer_from[(kb >> p.nested_shift) * 16];
     }
 }
 
@@ -288,7 +301,7 @@ DEV void blocks(Weights& w, const Scales& s, XTile x_tile, i32 lane, bool more, 
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int c = 0; c < 4; c++) acc[n][c] += (c < 2 ? scale.x : scale.y) * part[n][c];
+                for (int c = 0; c < 4; c++) acc[n][c] = __fmaf_rn(c < 2 ? scale.x : scale.y, part[n][c], acc[n][c]);
         } else {
             finish_multiply(acc);
         }
@@ -374,16 +387,6 @@ DEV void leave(const Params& p) {
     p.gate[1] = 0, p.gate[0] = epoch ? epoch : 1;
     if (!epoch)  // values of the epochs before must not be taken for those of the epochs to come
         for (i64 i = 0; i < p.shrunk_size; i++) p.shrunk[i] = 0;
-}
-
-DEV void start_x(const Params& p, FeedX& f, u32 base, i32 token0, i32 stages) {
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i < stages * X_STEPS) load_x(p, f, base, token0);
-#if !WGMMA
-        cp_async_commit();
-#endif
-    }
 }
 
 // A unit: 16 ranks of up to 8 rows of an item, over one part of the inputs, which the block's warps share. Ranks are
@@ -614,20 +617,26 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     if (LORA)
         for (i32 i = threadIdx.x; i < min(TOKENS, p.M - token0) * 6; i += THREADS) cp_async16(smem_addr(smem) + ROW_LORA + i * 16, (const uint4*)(p.rows + (i64)token0 * 3) + i);
     cp_async_commit();
-    FeedX f(p, token0, begin);
     const u32 base = smem_addr(smem);
 #if WGMMA
+    const i32 loops = mine, feeds = wr == 0 && (warp & 3) == 0 ? mine : 0;  // stages whose x this warp fetches
+#define START_X() start_x(p, base, token0, wk, kb, feeds)
     if ((base & 0xffffff) != SMEM_START) __trap();
     if (threadIdx.x == 0) {
 #pragma unroll
-        for (int i = 0; i < STAGES; i++) barrier_init(base + BARRIERS_AT + i * 8);
+        for (int i = 0; i < STAGES * WK; i++) barrier_init(full_barrier(base, 0, i), 1), barrier_init(free_barrier(base, 0, i), WR * 4);
         barrier_init_done();
     }
+    __syncthreads();
+#else
+    const i32 loops = stages, feeds = stages;
+    FeedX f(p, token0, begin);
+#define START_X() start_x(p, f, base, feeds)
 #endif
     grid_wait();
     u32 epoch = 0;
     if (LORA && threadIdx.x == 0) epoch = read_epoch(p);
-    if (!works) start_x(p, f, base, token0, stages);
+    if (!works) START_X();
     if (LORA && threadIdx.x == 0) *(u32*)(smem + EPOCH_AT) = epoch;
     if (works) {
         i32 next = block;
@@ -646,7 +655,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
         async_after_generic();
 #endif
         __syncthreads();
-        start_x(p, f, base, token0, stages);
+        START_X();
     }
     float acc[NT][4], part[NT][4];
 #pragma unroll
@@ -660,32 +669,32 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     u32 phase = 0;
     u32 a[4][4], b[4][4];
 #pragma unroll 1
-    for (int i = 0; i < stages; i++) {
+    for (int i = 0; i < loops; i++) {
         const bool more = i + DEPTH < mine;
         const Scales now = s;
-        kb += WK * KU, s.from += WK * KU * (KIND == 0 ? 64 : 16);
+        kb = (begin + wk + (i + 1) * WK) * KU, s.from += WK * KU * (KIND == 0 ? 64 : 16);
         if (NF4_KIND && i + 1 < mine) load_scales(p, s, kb);
 #pragma unroll
         for (int step = 0; step < X_STEPS; step++) {
-#if !WGMMA
+            const bool feed = i + (step + STAGES - 1) / X_STEPS < feeds;
+#if WGMMA
+            if (feed) fetch_x(p, base, token0, wk, slot ? slot - 1 : STAGES - 1, slot ? phase : phase ^ 1, kb - WK * KU, step + STAGES - 1);
+            barrier_wait(full_barrier(base, slot, wk), phase);
+            const XTile x_tile = x_group + slot * (X_STAGE / 16);
+#else
             cp_async_wait<STAGES - 2>();
-#endif
             __syncthreads();  // all are done with the slot that is filled now
-            if (i * X_STEPS + step + STAGES - 1 < stages * X_STEPS) load_x(p, f, base, token0);
-#if WGMMA
-            barrier_wait(base + BARRIERS_AT + slot * 8, phase);
-#else
+            if (feed) load_x(p, f, base);
             cp_async_commit();
+            const XTile x_tile = x_group + slot * X_STAGE;
 #endif
-            if (i < mine) {
-#if WGMMA
-                const XTile x_tile = x_group + slot * (X_STAGE / 16);
-#else
-                const XTile x_tile = x_group + slot * X_STAGE;
-#endif
+            if (WGMMA || i < mine) {
                 if (DEPTH == 1 || i % 2 == 0) stage_step<0>(w, now, x_tile, lane, step, more, a, b, part, acc);
                 else stage_step<DEPTH - 1>(w, now, x_tile, lane, step, more, a, b, part, acc);
             }
+#if WGMMA
+            if (lane == 0) barrier_arrive(free_barrier(base, slot, wk));
+#endif
             slot = slot == STAGES - 1 ? 0 : slot + 1;
             phase ^= slot == 0;
         }
