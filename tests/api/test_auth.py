@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from loriner.api.access import is_loopback
 from loriner.api.app import build_app
-from loriner.api.auth import is_loopback
 from loriner.config import ServerConfig
 from loriner.errors import ConfigError
 from tests.api.conftest import Client

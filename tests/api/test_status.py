@@ -8,7 +8,8 @@ import json
 import pytest
 
 from loriner import errors
-from loriner.api.status import INTERNAL, TABLE, error_body, error_response, row_of
+from loriner.api.responses import error_response
+from loriner.api.status import INTERNAL, TABLE, error_body, row_of
 
 ALL = [
     cls

@@ -21,11 +21,12 @@ from starlette.responses import Response
 
 from loriner.adapters.names import show
 from loriner.api import body, upload
-from loriner.api.auth import GuardedRoute, Right
+from loriner.api.access import Right
+from loriner.api.auth import GuardedRoute
 from loriner.api.metrics import Metrics
+from loriner.api.responses import json_response
 from loriner.api.schema import MAX_NAME_CHARS, Body
 from loriner.api.sources import Sources
-from loriner.api.status import json_response
 from loriner.config import ServerConfig
 from loriner.errors import AdapterNotFoundError, InvalidRequestError, OverloadedError
 

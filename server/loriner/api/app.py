@@ -20,12 +20,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loriner.api.access import Access, check_binding
 from loriner.api.admin import AdminDoor
-from loriner.api.auth import Guard, Keys, check_binding
+from loriner.api.auth import Guard
 from loriner.api.metrics import CLIENT_CLOSED, Metrics
 from loriner.api.openai import OpenAIDoor
 from loriner.api.probes import Probes
-from loriner.api.status import error_response, http_error_response, row_of
+from loriner.api.responses import error_response, http_error_response
+from loriner.api.status import row_of
 from loriner.config import ServerConfig
 from loriner.errors import LorinerError
 
@@ -46,12 +48,12 @@ def build_app(service: Service, config: ServerConfig) -> Starlette:
         *AdminDoor(service, metrics, config).routes(),
         *Probes(service, metrics).routes(),
     ]
-    keys = Keys(config.api_key, config.admin_key)
+    access = Access(config.api_key, config.admin_key)
     app = Starlette(
         routes=routes,
         middleware=[
             Middleware(RequestContext, metrics=metrics),
-            Middleware(Guard, routes=routes, keys=keys, host=config.host),
+            Middleware(Guard, routes=routes, access=access, host=config.host),
         ],
         exception_handlers={
             LorinerError: _answer_error,

@@ -1,16 +1,11 @@
-"""Who may call what: the right each route needs, the keys, and the guard in front of every route.
+"""The guard in front of every HTTP route: finds the right that the route needs, asks `access`.
 
-Knows nothing of tenants yet. Decides on the matched route of `scope["path"]`, never on a URL
-rebuilt from headers. Invariant: a path without a route of its own still needs a key, whatever the
-method.
+Decides on the matched route of `scope["path"]`, never on a URL rebuilt from headers. Invariant: a
+path without a route of its own still needs a key, whatever the method.
 """
 
 from __future__ import annotations
 
-import enum
-import hashlib
-import hmac
-import ipaddress
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,17 +14,9 @@ from starlette.datastructures import Headers
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loriner.api.status import error_response
-from loriner.config import ServerConfig
-from loriner.errors import AuthenticationError, ConfigError, LorinerError, PermissionDeniedError
-
-
-class Right(enum.Enum):
-    """What a caller must be allowed to do."""
-
-    OPEN = "open"  # probes
-    INFER = "infer"
-    ADMIN = "admin"
+from loriner.api.access import Access, Right, bearer
+from loriner.api.responses import error_response
+from loriner.errors import LorinerError, PermissionDeniedError
 
 
 class GuardedRoute(Route):
@@ -42,60 +29,15 @@ class GuardedRoute(Route):
         self.right = right
 
 
-def check_binding(config: ServerConfig) -> None:
-    """Raises ConfigError when the server would listen to the network without a key."""
-    if not config.api_key and not is_loopback(config.host):
-        raise ConfigError(
-            f"host {config.host!r} can be reached by others and no key is configured: set api_key "
-            "(LORINER_API_KEY), or listen on 127.0.0.1."
-        )
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-class Keys:
-    """The configured keys, as digests. `admin_key` defaults to `api_key`."""
-
-    def __init__(self, api_key: str, admin_key: str) -> None:
-        self._infer = _digest(api_key) if api_key else None
-        self._admin = _digest(admin_key or api_key) if admin_key or api_key else None
-
-    def needed_for(self, right: Right) -> bool:
-        configured = {Right.OPEN: None, Right.INFER: self._infer, Right.ADMIN: self._admin}
-        return configured[right] is not None
-
-    def check(self, right: Right, token: str | None) -> None:
-        """Raises AuthenticationError or PermissionDeniedError. Compares every key, always."""
-        if token is None:
-            raise AuthenticationError(
-                "You didn't provide an API key. Send it in an Authorization header: "
-                "`Authorization: Bearer YOUR_KEY`."
-            )
-        given = _digest(token)
-        is_infer = hmac.compare_digest(given, self._infer or b"")
-        is_admin = hmac.compare_digest(given, self._admin or b"")
-        if not (is_infer or is_admin):
-            raise AuthenticationError("Incorrect API key provided.")
-        if right is Right.ADMIN and not is_admin:
-            raise PermissionDeniedError("This API key may not use the admin endpoints.")
-
-
 class Guard:
     """ASGI middleware: lets a request through to the routes, or answers 401 or 403."""
 
     def __init__(
-        self, app: ASGIApp, *, routes: Sequence[GuardedRoute], keys: Keys, host: str
+        self, app: ASGIApp, *, routes: Sequence[GuardedRoute], access: Access, host: str
     ) -> None:
         self._app = app
         self._routes = tuple(routes)
-        self._keys = keys
+        self._access = access
         self._hosts = {"localhost", "127.0.0.1", "::1", host.strip("[]").lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,13 +56,11 @@ class Guard:
         route = self._match(scope)
         right = Right.INFER if route is None else route.right
         scope["state"]["route"] = "unmatched" if route is None else route.path
-        scope["state"]["tenant"] = "default"
-        if right is Right.OPEN:
-            return
         headers = Headers(scope=scope)
-        if self._keys.needed_for(right):
-            self._keys.check(right, _bearer(headers))
-        else:
+        scope["state"]["caller"] = self._access.admit(
+            right, bearer(headers.getlist("authorization"))
+        )
+        if right is not Right.OPEN and not self._access.needs_key(right):
             self._check_local(headers)
 
     def _match(self, scope: Scope) -> GuardedRoute | None:
@@ -140,16 +80,6 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and _origin_name(origin) not in self._hosts:
             raise PermissionDeniedError("Without an API key requests from other sites are refused.")
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def _bearer(headers: Headers) -> str | None:
-    values = headers.getlist("authorization")
-    scheme, _, token = values[0].partition(" ") if len(values) == 1 else ("", "", "")
-    return token.strip() if scheme.lower() == "bearer" and token.strip() else None
 
 
 def _host_name(host: str) -> str:

@@ -1,6 +1,6 @@
 """OpenAI's endpoints: chat completions, completions, models.
 
-Parses, builds a `Job`, hands it to `Answering`. Knows no engine and no wire format of its own.
+Parses, asks for a `Job`, hands it to `Answering`. Knows no engine and no wire format of its own.
 Invariant: every error is raised before the first byte or goes through `Answering`.
 """
 
@@ -13,14 +13,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loriner.adapters.names import show
-from loriner.api import body, prompts, shapes
-from loriner.api.answering import Answering, Job, Reply
-from loriner.api.auth import GuardedRoute, Right
+from loriner.api import body, shapes
+from loriner.api.access import Caller, Right
+from loriner.api.answering import Answering, Look, Reply
+from loriner.api.auth import GuardedRoute
 from loriner.api.formats import ChatFormat, TextFormat
+from loriner.api.inference import chat_job, text_job
 from loriner.api.metrics import Metrics
+from loriner.api.responses import json_response
 from loriner.api.schema import ChatBody, CompletionBody
 from loriner.api.selection import choose, public_name
-from loriner.api.status import json_response
 from loriner.errors import AdapterNotFoundError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -47,37 +49,15 @@ class OpenAIDoor:
 
     async def chat(self, request: Request) -> Reply:
         chat = await body.parse(request, ChatBody, self._max_body_bytes)
-        sampling = chat.sampling()
-        prompt = await prompts.from_chat(self._service, chat)
-        job = Job(
-            kind="chatcmpl",
-            prompts=[prompt],
-            prompt_param="messages",
-            sampling=sampling,
-            choice=choose(chat.model, chat.adapter, self._service.model_name),
-            body=chat,
-            tenant=request.state.tenant,
-            request_id=request.state.request_id,
-            make_format=lambda head: ChatFormat(head, prompt),
-        )
-        return Reply(lambda send: self._answering.run(job, send))
+        job = await chat_job(self._service, chat, *_asker(request))
+        look = Look(chat, lambda head: ChatFormat(head, job.prompts[0]))
+        return Reply(lambda send: self._answering.answer(job, look, send))
 
     async def complete(self, request: Request) -> Reply:
         completion = await body.parse(request, CompletionBody, self._max_body_bytes)
-        sampling = completion.sampling()
-        entries = await prompts.from_completion(self._service, completion)
-        job = Job(
-            kind="cmpl",
-            prompts=entries,
-            prompt_param="prompt",
-            sampling=sampling,
-            choice=choose(completion.model, completion.adapter, self._service.model_name),
-            body=completion,
-            tenant=request.state.tenant,
-            request_id=request.state.request_id,
-            make_format=lambda head: TextFormat(head, entries, sampling.n),
-        )
-        return Reply(lambda send: self._answering.run(job, send))
+        job = await text_job(self._service, completion, *_asker(request))
+        look = Look(completion, lambda head: TextFormat(head, job.prompts, job.sampling.n))
+        return Reply(lambda send: self._answering.answer(job, look, send))
 
     async def list_models(self, request: Request) -> Response:
         records = await asyncio.to_thread(self._service.store.list)
@@ -114,3 +94,7 @@ class OpenAIDoor:
             parent=self._service.model_name,
             max_model_len=self._service.max_model_len,
         )
+
+
+def _asker(request: Request) -> tuple[Caller, str]:
+    return request.state.caller, request.state.request_id

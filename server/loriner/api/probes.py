@@ -11,9 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loriner import __version__
-from loriner.api.auth import GuardedRoute, Right
+from loriner.api.access import Right
+from loriner.api.auth import GuardedRoute
 from loriner.api.metrics import Metrics
-from loriner.api.status import json_response
+from loriner.api.responses import json_response
 
 if TYPE_CHECKING:
     from loriner.engine.service import Service

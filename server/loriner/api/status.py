@@ -1,4 +1,4 @@
-"""How an error looks from outside: one row for each class of `loriner.errors`, and the HTTP answer.
+"""How an error looks from outside: one row for each class of `loriner.errors`.
 
 Both doors read this table and nothing else decides a status. Invariant: a body with status 5xx
 holds a fixed sentence and the request id, never `str(error)`.
@@ -6,14 +6,10 @@ holds a fixed sentence and the request id, never `str(error)`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
-
-import msgspec
-from starlette.responses import Response
 
 from loriner import errors
 
@@ -32,7 +28,7 @@ class Row:
     should_retry: bool | None = None  # None: let the client's own rule decide
 
 
-_BAD = "invalid_request_error"
+BAD = "invalid_request_error"
 _OURS = "server_error"
 
 INTERNAL = Row(500, _OURS, "internal_error", "INTERNAL", _SORRY)
@@ -42,15 +38,15 @@ TABLE: Mapping[type[errors.LorinerError], Row] = MappingProxyType(
         errors.LorinerError: INTERNAL,
         errors.ConfigError: INTERNAL,
         errors.CheckpointError: INTERNAL,
-        errors.InvalidRequestError: Row(400, _BAD, None, "INVALID_ARGUMENT"),
-        errors.ContextLengthError: Row(400, _BAD, "context_length_exceeded", "INVALID_ARGUMENT"),
-        errors.AuthenticationError: Row(401, _BAD, "invalid_api_key", "UNAUTHENTICATED"),
-        errors.PermissionDeniedError: Row(403, _BAD, "permission_denied", "PERMISSION_DENIED"),
-        errors.ModelNotFoundError: Row(404, _BAD, "model_not_found", "NOT_FOUND"),
+        errors.InvalidRequestError: Row(400, BAD, None, "INVALID_ARGUMENT"),
+        errors.ContextLengthError: Row(400, BAD, "context_length_exceeded", "INVALID_ARGUMENT"),
+        errors.AuthenticationError: Row(401, BAD, "invalid_api_key", "UNAUTHENTICATED"),
+        errors.PermissionDeniedError: Row(403, BAD, "permission_denied", "PERMISSION_DENIED"),
+        errors.ModelNotFoundError: Row(404, BAD, "model_not_found", "NOT_FOUND"),
         errors.AdapterError: INTERNAL,
-        errors.AdapterNotFoundError: Row(404, _BAD, "adapter_not_found", "NOT_FOUND"),
-        errors.InvalidAdapterError: Row(422, _BAD, "invalid_adapter", "INVALID_ARGUMENT"),
-        errors.AdapterConflictError: Row(409, _BAD, "adapter_conflict", "ABORTED", None, False),
+        errors.AdapterNotFoundError: Row(404, BAD, "adapter_not_found", "NOT_FOUND"),
+        errors.InvalidAdapterError: Row(422, BAD, "invalid_adapter", "INVALID_ARGUMENT"),
+        errors.AdapterConflictError: Row(409, BAD, "adapter_conflict", "ABORTED", None, False),
         errors.AdapterQuarantinedError: Row(
             503,
             _OURS,
@@ -59,7 +55,7 @@ TABLE: Mapping[type[errors.LorinerError], Row] = MappingProxyType(
             "The adapter's files no longer match its digest. It must be published again.",
             False,
         ),
-        errors.AdapterTooLargeError: Row(400, _BAD, "adapter_too_large", "FAILED_PRECONDITION"),
+        errors.AdapterTooLargeError: Row(400, BAD, "adapter_too_large", "FAILED_PRECONDITION"),
         errors.AdapterStoreError: Row(
             503,
             _OURS,
@@ -67,7 +63,7 @@ TABLE: Mapping[type[errors.LorinerError], Row] = MappingProxyType(
             "UNAVAILABLE",
             "The adapter store cannot use its disk now. Nothing was changed.",
         ),
-        errors.PayloadTooLargeError: Row(413, _BAD, "payload_too_large", "INVALID_ARGUMENT"),
+        errors.PayloadTooLargeError: Row(413, BAD, "payload_too_large", "INVALID_ARGUMENT"),
         errors.OverloadedError: Row(429, "rate_limit_error", "queue_full", "RESOURCE_EXHAUSTED"),
         errors.EngineError: INTERNAL,
         errors.EngineUnavailableError: Row(
@@ -83,15 +79,6 @@ TABLE: Mapping[type[errors.LorinerError], Row] = MappingProxyType(
     }
 )
 
-_HTTP_CODES: Mapping[int, str] = MappingProxyType(
-    {
-        404: "unknown_url",
-        405: "method_not_allowed",
-        408: "request_timeout",
-        415: "unsupported_media_type",
-    }
-)
-
 
 def row_of(error: BaseException) -> Row:
     """The most specific row for `error`; anything that is not ours is an internal error."""
@@ -101,14 +88,18 @@ def row_of(error: BaseException) -> Row:
     return INTERNAL
 
 
+def message_of(error: BaseException, request_id: str) -> str:
+    """What the caller may read of `error`."""
+    row = row_of(error)
+    message = str(error) if row.message is None else row.message
+    return f"{message} (request id {request_id})" if row.status >= 500 else message
+
+
 def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
     """OpenAI's `{"error": {message, type, param, code}}`; a refused upload adds its `reasons`."""
     row = row_of(error)
-    message = str(error) if row.message is None else row.message
-    if row.status >= 500:
-        message = f"{message} (request id {request_id})"
     body = {
-        "message": message,
+        "message": message_of(error, request_id),
         "type": row.type,
         "param": getattr(error, "param", None),
         "code": row.code,
@@ -116,30 +107,3 @@ def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
     if isinstance(error, errors.InvalidAdapterError):
         body["reasons"] = list(error.reasons)
     return {"error": body}
-
-
-def error_response(error: BaseException, request_id: str) -> Response:
-    row = row_of(error)
-    headers: dict[str, str] = {}
-    retry_after_s: float | None = getattr(error, "retry_after_s", None)
-    if retry_after_s is not None:
-        headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
-        headers["retry-after-ms"] = str(math.ceil(retry_after_s * 1000))
-    if row.should_retry is not None:
-        headers["x-should-retry"] = str(row.should_retry).lower()
-    if row.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    return json_response(error_body(error, request_id), row.status, headers)
-
-
-def http_error_response(status: int, message: str, headers: Mapping[str, str] | None) -> Response:
-    """The answer to what Starlette itself refuses: an unknown path, a wrong method."""
-    code = _HTTP_CODES.get(status)
-    body = {"error": {"message": message, "type": _BAD, "param": None, "code": code}}
-    return json_response(body, status, headers)
-
-
-def json_response(
-    body: object, status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
-    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")

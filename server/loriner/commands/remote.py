@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from loriner.adapters.intake import is_kept
-from loriner.api.auth import is_loopback
+from loriner.api.access import is_loopback
 from loriner.errors import ConfigError, LorinerError
 
 DEFAULT_URL = "http://127.0.0.1:8000"

@@ -68,7 +68,7 @@ def serve(
             "folder made by `loriner quantize` with --model."
         )
     log_to_stderr(logging.INFO if on_ready is None else logging.WARNING)
-    from loriner.api.auth import check_binding
+    from loriner.api.access import check_binding
     from loriner.api.server import Server
     from loriner.engine.service import Service  # brings torch, so only now
 

@@ -1,0 +1,54 @@
+"""What both doors ask for: a validated body -> a `Job` that `running` can run.
+
+Knows the schema and the Service's tokenizer; no door and no wire format. Invariant: every field of
+a body has been checked before anything is tokenised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loriner.api import prompts
+from loriner.api.access import Caller
+from loriner.api.prompts import Prompt
+from loriner.api.schema import ChatBody, CompletionBody
+from loriner.api.selection import Choice, choose
+from loriner.core import SamplingParams
+
+if TYPE_CHECKING:
+    from loriner.engine.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One validated request."""
+
+    kind: str  # "chatcmpl" or "cmpl", the prefix of its id
+    prompts: Sequence[Prompt]
+    prompt_param: str
+    sampling: SamplingParams
+    choice: Choice
+    caller: Caller
+    request_id: str
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.sampling.n
+
+
+async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id: str) -> Job:
+    """Raises InvalidRequestError, ModelNotFoundError."""
+    sampling = body.sampling()
+    choice = choose(body.model, body.adapter, service.model_name)
+    prompt = await prompts.from_chat(service, body)
+    return Job("chatcmpl", [prompt], "messages", sampling, choice, caller, request_id)
+
+
+async def text_job(service: Service, body: CompletionBody, caller: Caller, request_id: str) -> Job:
+    """Raises InvalidRequestError, ModelNotFoundError."""
+    sampling = body.sampling()
+    choice = choose(body.model, body.adapter, service.model_name)
+    entries = await prompts.from_completion(service, body)
+    return Job("cmpl", entries, "prompt", sampling, choice, caller, request_id)

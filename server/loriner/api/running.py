@@ -1,0 +1,165 @@
+"""Runs one inference job for a door: start, first event, all events, close.
+
+Knows the Service's `generate`; nothing of chat or text, and no door. Invariant: whatever ends the
+job (finish, error, disconnect, deadline, shutdown), every Generation it opened is closed, and a
+door gets its `Run` with the first event, so that an error before it still has a status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from loriner.api.inference import Job
+from loriner.api.metrics import Metrics, RequestMeter
+from loriner.api.prompts import Prompt
+from loriner.api.selection import public_name
+from loriner.core import Event, FinishReason
+from loriner.errors import AdapterNotFoundError, EngineFailedError, EngineUnavailableError
+
+if TYPE_CHECKING:
+    from loriner.adapters.records import AdapterRecord
+    from loriner.engine.generation import Generation
+    from loriner.engine.service import Service
+
+Numbered = tuple[int, Event]  # with the prompt's or the choice's index
+
+
+class Runner:
+    """Starts generations for both doors."""
+
+    def __init__(self, service: Service, metrics: Metrics) -> None:
+        self._service = service
+        self._metrics = metrics
+
+    @asynccontextmanager
+    async def run(self, job: Job) -> AsyncIterator[Run]:
+        """The job, with its first event here. Raises LorinerError before that."""
+        with self._metrics.request(job.kind) as meter:
+            async with AsyncExitStack() as stack:
+                generations, answer_id = [], f"{job.kind}-{uuid.uuid4().hex}"
+                for i, prompt in enumerate(job.prompts):
+                    generation = await self._admit(job, prompt, f"{answer_id}-{i}")
+                    stack.push_async_callback(generation.close)
+                    generations.append(generation)
+                record = generations[0].record
+                name = "" if record is None else public_name(record)
+                digest = "" if record is None else record.generation
+                meter.admitted(name, digest, sum(len(prompt.ids) for prompt in job.prompts))
+                events = await stack.enter_async_context(aclosing(_merge(generations)))
+                first = await anext(events, None)
+                if first is None:
+                    raise EngineFailedError("The engine answered nothing.")
+                _raise_if_aborted(first[1])
+                yield Run(job, answer_id, record, first, events, meter)
+
+    async def _admit(self, job: Job, prompt: Prompt, request_id: str) -> Generation:
+        try:
+            return await self._service.generate(
+                prompt.ids,
+                job.sampling,
+                adapter=job.choice.name,
+                request_id=request_id,
+                tenant=job.caller.tenant,
+                prompt_param=job.prompt_param,
+            )
+        except AdapterNotFoundError:
+            raise job.choice.not_found() from None
+
+
+class Run:
+    """One job while it runs: its merged events and what they add up to."""
+
+    def __init__(
+        self,
+        job: Job,
+        answer_id: str,
+        record: AdapterRecord | None,
+        first: Numbered,
+        events: AsyncGenerator[Numbered, None],
+        meter: RequestMeter,
+    ) -> None:
+        self.job = job
+        self.answer_id = answer_id
+        self.record = record  # of the adapter; None for the base
+        self.created = int(time.time())
+        self.cold_start = first[1].cold_start
+        self.meter = meter
+        self._first, self._rest = first, events
+        self._cached_tokens = [0] * len(job.prompts)
+        self._output_tokens = [0] * job.num_choices
+
+    @property
+    def generation(self) -> str | None:
+        """The digest that answers; None for the base."""
+        return None if self.record is None else self.record.generation
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.job.prompts)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts, found in the KV cache so far."""
+        return sum(self._cached_tokens)
+
+    @property
+    def output_tokens(self) -> int:
+        """So far."""
+        return sum(self._output_tokens)
+
+    async def events(self) -> AsyncIterator[Numbered]:
+        """(choice index, event), counted; raises when an event says that its sequence failed."""
+        yield self._count(*self._first)
+        async for prompt, event in self._rest:
+            yield self._count(prompt, event)
+
+    def _count(self, prompt: int, event: Event) -> Numbered:
+        _raise_if_aborted(event)
+        index = prompt * self.job.sampling.n + event.index
+        if event.index == 0:  # other choices find the first one's prompt in the cache
+            self._cached_tokens[prompt] = event.num_cached_tokens
+        self._output_tokens[index] = event.num_output_tokens
+        self.meter.event(index, event)
+        return index, event
+
+
+async def _merge(generations: Sequence[Generation]) -> AsyncGenerator[Numbered, None]:
+    """(prompt index, event) of all generations, in the order in which they arrive."""
+    if len(generations) == 1:
+        async for event in generations[0]:
+            yield 0, event
+        return
+    queue: asyncio.Queue[Numbered | asyncio.Task[None]] = asyncio.Queue()
+    pumps = [asyncio.create_task(_pump(i, g, queue)) for i, g in enumerate(generations)]
+    for pump in pumps:
+        pump.add_done_callback(queue.put_nowait)
+    try:
+        num_open = len(pumps)
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, asyncio.Task):
+                item.result()
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(
+    prompt: int, generation: Generation, queue: asyncio.Queue[Numbered | asyncio.Task[None]]
+) -> None:
+    async for event in generation:
+        queue.put_nowait((prompt, event))
+
+
+def _raise_if_aborted(event: Event) -> None:
+    if event.finish_reason is FinishReason.ABORT:
+        raise EngineUnavailableError("The request was stopped because the engine stops.")
