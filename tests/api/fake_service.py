@@ -96,8 +96,9 @@ class FakeStore:
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
             yield Path(folder)
 
-    def list(self, *, all_states: bool = False) -> list[FakeRecord]:
-        return sorted(self.records.values(), key=lambda record: record.name)
+    def list(self, tenant: str | None = None, *, all_states: bool = False) -> list[FakeRecord]:
+        found = sorted(self.records.values(), key=lambda record: record.name)
+        return [record for record in found if tenant in (None, record.name.partition("/")[0])]
 
     def history(self, name: str) -> list[FakeRecord]:
         return [self.resolve(name)]

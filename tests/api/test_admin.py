@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from loriner.api import admin
+from loriner.api import adapters
 from loriner.core import EngineStats
 from tests.api.conftest import Client
 from tests.api.fake_service import FakeService, resident
@@ -213,7 +213,7 @@ def test_a_large_text_file_is_413(client: TestClient, service: FakeService) -> N
 
 
 def test_uploads_in_flight_are_bounded(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin, "MAX_UPLOADS", 0)
+    monkeypatch.setattr(adapters, "MAX_UPLOADS", 0)
     response = publish(client)
 
     assert response.status_code == 429

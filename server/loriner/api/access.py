@@ -12,9 +12,14 @@ import hmac
 import ipaddress
 from dataclasses import dataclass
 
-from loriner.adapters.names import DEFAULT_TENANT
+from loriner.adapters.names import DEFAULT_TENANT, is_digest, show
 from loriner.config import ServerConfig
-from loriner.errors import AuthenticationError, ConfigError, PermissionDeniedError
+from loriner.errors import (
+    AdapterNotFoundError,
+    AuthenticationError,
+    ConfigError,
+    PermissionDeniedError,
+)
 
 
 class Right(enum.Enum):
@@ -31,9 +36,27 @@ class Caller:
 
     name: str  # of the key, for logs
     tenant: str
+    is_operator: bool  # reaches every tenant's adapters
+
+    @property
+    def own_tenant(self) -> str | None:
+        """Whose adapters the caller sees; None: everybody's."""
+        return None if self.is_operator else self.tenant
+
+    def reach(self, name: str, param: str = "adapter") -> str:
+        """`name` as the store knows it: a bare one is of the caller's own tenant.
+
+        Raises AdapterNotFoundError for what only another tenant may see.
+        """
+        tenant, slash, _ = name.partition("/")
+        if not slash and not is_digest(name):
+            return name if self.tenant == DEFAULT_TENANT else f"{self.tenant}/{name}"
+        if slash and not self.is_operator and tenant != self.tenant:
+            raise AdapterNotFoundError(show(name), param)
+        return name
 
 
-LOCAL = Caller("local", DEFAULT_TENANT)
+LOCAL = Caller("local", DEFAULT_TENANT, is_operator=True)
 
 
 class Access:
@@ -63,7 +86,7 @@ class Access:
             raise AuthenticationError("Incorrect API key provided.")
         if right is Right.ADMIN and not is_admin:
             raise PermissionDeniedError("This API key may not use the admin endpoints.")
-        return Caller("admin_key" if is_admin else "api_key", DEFAULT_TENANT)
+        return Caller("admin_key" if is_admin else "api_key", DEFAULT_TENANT, is_operator=True)
 
 
 def bearer(values: list[str]) -> str | None:

@@ -18,7 +18,6 @@ from starlette.types import Receive, Scope, Send
 from loriner.api import shapes, sse
 from loriner.api.formats import Format, Gathered, Head
 from loriner.api.inference import Job
-from loriner.api.metrics import Metrics
 from loriner.api.running import Run, Runner
 from loriner.api.schema import SamplingBody
 from loriner.api.status import error_body, row_of
@@ -80,9 +79,9 @@ async def _disconnect(receive: Receive) -> None:
 class Answering:
     """Writes the answers of all inference endpoints."""
 
-    def __init__(self, service: Service, metrics: Metrics) -> None:
+    def __init__(self, service: Service, runner: Runner) -> None:
         self._service = service
-        self._runner = Runner(service, metrics)
+        self._runner = runner
 
     async def answer(self, job: Job, look: Look, send: Send) -> None:
         """Raises LorinerError as long as nothing was sent."""

@@ -20,13 +20,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loriner.api.access import Access, check_binding
 from loriner.api.admin import AdminDoor
 from loriner.api.auth import Guard
 from loriner.api.metrics import CLIENT_CLOSED, Metrics
 from loriner.api.openai import OpenAIDoor
 from loriner.api.probes import Probes
 from loriner.api.responses import error_response, http_error_response
+from loriner.api.shared import Shared, share
 from loriner.api.status import row_of
 from loriner.config import ServerConfig
 from loriner.errors import LorinerError
@@ -39,21 +39,20 @@ logger = logging.getLogger("loriner.api")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
-def build_app(service: Service, config: ServerConfig) -> Starlette:
+def build_app(service: Service, config: ServerConfig, shared: Shared | None = None) -> Starlette:
     """The whole HTTP door. Raises ConfigError when `config` would serve a network without a key."""
-    check_binding(config)
-    metrics = Metrics(service)
+    shared = shared or share(service, config)
+    metrics = shared.metrics
     routes = [
-        *OpenAIDoor(service, metrics, config.max_body_bytes).routes(),
-        *AdminDoor(service, metrics, config).routes(),
+        *OpenAIDoor(shared).routes(),
+        *AdminDoor(shared.adapters, config).routes(),
         *Probes(service, metrics).routes(),
     ]
-    access = Access(config.api_key, config.admin_key)
     app = Starlette(
         routes=routes,
         middleware=[
             Middleware(RequestContext, metrics=metrics),
-            Middleware(Guard, routes=routes, access=access, host=config.host),
+            Middleware(Guard, routes=routes, access=shared.access, host=config.host),
         ],
         exception_handlers={
             LorinerError: _answer_error,

@@ -19,24 +19,23 @@ from loriner.api.answering import Answering, Look, Reply
 from loriner.api.auth import GuardedRoute
 from loriner.api.formats import ChatFormat, TextFormat
 from loriner.api.inference import chat_job, text_job
-from loriner.api.metrics import Metrics
 from loriner.api.responses import json_response
 from loriner.api.schema import ChatBody, CompletionBody
 from loriner.api.selection import choose, public_name
+from loriner.api.shared import Shared
 from loriner.errors import AdapterNotFoundError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from loriner.adapters.records import AdapterRecord
-    from loriner.engine.service import Service
 
 
 class OpenAIDoor:
     """Handlers and routes under /v1."""
 
-    def __init__(self, service: Service, metrics: Metrics, max_body_bytes: int) -> None:
-        self._service = service
-        self._answering = Answering(service, metrics)
-        self._max_body_bytes = max_body_bytes
+    def __init__(self, shared: Shared) -> None:
+        self._service = shared.service
+        self._answering = Answering(shared.service, shared.runner)
+        self._max_body_bytes = shared.config.max_body_bytes
 
     def routes(self) -> list[GuardedRoute]:
         infer = Right.INFER
@@ -60,7 +59,8 @@ class OpenAIDoor:
         return Reply(lambda send: self._answering.answer(job, look, send))
 
     async def list_models(self, request: Request) -> Response:
-        records = await asyncio.to_thread(self._service.store.list)
+        caller = request.state.caller
+        records = await asyncio.to_thread(self._service.store.list, caller.own_tenant)
         adapters = [self._model_of(record) for record in records]
         return json_response(shapes.ModelList([self._base(), *adapters]))
 
@@ -70,7 +70,8 @@ class OpenAIDoor:
         if choice.name is None:
             return json_response(self._base())
         try:
-            record = await asyncio.to_thread(self._service.store.resolve, choice.name)
+            full = request.state.caller.reach(choice.name)
+            record = await asyncio.to_thread(self._service.store.resolve, full)
         except AdapterNotFoundError:
             raise ModelNotFoundError(show(name)) from None
         return json_response(self._model_of(record))

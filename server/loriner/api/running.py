@@ -58,11 +58,12 @@ class Runner:
                 yield Run(job, answer_id, record, first, events, meter)
 
     async def _admit(self, job: Job, prompt: Prompt, request_id: str) -> Generation:
+        name = job.choice.name
         try:
             return await self._service.generate(
                 prompt.ids,
                 job.sampling,
-                adapter=job.choice.name,
+                adapter=None if name is None else job.caller.reach(name),
                 request_id=request_id,
                 tenant=job.caller.tenant,
                 prompt_param=job.prompt_param,

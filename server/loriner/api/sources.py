@@ -15,7 +15,7 @@ from pathlib import Path
 
 from loriner.adapters.intake import Limits, unpack
 from loriner.adapters.names import show
-from loriner.api.upload import ARCHIVE
+from loriner.api.incoming import ARCHIVE
 from loriner.errors import InvalidRequestError, PermissionDeniedError
 
 

@@ -1,32 +1,28 @@
 """A multipart upload, streamed to a folder: never a file in memory, never a name of the sender's on
 disk.
 
-Knows which parts an upload has, not what is in them (`adapters.intake`). Invariant: only `ARCHIVE`
-and names that `intake.is_kept` knows are ever created, and an upload without its closing boundary
-is refused.
+Knows fields and boundaries; files are `incoming`'s. Invariant: an upload without its closing
+boundary is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from loriner.adapters.intake import WEIGHTS_NAME, Limits, is_kept
-from loriner.adapters.names import parse_name, show
+from loriner.adapters.names import parse_name
 from loriner.api.body import check_length, too_large
-from loriner.errors import InvalidRequestError, PayloadTooLargeError
+from loriner.api.incoming import Incoming
+from loriner.errors import InvalidRequestError
 
-ARCHIVE = "archive"
 FIELDS = ("name", "expected_generation")
 MAX_FIELD_BYTES = 256
 MAX_PARTS = 16
@@ -49,7 +45,7 @@ async def receive(request: Request, folder: Path, max_bytes: int) -> Upload:
     ClientDisconnect.
     """
     check_length(request, max_bytes)
-    reader = PartReader(_boundary(request), folder)
+    reader = PartReader(_boundary(request), Incoming(folder, max_bytes))
     size, pending = 0, bytearray()
     try:
         async with aclosing(request.stream()) as stream:
@@ -86,17 +82,15 @@ def _boundary(request: Request) -> bytes:
 class PartReader:
     """Feeds the multipart parser and writes what it finds. Used from one thread at a time."""
 
-    def __init__(self, boundary: bytes, folder: Path) -> None:
-        self._folder = folder
-        self._upload = Upload()
+    def __init__(self, boundary: bytes, incoming: Incoming) -> None:
+        self._incoming = incoming
+        self._upload = Upload(files=incoming.names)
         self._num_parts = 0
         self._ended = False
         self._header_name, self._header_value = b"", b""
         self._disposition = b""
         self._field: str | None = None
         self._value = bytearray()
-        self._file: BinaryIO | None = None
-        self._file_left: int | None = None  # bytes; None is bounded by the whole body alone
         try:
             self._parser = MultipartParser(
                 boundary,
@@ -126,16 +120,14 @@ class PartReader:
         return self._upload
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            if self._file is not None:
-                self._file.close()
+        self._incoming.close()
 
     def _begin(self) -> None:
         self._num_parts += 1
         if self._num_parts > MAX_PARTS:
             raise InvalidRequestError(f"The upload has more than {MAX_PARTS} parts.")
         self._disposition = b""
-        self._field, self._file = None, None
+        self._field = None
 
     def _add_header_name(self, data: bytes, start: int, end: int) -> None:
         self._header_name += data[start:end]
@@ -156,35 +148,19 @@ class PartReader:
             return
         if name in ("file", "files"):
             name = options.get(b"filename", b"").decode("utf-8", "replace")
-        if name != ARCHIVE and not is_kept(name):
-            raise InvalidRequestError(
-                f"The upload has a part `{show(name)}`; it may have {', '.join(FIELDS)}, "
-                "adapter_config.json, adapter_model.safetensors, README.md, loriner*.json, or "
-                "archive (.tar, .tar.gz, .zip).",
-                show(name),
-            )
-        if name in self._upload.files:
-            raise InvalidRequestError(f"The part `{name}` is there twice.", name)
-        self._upload.files.append(name)
-        self._file = (self._folder / name).open("xb")
-        self._file_left = None if name in (ARCHIVE, WEIGHTS_NAME) else Limits().max_text_bytes
+        self._incoming.begin(name)
 
     def _write(self, data: bytes, start: int, end: int) -> None:
-        if self._file is not None:
-            if self._file_left is not None:
-                self._file_left -= end - start
-                if self._file_left < 0:
-                    raise PayloadTooLargeError("A part other than the weights is too large.")
-            self._file.write(memoryview(data)[start:end])
+        if self._incoming.is_open:
+            self._incoming.write(memoryview(data)[start:end])
             return
         self._value += data[start:end]
         if len(self._value) > MAX_FIELD_BYTES:
             raise InvalidRequestError(f"{self._field} is too long.", self._field)
 
     def _end(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._incoming.is_open:
+            self._incoming.end()
         elif self._field is not None:
             value = self._value.decode("utf-8", "replace").strip()
             if self._upload.fields.setdefault(self._field, value) != value:

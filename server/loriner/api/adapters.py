@@ -1,0 +1,168 @@
+"""What callers do with adapters: publish, look up, move, keep and forget, through either door.
+
+Knows the store's words and no file format. Every name goes through `Caller.reach`, so that a
+foreign adapter looks absent. Invariant: an upload that is not answered with success leaves nothing
+that can be served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from loriner.adapters.names import show
+from loriner.api.access import Caller
+from loriner.api.metrics import Metrics
+from loriner.api.sources import Sources
+from loriner.config import ServerConfig
+from loriner.errors import AdapterNotFoundError, OverloadedError
+
+if TYPE_CHECKING:
+    from loriner.adapters.records import AdapterRecord, PublishReport
+    from loriner.core import GenerationStats
+    from loriner.engine.service import Service
+
+T = TypeVar("T")
+logger = logging.getLogger("loriner.admin")
+
+MAX_UPLOADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A record, and where its generation is now."""
+
+    record: AdapterRecord
+    tier: str = "disk"
+    num_running: int = 0
+    num_waiting: int = 0
+    num_loads: int = 0
+    last_load_s: float = 0.0
+
+
+class Adapters:
+    """The operations on adapters, each on behalf of a caller."""
+
+    def __init__(self, service: Service, metrics: Metrics, config: ServerConfig) -> None:
+        self._service = service
+        self._metrics = metrics
+        self._sources = Sources(service.store.staging, config.adapter_root, config.max_upload_bytes)
+        self._num_uploads = 0
+
+    @contextlib.asynccontextmanager
+    async def upload(self) -> AsyncIterator[Path]:
+        """A place among the uploads in flight: an empty folder, gone at the end."""
+        if self._num_uploads >= MAX_UPLOADS:
+            raise OverloadedError(f"{MAX_UPLOADS} uploads are in flight; try again soon.", 5.0)
+        self._num_uploads += 1
+        try:
+            async with self._sources.workspace() as folder:
+                yield folder
+        finally:
+            self._num_uploads -= 1
+
+    async def publish_files(
+        self, caller: Caller, folder: Path, files: Sequence[str], name: str, expected: str | None
+    ) -> PublishReport:
+        """Publish what an upload left in `folder`."""
+        full = caller.reach(name, "name")
+        clean = await asyncio.to_thread(self._sources.from_upload, folder, files)
+        return await self._publish(clean, full, expected, "upload")
+
+    async def publish_path(
+        self, caller: Caller, folder: Path, path: str, name: str, expected: str | None
+    ) -> PublishReport:
+        """Publish what `path` names inside the adapter root; an archive is unpacked in `folder`."""
+        full = caller.reach(name, "name")
+        clean = await asyncio.to_thread(self._sources.from_path, folder, path)
+        return await self._publish(clean, full, expected, "path")
+
+    async def _publish(
+        self, folder: Path, name: str, expected: str | None, source: str
+    ) -> PublishReport:
+        report = await self._service.publish(
+            folder, name, expected_generation=expected, source=source
+        )
+        logger.info("published %s as %s", report.name, report.generation)
+        self._metrics.names.learn(report.generation, report.name)
+        return report
+
+    async def all_of(self, caller: Caller) -> list[Placed]:
+        """By name, in whatever state."""
+        listed = self._service.store.list
+        records = await asyncio.to_thread(listed, caller.own_tenant, all_states=True)
+        where = self._where()
+        return [_place(record, where) for record in records]
+
+    async def get(self, caller: Caller, name: str) -> tuple[Placed, list[AdapterRecord]]:
+        """The adapter, and the generations that its name stood for, newest first."""
+        record = await self.record(caller, name)
+        history = await self._named(name, self._service.store.history, record.name)
+        return _place(record, self._where()), history
+
+    async def record(self, caller: Caller, name: str) -> AdapterRecord:
+        return await self._named(name, self._service.store.get, caller.reach(name, "name"))
+
+    async def set_pinned(self, caller: Caller, name: str, pinned: bool) -> AdapterRecord:
+        record = await self.record(caller, name)
+        await self._service.set_pinned(record.name, pinned)
+        return await self.record(caller, name)
+
+    async def evict(self, caller: Caller, name: str) -> AdapterRecord:
+        record = await self.record(caller, name)
+        await self._service.evict(record.name)
+        return record
+
+    async def delete(self, caller: Caller, name: str, expected: str | None) -> AdapterRecord:
+        full = caller.reach(name, "name")
+        with _naming(name):
+            record = await self._service.delete(full, expected_generation=expected)
+        logger.info("deleted %s (%s)", record.name, record.generation)
+        return record
+
+    async def set_alias(
+        self, caller: Caller, name: str, target: str, expected: str | None
+    ) -> AdapterRecord:
+        full, target = caller.reach(name, "name"), caller.reach(target, "target")
+        record = await self._service.set_alias(full, target, expected_generation=expected)
+        logger.info("alias %s now names %s", record.name, record.generation)
+        return record
+
+    def place(self, record: AdapterRecord) -> Placed:
+        """Where the record's generation is now."""
+        return _place(record, self._where())
+
+    def _where(self) -> dict[str, GenerationStats]:
+        return {entry.generation: entry for entry in self._service.stats().generations}
+
+    async def _named(self, name: str, call: Callable[..., T], *args: object) -> T:
+        with _naming(name):
+            return await asyncio.to_thread(call, *args)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """An unknown adapter is named as the caller wrote it."""
+    try:
+        yield
+    except AdapterNotFoundError:
+        raise AdapterNotFoundError(show(name), "name") from None
+
+
+def _place(record: AdapterRecord, where: dict[str, GenerationStats]) -> Placed:
+    stats = where.get(record.generation)
+    if stats is None:
+        return Placed(record)
+    return Placed(
+        record,
+        stats.tier,
+        stats.num_running,
+        stats.num_waiting,
+        stats.num_loads,
+        stats.last_load_s,
+    )

@@ -1,0 +1,41 @@
+"""What all doors of one server share: who may come in, what runs, what is counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loriner.api.access import Access, check_binding
+from loriner.api.adapters import Adapters
+from loriner.api.metrics import Metrics
+from loriner.api.running import Runner
+from loriner.config import ServerConfig
+
+if TYPE_CHECKING:
+    from loriner.engine.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """One for each server, built before its doors."""
+
+    service: Service
+    config: ServerConfig
+    metrics: Metrics
+    access: Access
+    adapters: Adapters
+    runner: Runner
+
+
+def share(service: Service, config: ServerConfig) -> Shared:
+    """Raises ConfigError when `config` would serve a network without a key."""
+    check_binding(config)
+    metrics = Metrics(service)
+    return Shared(
+        service,
+        config,
+        metrics,
+        Access(config.api_key, config.admin_key),
+        Adapters(service, metrics, config),
+        Runner(service, metrics),
+    )
