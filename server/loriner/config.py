@@ -74,6 +74,14 @@ class ServerConfig:
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
+    grpc_port: int | None = setting(
+        None, "port of the gRPC door (0: any free one; unset: none)", low=0, high=65535
+    )
+    grpc_cert: Path | None = setting(None, "PEM certificate chain of the gRPC door: turns TLS on")
+    grpc_key: Path | None = setting(None, "PEM private key of grpc_cert")
+    grpc_client_ca: Path | None = setting(
+        None, "PEM authorities; gRPC clients must then show a certificate of theirs (mTLS)"
+    )
     store: Path = setting(Path("adapters"), "folder of the adapter store")
     served_name: str = setting("", "name of the base in /v1/models (default: the folder's name)")
     api_key: str = setting("", "key that clients must send; empty only on a loopback address")
@@ -85,6 +93,10 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         _check_limits(self)
+        if (self.grpc_cert is None) != (self.grpc_key is None):
+            raise ConfigError("grpc_cert and grpc_key go together.")
+        if self.grpc_client_ca is not None and self.grpc_cert is None:
+            raise ConfigError("grpc_client_ca needs grpc_cert and grpc_key.")
 
 
 def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
@@ -179,6 +191,8 @@ def _check_limits(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         low, high = field.metadata.get("low"), field.metadata.get("high")
+        if value is None:
+            continue
         if low is not None and not value >= low:
             raise ConfigError(f"{field.name} must be at least {low}, got {value}.")
         if high is not None and value > high:

@@ -211,6 +211,10 @@ class FakeService:
     async def wait_until_ready(self) -> None:
         pass
 
+    def drain(self) -> int:
+        self.state = "draining"
+        return sum(not one.closed for one in self.open)
+
     async def stop(self, drain_s: float = 0.0) -> None:
         self.state = "draining"
         deadline = time.monotonic() + drain_s

@@ -54,6 +54,9 @@ class Metrics:
         self.responses = Counter(
             "loriner_http_responses", "HTTP responses", ["route", "status"], registry=registry
         )
+        self.calls = Counter(
+            "loriner_grpc_responses", "gRPC calls ended", ["method", "code"], registry=registry
+        )
         self.requests = Counter(
             "loriner_requests",
             "Inference requests ended",
@@ -98,6 +101,10 @@ class Metrics:
 
     def request(self, endpoint: str) -> RequestMeter:
         return RequestMeter(self, endpoint)
+
+    def count_call(self, method: str, code: str) -> None:
+        """A gRPC call has ended; `method` is empty for one that we do not have."""
+        self.calls.labels(method or "unmatched", code).inc()
 
     async def exposition(self, accept: str) -> tuple[bytes, str]:
         """(body, content type) in the format that the scraper asks for; encoded in a thread."""

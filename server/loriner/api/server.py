@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from loriner.api.app import build_app
+from loriner.api.shared import share
 from loriner.config import ServerConfig
 from loriner.errors import ConfigError
 
 if TYPE_CHECKING:
+    from loriner.api.grpc_server import GrpcServer
     from loriner.engine.service import Service
 
 MAX_HEAD_BYTES = 64 << 10  # request line and headers
@@ -43,9 +45,10 @@ class Server(uvicorn.Server):
         announce: Callable[[str], None],
         on_ready: Callable[[Server], Awaitable[None]] | None = None,
     ) -> None:
+        self._shared = share(service, config)
         super().__init__(
             uvicorn.Config(
-                build_app(service, config),
+                build_app(service, config, self._shared),
                 host=config.host,
                 port=config.port,
                 http="h11",
@@ -64,6 +67,7 @@ class Server(uvicorn.Server):
         self._announce = announce
         self._on_ready = on_ready
         self._socket: socket.socket | None = None
+        self.grpc: GrpcServer | None = None
         self._starting: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
 
@@ -93,16 +97,33 @@ class Server(uvicorn.Server):
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal. Raises ConfigError before anything is started, and what
         kept the engine from starting."""
-        super().run(sockets or [self.bind()])
+        bound = sockets or [self.bind()]
+        try:
+            super().run(bound)
+        except ConfigError:  # of a door that could not open
+            for taken in bound:
+                taken.close()
+            raise
         if self._failure is not None:
             raise self._failure
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         started = time.monotonic()
+        await self._start_grpc()
         await super().startup(sockets)
         self._announce(f"Loriner is listening on {self.url}")
+        if self.grpc is not None:
+            self._announce(f"gRPC is listening on {self.grpc.address}")
         self._starting = asyncio.create_task(self._await_engine(started))
         self._starting.add_done_callback(self._note_failure)
+
+    async def _start_grpc(self) -> None:
+        if self._settings.grpc_port is None:
+            return
+        from loriner.api.grpc_server import GrpcServer  # brings grpc, so only when asked for
+
+        self.grpc = GrpcServer(self._shared)
+        await self.grpc.start()
 
     def _note_failure(self, starting: asyncio.Task[None]) -> None:
         if not starting.cancelled() and (error := starting.exception()) is not None:
@@ -119,12 +140,16 @@ class Server(uvicorn.Server):
             self._starting.cancel()
         deadline = time.monotonic() + self._settings.shutdown_s
         logger.info("draining: running requests have %.0f s", self._settings.shutdown_s)
+        if self.grpc is not None:
+            await self.grpc.say_stopping()
         await self._drain()
         # since Python 3.12 a closed server also waits for its connections, forced or not
         left_s = 0.0 if self.force_exit else deadline - time.monotonic()
         self.config.timeout_graceful_shutdown = math.ceil(
             min(max(left_s, LAST_WORDS_S), 5 * LAST_WORDS_S)
         )
+        if self.grpc is not None:
+            await self.grpc.stop(self.config.timeout_graceful_shutdown)
         await super().shutdown(sockets)
 
     async def _drain(self) -> None:

@@ -73,6 +73,11 @@ class Service:
                 self._engine.failure or "The engine failed to start."
             )
 
+    def drain(self) -> int:
+        """Refuse new requests from now on; how many are under way."""
+        self._draining = True
+        return len(self._open)
+
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `drain_s` seconds, then end the engine."""
         if self._engine.state == "stopped":

@@ -1,0 +1,119 @@
+"""Protos -> the bodies that HTTP's JSON is validated as; names of those -> fields of protos.
+
+Checks nothing itself: what is set is passed on, what is unset keeps the schema's default.
+Invariant: a refusal names the field as the proto has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from loriner.api.schema import ChatBody, CompletionBody
+from loriner.api.validation import M, validate
+from loriner.errors import InvalidRequestError, LorinerError
+from loriner_proto.v1 import inference_pb2 as pb
+
+_ON_LOOP_BYTES = 64 << 10  # larger messages are validated in a thread
+_SAMPLING = frozenset(field.name for field in pb.SamplingParams.DESCRIPTOR.fields)
+_RENAMED = {"top_logprobs": "logprobs", "max_completion_tokens": "max_tokens"}
+_ROLES = {
+    pb.ROLE_SYSTEM: "system",
+    pb.ROLE_DEVELOPER: "developer",
+    pb.ROLE_USER: "user",
+    pb.ROLE_ASSISTANT: "assistant",
+    pb.ROLE_TOOL: "tool",
+}
+
+
+@contextmanager
+def named_as_in_proto(prefix: str = "") -> Iterator[None]:
+    """Within it, errors name fields by their path in the message; `prefix` is where that lies."""
+    try:
+        yield
+    except LorinerError as error:
+        param = getattr(error, "param", None)
+        if isinstance(param, str):
+            error.param = prefix + _path(param)  # type: ignore[attr-defined]
+        raise
+
+
+def _path(param: str) -> str:
+    head = re.split(r"[.\[]", param, maxsplit=1)[0]
+    renamed = _RENAMED.get(head, head)
+    if renamed in _SAMPLING:
+        return f"sampling.{renamed}{param[len(head) :]}"
+    return re.sub(r"(tool_calls\[\d+\])\.function\b", r"\1", param)
+
+
+async def chat_body(request: pb.ChatRequest) -> ChatBody:
+    """Raises InvalidRequestError, in JSON's names."""
+    return await _validated(ChatBody, _chat(request), request.ByteSize())
+
+
+async def completion_body(request: pb.GenerateRequest) -> CompletionBody:
+    """Raises InvalidRequestError, in JSON's names."""
+    data = _set(request, "model", "adapter", "add_special_tokens")
+    if request.HasField("text"):
+        data["prompt"] = request.text
+    elif request.HasField("token_ids"):
+        data["prompt"] = list(request.token_ids.ids)
+    data |= _sampling(request.sampling)
+    return await _validated(CompletionBody, data, request.ByteSize())
+
+
+async def text_body(request: pb.TokenizeRequest) -> CompletionBody:
+    """A text to be tokenised as /v1/completions would. Raises InvalidRequestError."""
+    if not request.HasField("text"):
+        raise InvalidRequestError("Missing required parameter: 'text' or 'chat'.", "input")
+    data = {"prompt": request.text, **_set(request, "add_special_tokens")}
+    return await _validated(CompletionBody, data, request.ByteSize())
+
+
+async def _validated(model: type[M], data: dict[str, Any], size: int) -> M:
+    if size <= _ON_LOOP_BYTES:
+        return validate(model, data)
+    return await asyncio.to_thread(validate, model, data)
+
+
+def _chat(request: pb.ChatRequest) -> dict[str, Any]:
+    names = ("model", "adapter", "add_generation_prompt", "continue_final_message")
+    data = {**_set(request, *names), **_sampling(request.sampling)}
+    data["messages"] = [_message(message) for message in request.messages]
+    if request.chat_template_kwargs:
+        data["chat_template_kwargs"] = {
+            key: getattr(value, value.WhichOneof("value") or "", None)
+            for key, value in request.chat_template_kwargs.items()
+        }
+    if "logprobs" in data:
+        data |= {"logprobs": True, "top_logprobs": data["logprobs"]}
+    return data
+
+
+def _sampling(params: pb.SamplingParams) -> dict[str, Any]:
+    data: dict[str, Any] = {field.name: value for field, value in params.ListFields()}
+    if "logit_bias" in data:
+        data["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
+    for name in ("stop", "stop_token_ids"):
+        if name in data:
+            data[name] = list(data[name])
+    return data
+
+
+def _message(message: pb.Message) -> dict[str, Any]:
+    data = {"role": _ROLES.get(message.role, ""), **_set(message, "content", "name")}
+    data |= _set(message, "tool_call_id")
+    if message.tool_calls:
+        data["tool_calls"] = [
+            {"id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return data
+
+
+def _set(message: Any, *names: str) -> dict[str, Any]:
+    """The optional fields of these names that are set."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
