@@ -379,3 +379,17 @@ def test_preconditions_reach_the_store(
     client.delete(f"{PATH}/pirate", headers=headers)
 
     assert seen == [expected]
+
+
+def test_status_tells_how_the_server_stands(client: TestClient) -> None:
+    answer = client.get("/admin/status").json()
+
+    assert (answer["state"], answer["model"], answer["max_model_len"]) == ("ready", "tiny", 512)
+    assert (answer["num_blocks"], answer["num_free_blocks"]) == (10, 4)
+
+
+def test_a_drain_refuses_what_is_new(client: TestClient) -> None:
+    assert client.post("/admin/drain").json() == {"num_open": 0}
+    turn = {"messages": [{"role": "user", "content": "hi"}]}
+    assert client.post("/v1/chat/completions", json=turn).status_code == 503
+    assert client.get("/ready").status_code == 503

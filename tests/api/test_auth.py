@@ -17,7 +17,17 @@ from tests.api.fake_service import FakeService
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
 OPEN = ("/health", "/ready", "/ping", "/version")
-INFER = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/pirate", "/metrics")
+INFER = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/v1/models/pirate",
+    "/metrics",
+    "/tokenize",
+    "/v1/tokenize",
+    "/detokenize",
+    "/v1/detokenize",
+)
 ADMIN = (
     "/admin/adapters",
     "/admin/adapters/pirate",
@@ -26,6 +36,8 @@ ADMIN = (
     "/admin/adapters/pirate/unpin",
     "/admin/adapters/pirate/evict",
     "/admin/aliases/x",
+    "/admin/status",
+    "/admin/drain",
 )
 NOWHERE = ("/", "/v1", "/admin", "/nope", "//admin/adapters", "/admin/../v1/models", "/V1/models")
 

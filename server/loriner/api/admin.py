@@ -17,11 +17,12 @@ from starlette.responses import Response
 
 from loriner.api import body, upload
 from loriner.api.access import Caller, Right
-from loriner.api.adapters import Adapters, Placed
+from loriner.api.adapters import Placed
 from loriner.api.auth import GuardedRoute
 from loriner.api.responses import json_response
 from loriner.api.schema import MAX_NAME_CHARS, Body
-from loriner.config import ServerConfig
+from loriner.api.shared import Shared
+from loriner.api.standing import status_of
 from loriner.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ class AliasBody(Body):
 class AdminDoor:
     """Handlers and routes under /admin."""
 
-    def __init__(self, adapters: Adapters, config: ServerConfig) -> None:
-        self._adapters = adapters
-        self._config = config
+    def __init__(self, shared: Shared) -> None:
+        self._service = shared.service
+        self._adapters = shared.adapters
+        self._config = shared.config
 
     def routes(self) -> list[GuardedRoute]:
         def route(path: str, method: str, endpoint: Callable[..., Any]) -> GuardedRoute:
@@ -67,6 +69,8 @@ class AdminDoor:
             route(one, "GET", self.inspect),
             route(one, "DELETE", self.delete),
             route("/admin/aliases/{name:path}", "PUT", self.set_alias),
+            route("/admin/status", "GET", self.status),
+            route("/admin/drain", "POST", self.drain),
         ]
 
     async def publish(self, request: Request) -> Response:
@@ -122,6 +126,12 @@ class AdminDoor:
         expected = _expected(request, asked.expected_generation)
         record = await self._adapters.set_alias(*_asked(request), asked.target, expected)
         return json_response(record, headers={"etag": f'"{record.generation}"'})
+
+    async def status(self, request: Request) -> Response:
+        return json_response(status_of(self._service))
+
+    async def drain(self, request: Request) -> Response:
+        return json_response({"num_open": self._service.drain()})
 
 
 def _asked(request: Request) -> tuple[Caller, str]:

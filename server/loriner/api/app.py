@@ -28,6 +28,7 @@ from loriner.api.probes import Probes
 from loriner.api.responses import error_response, http_error_response
 from loriner.api.shared import Shared, share
 from loriner.api.status import row_of
+from loriner.api.tokens import TokenDoor
 from loriner.config import ServerConfig
 from loriner.errors import LorinerError
 
@@ -45,7 +46,8 @@ def build_app(service: Service, config: ServerConfig, shared: Shared | None = No
     metrics = shared.metrics
     routes = [
         *OpenAIDoor(shared).routes(),
-        *AdminDoor(shared.adapters, config).routes(),
+        *TokenDoor(shared).routes(),
+        *AdminDoor(shared).routes(),
         *Probes(service, metrics).routes(),
     ]
     app = Starlette(

@@ -15,10 +15,11 @@ from loriner.api import grpc_answers, prompts
 from loriner.api.formats import Gathered
 from loriner.api.grpc_errors import REQUEST_ID_KEY
 from loriner.api.grpc_guard import current_call
-from loriner.api.grpc_requests import chat_body, completion_body, named_as_in_proto, text_body
+from loriner.api.grpc_requests import chat_body, completion_body, named_as_in_proto
 from loriner.api.inference import Job, chat_job, text_job
 from loriner.api.running import Run
 from loriner.api.shared import Shared
+from loriner.errors import InvalidRequestError
 from loriner_proto.v1 import inference_pb2 as pb
 from loriner_proto.v1 import inference_pb2_grpc
 
@@ -67,10 +68,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             with named_as_in_proto("chat."):
                 chat = await chat_body(request.chat)
                 return (await prompts.from_chat(self._service, chat)).ids
-        with named_as_in_proto():
-            text = await text_body(request)
-            (prompt,) = await prompts.from_completion(self._service, text)
-            return prompt.ids
+        if not request.HasField("text"):
+            raise InvalidRequestError("Give either `text` or `chat`.", "input")
+        special = request.add_special_tokens or not request.HasField("add_special_tokens")
+        return await prompts.from_text(self._service, request.text, special)
 
     async def _chat_job(self, request: pb.ChatRequest) -> Job:
         call = current_call()

@@ -14,7 +14,7 @@ from typing import Any
 
 from loriner.api.schema import ChatBody, CompletionBody
 from loriner.api.validation import M, validate
-from loriner.errors import InvalidRequestError, LorinerError
+from loriner.errors import LorinerError
 from loriner_proto.v1 import inference_pb2 as pb
 
 _ON_LOOP_BYTES = 64 << 10  # larger messages are validated in a thread
@@ -62,14 +62,6 @@ async def completion_body(request: pb.GenerateRequest) -> CompletionBody:
     elif request.HasField("token_ids"):
         data["prompt"] = list(request.token_ids.ids)
     data |= _sampling(request.sampling)
-    return await _validated(CompletionBody, data, request.ByteSize())
-
-
-async def text_body(request: pb.TokenizeRequest) -> CompletionBody:
-    """A text to be tokenised as /v1/completions would. Raises InvalidRequestError."""
-    if not request.HasField("text"):
-        raise InvalidRequestError("Missing required parameter: 'text' or 'chat'.", "input")
-    data = {"prompt": request.text, **_set(request, "add_special_tokens")}
     return await _validated(CompletionBody, data, request.ByteSize())
 
 

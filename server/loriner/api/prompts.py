@@ -88,6 +88,13 @@ async def from_completion(service: Service, body: CompletionBody) -> list[Prompt
     return await asyncio.to_thread(_encode, service, entries, body)
 
 
+async def from_text(service: Service, text: str, add_special_tokens: bool) -> list[int]:
+    """The tokens of one text, in a thread when it is long."""
+    if len(text) <= _ON_LOOP_CHARS:
+        return service.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(service.encode, text, add_special_tokens)
+
+
 def _entries(prompt: str | list[Any]) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
@@ -113,15 +120,15 @@ def _encode(service: Service, entries: list[str | list[int]], body: CompletionBo
             ids = service.encode(entry, add_special_tokens=body.add_special_tokens)
             prompts.append(Prompt(ids, entry if body.echo else ""))
         else:
-            _check_ids(entry)
+            check_ids(entry)
             prompts.append(Prompt(entry, service.decode(entry) if body.echo else ""))
     return prompts
 
 
-def _check_ids(ids: list[int]) -> None:
+def check_ids(ids: list[int], param: str = "prompt") -> None:
     """A first bound, before the detokenizer sees them; the Service knows the exact one."""
-    if min(ids) < 0 or max(ids) >= 2**31:
-        raise InvalidRequestError("prompt holds a token id outside the vocabulary.", "prompt")
+    if ids and (min(ids) < 0 or max(ids) >= 2**31):
+        raise InvalidRequestError(f"{param} holds a token id outside the vocabulary.", param)
 
 
 def _plain(message: Message, param: str) -> dict[str, Any]:

@@ -12,17 +12,20 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loriner.api.unserved import CHAT, COMPLETION, refuse_unserved
+from loriner.api.unserved import CHAT, COMPLETION, TOKENIZE, refuse_unserved
 from loriner.core import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 from loriner.errors import InvalidRequestError
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
+MAX_TOKENS = 1 << 20
 MAX_NAME_CHARS = 256
 MAX_TEMPLATE_KWARGS = 16
 MAX_TEMPLATE_KWARG_CHARS = 256
 
 TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_TEMPLATE_KWARG_CHARS)]
+
+TemplateKwargs = Annotated[dict[str, TemplateValue | None], Field(max_length=MAX_TEMPLATE_KWARGS)]
 
 
 class Body(BaseModel):
@@ -151,9 +154,7 @@ class ChatBody(SamplingBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    chat_template_kwargs: Annotated[
-        dict[str, TemplateValue | None], Field(max_length=MAX_TEMPLATE_KWARGS)
-    ] = {}
+    chat_template_kwargs: TemplateKwargs = {}
 
     def check(self) -> None:
         super().check()
@@ -197,6 +198,52 @@ class CompletionBody(SamplingBody):
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+
+class TokenizeBody(Body):
+    """POST /tokenize, in vLLM's shape: `prompt` or `messages`."""
+
+    model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = None  # of `prompt`: true; a template writes its own
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: TemplateKwargs = {}
+    return_token_strs: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, data: Any) -> Any:
+        refuse_unserved(data, TOKENIZE)
+        return data
+
+    def chat(self) -> ChatBody | None:
+        """The conversation, when it is one. Raises InvalidRequestError unless it is one of two."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("Give either `prompt` or `messages`.", "prompt")
+        if self.messages is None:
+            return None
+        if self.add_special_tokens:
+            raise InvalidRequestError(
+                "add_special_tokens is of `prompt`; the chat template writes its own.",
+                "add_special_tokens",
+            )
+        chat = ChatBody(
+            messages=self.messages,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+        chat.check()
+        return chat
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
+    tokens: Annotated[list[int], Field(max_length=MAX_TOKENS)]
 
 
 def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:

@@ -79,6 +79,10 @@ COMPLETION: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {**_COMMON, "suffix": ("",), "prompt_embeds": ()}
 )
 
+TOKENIZE: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {"tools": ([],), "chat_template": (), "mm_processor_kwargs": ({},)}
+)
+
 _ADAPTER_FIELDS = frozenset(
     ("lora_path", "lora_name", "lora_request", "lora", "adapters", "adapter_id")
 )

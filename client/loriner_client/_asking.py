@@ -1,0 +1,58 @@
+"""What both clients do before a transport is asked: settings from arguments, turns from texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from loriner_client._config import Retry, Settings, Tls
+from loriner_client._models import Chat, Message, Sampling, TemplateValue
+from loriner_client._transport import AsyncTransport, Transport
+
+Turns = str | Sequence[Message | Mapping[str, str]]
+
+
+def settings_of(
+    address: str | Sequence[str], key: str, tls: Tls | None, retry: Retry | None
+) -> Settings:
+    """Raises ConfigError."""
+    addresses = (address,) if isinstance(address, str) else tuple(address)
+    return Settings(addresses, key, tls, retry or Retry())
+
+
+def open_transport(settings: Settings) -> Transport:
+    """The transport's library is imported only when it is used."""
+    if settings.is_http:
+        from loriner_client._http import HttpTransport
+
+        return HttpTransport(settings)
+    from loriner_client._grpc import GrpcTransport
+
+    return GrpcTransport(settings)
+
+
+def open_async_transport(settings: Settings) -> AsyncTransport:
+    """The same for `AsyncClient`."""
+    if settings.is_http:
+        from loriner_client._http import AsyncHttpTransport
+
+        return AsyncHttpTransport(settings)
+    from loriner_client._grpc import AsyncGrpcTransport
+
+    return AsyncGrpcTransport(settings)
+
+
+def chat_query(
+    messages: Turns,
+    adapter: str | None,
+    model: str | None,
+    template: Mapping[str, TemplateValue] | None,
+    sampling: Sampling,
+) -> Chat:
+    """A text is one user's turn; a mapping has the fields of a Message."""
+    turns = [Message("user", messages)] if isinstance(messages, str) else messages
+    made = [turn if isinstance(turn, Message) else _message(turn) for turn in turns]
+    return Chat(made, adapter, model, sampling, template=template or {})
+
+
+def _message(turn: Mapping[str, str]) -> Message:
+    return Message(turn.get("role", ""), turn.get("content"), turn.get("name"))

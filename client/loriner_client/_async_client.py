@@ -1,0 +1,178 @@
+"""`AsyncClient`: `Client` for one event loop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Unpack
+
+from loriner_client import _models as m
+from loriner_client._asking import Turns, chat_query, open_async_transport, settings_of
+from loriner_client._config import TIMEOUT_S, UPLOAD_TIMEOUT_S, Retry, Tls
+from loriner_client._streams import AsyncStream
+from loriner_client._transport import AsyncTransport
+from loriner_client._upload import Progress, Upload
+
+
+class AsyncClient:
+    """`async with AsyncClient("127.0.0.1:8001") as client: await client.chat("Hello")`
+
+    Everything is as in `Client`.
+    """
+
+    def __init__(
+        self,
+        address: str | Sequence[str] = (),
+        *,
+        key: str = "",
+        tls: Tls | None = None,
+        retry: Retry | None = None,
+        timeout_s: float | None = TIMEOUT_S,
+        transport: AsyncTransport | None = None,
+    ) -> None:
+        self._transport: AsyncTransport = transport or open_async_transport(
+            settings_of(address, key, tls, retry)
+        )
+        self._timeout_s = timeout_s
+        self.adapters = AsyncAdapters(self._transport, timeout_s)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._transport.close()
+
+    async def chat(
+        self,
+        messages: Turns,
+        *,
+        adapter: str | None = None,
+        model: str | None = None,
+        template: Mapping[str, m.TemplateValue] | None = None,
+        **sampling: Unpack[m.Sampling],
+    ) -> m.Completion:
+        """Answer a conversation, or one user's text."""
+        query = chat_query(messages, adapter, model, template, sampling)
+        return await self._transport.call(query, self._timeout_s)
+
+    def stream_chat(
+        self,
+        messages: Turns,
+        *,
+        adapter: str | None = None,
+        model: str | None = None,
+        template: Mapping[str, m.TemplateValue] | None = None,
+        **sampling: Unpack[m.Sampling],
+    ) -> AsyncStream:
+        """The same, token by token: `async with client.stream_chat(...) as stream`."""
+        query = chat_query(messages, adapter, model, template, sampling)
+        return AsyncStream(self._transport.stream(query, self._timeout_s))
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        adapter: str | None = None,
+        model: str | None = None,
+        **sampling: Unpack[m.Sampling],
+    ) -> m.Completion:
+        """Continue a text or a list of token ids."""
+        async with self.stream_generate(prompt, adapter=adapter, model=model, **sampling) as stream:
+            return await stream.completion()
+
+    def stream_generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        adapter: str | None = None,
+        model: str | None = None,
+        **sampling: Unpack[m.Sampling],
+    ) -> AsyncStream:
+        """The same, token by token."""
+        query = m.Generate(prompt, adapter, model, sampling)
+        return AsyncStream(self._transport.stream(query, self._timeout_s))
+
+    async def tokenize(
+        self, text: str | Sequence[m.Message], *, add_special_tokens: bool | None = None
+    ) -> tuple[int, ...]:
+        """The token ids of a text, or of a conversation by the chat template."""
+        return await self._transport.call(m.Tokenize(text, add_special_tokens), self._timeout_s)
+
+    async def status(self) -> m.Status:
+        return await self._transport.call(m.GetStatus(), self._timeout_s)
+
+    async def drain(self) -> int:
+        """Let the server refuse new requests from now on; how many are under way."""
+        return await self._transport.call(m.Drain(), self._timeout_s)
+
+
+class AsyncAdapters:
+    """`client.adapters`. A name is `name` or `tenant/name`."""
+
+    def __init__(self, transport: AsyncTransport, timeout_s: float | None) -> None:
+        self._transport = transport
+        self._timeout_s = timeout_s
+
+    async def upload(
+        self,
+        path: str | Path,
+        name: str,
+        *,
+        expected_generation: str | None = None,
+        progress: Progress | None = None,
+        timeout_s: float | None = UPLOAD_TIMEOUT_S,
+    ) -> m.UploadReport:
+        """Publish a PEFT folder, or one .tar, .tar.gz or .zip of one.
+
+        `progress(sent, total)` is told bytes, on another thread. `expected_generation`: what the
+        name must stand for now; "": it must be new.
+        """
+        upload = Upload(name, Path(path), expected_generation, progress or (lambda s, t: None))
+        return await self._transport.upload(upload, timeout_s)
+
+    async def get(self, name: str) -> m.AdapterDetail:
+        return await self._transport.call(m.GetAdapter(name), self._timeout_s)
+
+    async def list(self) -> AsyncIterator[m.Adapter]:
+        """All that this key may see, by name, a page at a time."""
+        page = await self._transport.call(m.ListAdapters(), self._timeout_s)
+        for adapter in page.adapters:
+            yield adapter
+        while page.next_page:
+            page = await self._transport.call(m.ListAdapters(page.next_page), self._timeout_s)
+            for adapter in page.adapters:
+                yield adapter
+
+    async def alias(
+        self, name: str, target: str, *, expected_generation: str | None = None
+    ) -> m.Adapter:
+        """Point `name` at what `target` stands for now."""
+        return await self._transport.call(
+            m.SetAlias(name, target, expected_generation), self._timeout_s
+        )
+
+    async def pin(self, name: str) -> m.Adapter:
+        """Keep it in memory."""
+        return await self._transport.call(m.PinAdapter(name, True), self._timeout_s)
+
+    async def unpin(self, name: str) -> m.Adapter:
+        return await self._transport.call(m.PinAdapter(name, False), self._timeout_s)
+
+    async def evict(self, name: str) -> m.Adapter:
+        """Take it out of memory unless it is running."""
+        return await self._transport.call(m.EvictAdapter(name), self._timeout_s)
+
+    async def delete(self, name: str, *, expected_generation: str | None = None) -> m.Adapter:
+        """Forget the name."""
+        return await self._transport.call(
+            m.DeleteAdapter(name, expected_generation), self._timeout_s
+        )

@@ -1,0 +1,173 @@
+"""`Client`: one server, or several alike. Threads may share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Unpack
+
+from loriner_client import _models as m
+from loriner_client._asking import Turns, chat_query, open_transport, settings_of
+from loriner_client._config import TIMEOUT_S, UPLOAD_TIMEOUT_S, Retry, Tls
+from loriner_client._streams import Stream
+from loriner_client._transport import Transport
+from loriner_client._upload import Progress, Upload
+
+
+class Client:
+    """`with Client("127.0.0.1:8001") as client: print(client.chat("Hello", adapter="pirate").text)`
+
+    `address`: `host:port` for gRPC, or several of them (round robin over the healthy ones), or one
+    `http://` or `https://` URL. All methods raise `LorinerError`s.
+    """
+
+    def __init__(
+        self,
+        address: str | Sequence[str] = (),
+        *,
+        key: str = "",
+        tls: Tls | None = None,
+        retry: Retry | None = None,
+        timeout_s: float | None = TIMEOUT_S,
+        transport: Transport | None = None,
+    ) -> None:
+        """`timeout_s`: of each call, until its answer is whole. `transport`: instead of an
+        address."""
+        self._transport: Transport = transport or open_transport(
+            settings_of(address, key, tls, retry)
+        )
+        self._timeout_s = timeout_s
+        self.adapters = Adapters(self._transport, timeout_s)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def chat(
+        self,
+        messages: Turns,
+        *,
+        adapter: str | None = None,
+        model: str | None = None,
+        template: Mapping[str, m.TemplateValue] | None = None,
+        **sampling: Unpack[m.Sampling],
+    ) -> m.Completion:
+        """Answer a conversation, or one user's text."""
+        query = chat_query(messages, adapter, model, template, sampling)
+        return self._transport.call(query, self._timeout_s)
+
+    def stream_chat(
+        self,
+        messages: Turns,
+        *,
+        adapter: str | None = None,
+        model: str | None = None,
+        template: Mapping[str, m.TemplateValue] | None = None,
+        **sampling: Unpack[m.Sampling],
+    ) -> Stream:
+        """The same, token by token: `with client.stream_chat(...) as stream`."""
+        query = chat_query(messages, adapter, model, template, sampling)
+        return Stream(self._transport.stream(query, self._timeout_s))
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        adapter: str | None = None,
+        model: str | None = None,
+        **sampling: Unpack[m.Sampling],
+    ) -> m.Completion:
+        """Continue a text or a list of token ids."""
+        with self.stream_generate(prompt, adapter=adapter, model=model, **sampling) as stream:
+            return stream.completion()
+
+    def stream_generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        adapter: str | None = None,
+        model: str | None = None,
+        **sampling: Unpack[m.Sampling],
+    ) -> Stream:
+        """The same, token by token."""
+        query = m.Generate(prompt, adapter, model, sampling)
+        return Stream(self._transport.stream(query, self._timeout_s))
+
+    def tokenize(
+        self, text: str | Sequence[m.Message], *, add_special_tokens: bool | None = None
+    ) -> tuple[int, ...]:
+        """The token ids of a text, or of a conversation by the chat template."""
+        return self._transport.call(m.Tokenize(text, add_special_tokens), self._timeout_s)
+
+    def status(self) -> m.Status:
+        return self._transport.call(m.GetStatus(), self._timeout_s)
+
+    def drain(self) -> int:
+        """Let the server refuse new requests from now on; how many are under way."""
+        return self._transport.call(m.Drain(), self._timeout_s)
+
+
+class Adapters:
+    """`client.adapters`. A name is `name` or `tenant/name`."""
+
+    def __init__(self, transport: Transport, timeout_s: float | None) -> None:
+        self._transport = transport
+        self._timeout_s = timeout_s
+
+    def upload(
+        self,
+        path: str | Path,
+        name: str,
+        *,
+        expected_generation: str | None = None,
+        progress: Progress | None = None,
+        timeout_s: float | None = UPLOAD_TIMEOUT_S,
+    ) -> m.UploadReport:
+        """Publish a PEFT folder, or one .tar, .tar.gz or .zip of one.
+
+        `progress(sent, total)` is told bytes, on another thread. `expected_generation`: what the
+        name must stand for now; "": it must be new.
+        """
+        upload = Upload(name, Path(path), expected_generation, progress or (lambda s, t: None))
+        return self._transport.upload(upload, timeout_s)
+
+    def get(self, name: str) -> m.AdapterDetail:
+        return self._transport.call(m.GetAdapter(name), self._timeout_s)
+
+    def list(self) -> Iterator[m.Adapter]:
+        """All that this key may see, by name, a page at a time."""
+        page = self._transport.call(m.ListAdapters(), self._timeout_s)
+        yield from page.adapters
+        while page.next_page:
+            page = self._transport.call(m.ListAdapters(page.next_page), self._timeout_s)
+            yield from page.adapters
+
+    def alias(self, name: str, target: str, *, expected_generation: str | None = None) -> m.Adapter:
+        """Point `name` at what `target` stands for now."""
+        return self._transport.call(m.SetAlias(name, target, expected_generation), self._timeout_s)
+
+    def pin(self, name: str) -> m.Adapter:
+        """Keep it in memory."""
+        return self._transport.call(m.PinAdapter(name, True), self._timeout_s)
+
+    def unpin(self, name: str) -> m.Adapter:
+        return self._transport.call(m.PinAdapter(name, False), self._timeout_s)
+
+    def evict(self, name: str) -> m.Adapter:
+        """Take it out of memory unless it is running."""
+        return self._transport.call(m.EvictAdapter(name), self._timeout_s)
+
+    def delete(self, name: str, *, expected_generation: str | None = None) -> m.Adapter:
+        """Forget the name."""
+        return self._transport.call(m.DeleteAdapter(name, expected_generation), self._timeout_s)

@@ -1,0 +1,256 @@
+"""Values <-> the JSON of the HTTP door. Knows no connection."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from loriner_client import _models as m
+from loriner_client._errors import Refusal, TransportError, error_of
+
+Json = dict[str, Any]
+DONE = "[DONE]"
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One HTTP request."""
+
+    method: str
+    path: str
+    body: Json | None = None
+    headers: Mapping[str, str] | None = None
+
+
+def chat_body(query: m.Chat) -> Json:
+    body = _body(query)
+    body["messages"] = [_message(message) for message in query.messages]
+    if query.template:
+        body["chat_template_kwargs"] = dict(query.template)
+    if "logprobs" in query.sampling:
+        body |= {"logprobs": True, "top_logprobs": query.sampling["logprobs"]}
+    return body
+
+
+def generate_body(query: m.Generate) -> Json:
+    prompt = query.prompt if isinstance(query.prompt, str) else list(query.prompt)
+    return {**_body(query), "prompt": prompt}
+
+
+def _body(query: m.StreamQuery) -> Json:
+    body: Json = {**query.sampling, "return_token_ids": True}
+    if "logit_bias" in query.sampling:
+        bias = query.sampling["logit_bias"].items()
+        body["logit_bias"] = {str(token): value for token, value in bias}
+    for name in ("stop", "stop_token_ids"):
+        if name in body:
+            body[name] = list(body[name])
+    chosen = {"model": query.model, "adapter": query.adapter}
+    return body | {key: value for key, value in chosen.items() if value is not None}
+
+
+def _message(message: m.Message) -> Json:
+    body: Json = {"role": message.role, "content": message.content}
+    for name in ("name", "tool_call_id"):
+        if getattr(message, name) is not None:
+            body[name] = getattr(message, name)
+    if message.tool_calls:
+        body["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in message.tool_calls
+        ]
+    return body
+
+
+def stream_ask(query: m.StreamQuery) -> Ask:
+    more = {"stream": True, "stream_options": {"include_usage": True}}
+    if isinstance(query, m.Chat):
+        return Ask("POST", "/v1/chat/completions", chat_body(query) | more)
+    return Ask("POST", "/v1/completions", generate_body(query) | more)
+
+
+def _tokenize(query: m.Tokenize) -> Ask:
+    if isinstance(query.input, str):
+        body: Json = {"prompt": query.input}
+        if query.add_special_tokens is not None:
+            body["add_special_tokens"] = query.add_special_tokens
+    else:
+        body = {"messages": [_message(message) for message in query.input]}
+    return Ask("POST", "/tokenize", body)
+
+
+def _alias(query: m.SetAlias) -> Ask:
+    body: Json = {"target": query.target}
+    if query.expected_generation is not None:
+        body["expected_generation"] = query.expected_generation
+    return Ask("PUT", f"/admin/aliases/{quote(query.name)}", body)
+
+
+def _delete(query: m.DeleteAdapter) -> Ask:
+    expected = query.expected_generation
+    headers = {} if expected is None else {"if-match": f'"{expected}"'}
+    return Ask("DELETE", _one(query.name), headers=headers)
+
+
+def _one(name: str) -> str:
+    return f"/admin/adapters/{quote(name)}"
+
+
+def completion(body: Json) -> m.Completion:
+    choices = tuple(delta(choice, choice["message"]["content"]) for choice in body["choices"])
+    return m.Completion(opening(body), choices, usage(body))
+
+
+class Reader:
+    """The lines of one event stream -> its parts. Raises what an error event says."""
+
+    def __init__(self) -> None:
+        self._is_open = False
+        self.is_done = False
+
+    def feed(self, line: str) -> list[m.Part]:
+        data = line.removeprefix("data: ")
+        if data == line or self.is_done:
+            return []
+        if data == DONE:
+            self.is_done = True
+            return []
+        event = json.loads(data)
+        refused = refusal(event, {})
+        if refused is not None:
+            raise error_of(refused)
+        found: list[m.Part] = decoded(self._parts, event)
+        return found
+
+    def finish(self) -> None:
+        """Raises TransportError when the stream was cut."""
+        if not self.is_done:
+            raise TransportError("The answer was cut.")
+
+    def _parts(self, event: Json) -> list[m.Part]:
+        found: list[m.Part] = []
+        if not self._is_open and "loriner" in event:
+            self._is_open = True
+            found.append(opening(event))
+        for choice in event["choices"]:
+            text = choice["delta"].get("content") if "delta" in choice else choice["text"]
+            if text or choice.get("token_ids") or choice.get("finish_reason"):
+                found.append(delta(choice, text or ""))
+        if event.get("usage"):
+            found.append(usage(event))
+        return found
+
+
+def opening(body: Json) -> m.Opening:
+    origin = body["loriner"]
+    return m.Opening(
+        body["id"],
+        body["model"],
+        origin["adapter"],
+        origin["generation"],
+        origin["base_digest"],
+        origin["cold_start"],
+    )
+
+
+def delta(choice: Json, text: str) -> m.Delta:
+    return m.Delta(
+        text,
+        choice["index"],
+        tuple(choice.get("token_ids") or ()),
+        tuple(_logprobs(choice.get("logprobs") or {})),
+        choice.get("finish_reason"),
+        choice.get("stop_reason"),
+    )
+
+
+def _logprobs(found: Json) -> Iterator[m.TokenLogprob]:
+    for entry in found.get("content") or ():
+        top = tuple(m.TokenLogprob(one["token"], one["logprob"]) for one in entry["top_logprobs"])
+        yield m.TokenLogprob(entry["token"], entry["logprob"], top=top)
+    for token, logprob, best in zip(
+        found.get("tokens", ()),
+        found.get("token_logprobs", ()),
+        found.get("top_logprobs", ()),
+        strict=True,
+    ):
+        top = tuple(m.TokenLogprob(text, value) for text, value in best.items())
+        yield m.TokenLogprob(token, logprob, top=top)
+
+
+def usage(body: Json) -> m.Usage:
+    found = body["usage"]
+    cached = found["prompt_tokens_details"]["cached_tokens"]
+    return m.Usage(found["prompt_tokens"], found["completion_tokens"], cached)
+
+
+def adapter(body: Json) -> m.Adapter:
+    known: Json = {name: body.get(name) for name in m.Adapter.__dataclass_fields__}
+    known |= {"ranks": tuple(body["ranks"]), "targets": tuple(body["targets"])}
+    return m.Adapter(**known)
+
+
+def _detail(body: Json) -> m.AdapterDetail:
+    return m.AdapterDetail(adapter(body), tuple(map(adapter, body["history"])))
+
+
+def report(body: Json) -> m.UploadReport:
+    known: Json = {name: body.get(name) for name in m.UploadReport.__dataclass_fields__}
+    for name in ("ranks", "targets", "ignored"):
+        known[name] = tuple(known[name] or ())
+    return m.UploadReport(**known)
+
+
+def _status(body: Json) -> m.Status:
+    return m.Status(**{name: body[name] for name in m.Status.__dataclass_fields__})
+
+
+def refusal(body: Any, headers: Mapping[str, str]) -> Refusal | None:
+    """None when it is not the body of an error of ours."""
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        return None
+    code = error.get("code")
+    if code is None and error.get("type") == "invalid_request_error":
+        code = "invalid_request"
+    retry_ms = headers.get("retry-after-ms")
+    return Refusal(
+        str(error.get("message")),
+        code,
+        error.get("param"),
+        headers.get("x-request-id"),
+        tuple(error.get("reasons", ())),
+        float(retry_ms) / 1000 if retry_ms else None,
+    )
+
+
+def decoded(decode: Callable[[Any], Any], body: Any) -> Any:
+    """Raises TransportError when `body` is not what the door answers with."""
+    try:
+        return decode(body)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise TransportError(f"The answer is not a Loriner server's: {error!r}.") from error
+
+
+Route = tuple[Callable[[Any], Ask], Callable[[Any], Any]]
+ROUTES: dict[type, Route] = {
+    m.Chat: (lambda q: Ask("POST", "/v1/chat/completions", chat_body(q)), completion),
+    m.Tokenize: (_tokenize, lambda body: tuple(body["tokens"])),
+    m.GetAdapter: (lambda q: Ask("GET", _one(q.name)), _detail),
+    m.ListAdapters: (
+        lambda q: Ask("GET", "/admin/adapters"),
+        lambda body: m.AdapterPage(tuple(map(adapter, body["adapters"]))),
+    ),
+    m.SetAlias: (_alias, adapter),
+    m.PinAdapter: (
+        lambda q: Ask("POST", _one(q.name) + ("/pin" if q.pinned else "/unpin")),
+        adapter,
+    ),
+    m.DeleteAdapter: (_delete, adapter),
+    m.EvictAdapter: (lambda q: Ask("POST", _one(q.name) + "/evict"), adapter),
+    m.GetStatus: (lambda q: Ask("GET", "/admin/status"), _status),
+    m.Drain: (lambda q: Ask("POST", "/admin/drain"), lambda body: body["num_open"]),
+}

@@ -1,0 +1,266 @@
+"""Values <-> protos, and which method answers which query. Knows no channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from loriner_client import _models as m
+from loriner_client._upload import Begin, End, Upload, pieces
+from loriner_proto.v1 import adapters_pb2 as ad
+from loriner_proto.v1 import admin_pb2 as adm
+from loriner_proto.v1 import inference_pb2 as inf
+
+PACKAGE = "loriner_proto.v1"
+_ROLES = {
+    "system": inf.ROLE_SYSTEM,
+    "developer": inf.ROLE_DEVELOPER,
+    "user": inf.ROLE_USER,
+    "assistant": inf.ROLE_ASSISTANT,
+    "tool": inf.ROLE_TOOL,
+}
+_FINISH = {inf.FINISH_REASON_STOP: "stop", inf.FINISH_REASON_LENGTH: "length"}
+_TIERS = {ad.TIER_DISK: "disk", ad.TIER_HOST: "host", ad.TIER_GPU: "gpu"}
+_STATES = {
+    ad.ADAPTER_STATE_READY: "ready",
+    ad.ADAPTER_STATE_QUARANTINED: "quarantined",
+    ad.ADAPTER_STATE_OTHER_BASE: "other base",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rpc:
+    """One method: a query in, an answer out, both as protos on the way."""
+
+    service: str
+    method: str
+    encode: Callable[[Any], Any]
+    response: Any  # the message class that answers
+    decode: Callable[[Any], Any]
+    is_retryable: bool = True
+
+    @property
+    def path(self) -> str:
+        return f"/{PACKAGE}.{self.service}/{self.method}"
+
+
+def _chat(query: m.Chat) -> inf.ChatRequest:
+    return inf.ChatRequest(
+        model=query.model,
+        adapter=query.adapter,
+        messages=[_message(message) for message in query.messages],
+        sampling=_sampling(query.sampling),
+        chat_template_kwargs={key: _template(value) for key, value in query.template.items()},
+    )
+
+
+def _generate(query: m.Generate) -> inf.GenerateRequest:
+    text = query.prompt if isinstance(query.prompt, str) else None
+    ids = None if isinstance(query.prompt, str) else inf.TokenIds(ids=query.prompt)
+    return inf.GenerateRequest(
+        model=query.model,
+        adapter=query.adapter,
+        text=text,
+        token_ids=ids,
+        sampling=_sampling(query.sampling),
+    )
+
+
+def _tokenize(query: m.Tokenize) -> inf.TokenizeRequest:
+    if isinstance(query.input, str):
+        return inf.TokenizeRequest(text=query.input, add_special_tokens=query.add_special_tokens)
+    return inf.TokenizeRequest(chat=_chat(m.Chat(query.input)))
+
+
+def _sampling(sampling: m.Sampling) -> inf.SamplingParams:
+    return inf.SamplingParams(**sampling)
+
+
+def _message(message: m.Message) -> inf.Message:
+    return inf.Message(
+        role=_ROLES.get(message.role, inf.ROLE_UNSPECIFIED),
+        content=message.content,
+        name=message.name,
+        tool_calls=[
+            inf.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+            for call in message.tool_calls
+        ],
+        tool_call_id=message.tool_call_id,
+    )
+
+
+def _template(value: m.TemplateValue) -> inf.TemplateValue:
+    if isinstance(value, bool):
+        return inf.TemplateValue(bool_value=value)
+    if isinstance(value, int):
+        return inf.TemplateValue(int_value=value)
+    if isinstance(value, float):
+        return inf.TemplateValue(double_value=value)
+    return inf.TemplateValue(string_value=value)
+
+
+def _completion(answer: inf.ChatResponse) -> m.Completion:
+    choices = tuple(_delta(choice) for choice in answer.choices)
+    return m.Completion(_opening(answer.opening), choices, _usage(answer.usage))
+
+
+def _part(message: inf.GenerateResponse | inf.StreamChatResponse) -> m.Part:
+    if message.HasField("opening"):
+        return _opening(message.opening)
+    if message.HasField("usage"):
+        return _usage(message.usage)
+    return _delta(message.delta)
+
+
+def _opening(opening: inf.Opening) -> m.Opening:
+    return m.Opening(
+        opening.answer_id,
+        opening.model,
+        _given(opening, "adapter"),
+        _given(opening, "generation"),
+        opening.base_digest,
+        opening.cold_start,
+    )
+
+
+def _delta(delta: inf.Delta | inf.Choice) -> m.Delta:
+    stop = delta.stop_reason.WhichOneof("reason")
+    return m.Delta(
+        delta.text,
+        delta.index,
+        tuple(delta.token_ids),
+        tuple(_logprob(entry) for entry in delta.logprobs),
+        _FINISH.get(delta.finish_reason),
+        getattr(delta.stop_reason, stop) if stop else None,
+    )
+
+
+def _logprob(entry: inf.TokenLogprob) -> m.TokenLogprob:
+    top = tuple(m.TokenLogprob(one.token, one.logprob, one.token_id) for one in entry.top)
+    return m.TokenLogprob(entry.token, entry.logprob, entry.token_id, top)
+
+
+def _usage(usage: inf.Usage) -> m.Usage:
+    return m.Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+
+
+def _adapter(entry: ad.Adapter) -> m.Adapter:
+    return m.Adapter(
+        name=entry.name,
+        generation=entry.generation,
+        ranks=tuple(entry.ranks),
+        targets=tuple(entry.targets),
+        num_bytes=entry.num_bytes,
+        pinned=entry.pinned,
+        created_at=entry.created_at,
+        alias_of=_given(entry, "alias_of"),
+        base_digest=_given(entry, "base_digest"),
+        source=entry.source,
+        state=_STATES.get(entry.state, "unknown"),
+        tier=_TIERS.get(entry.tier),
+    )
+
+
+def _detail(answer: ad.GetResponse) -> m.AdapterDetail:
+    history = tuple(_adapter(entry) for entry in answer.history)
+    return m.AdapterDetail(_adapter(answer.adapter), history)
+
+
+def _page(answer: ad.ListResponse) -> m.AdapterPage:
+    return m.AdapterPage(tuple(map(_adapter, answer.adapters)), answer.next_page_token)
+
+
+def _status(answer: adm.StatusResponse) -> m.Status:
+    return m.Status(**{name: getattr(answer, name) for name in m.Status.__dataclass_fields__})
+
+
+def _given(message: Any, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
+
+
+def upload_parts(upload: Upload) -> Iterator[ad.UploadRequest]:
+    """The messages of one upload."""
+    header = ad.UploadHeader(name=upload.name, expected_generation=upload.expected_generation)
+    yield ad.UploadRequest(header=header)
+    for piece in pieces(upload):
+        if isinstance(piece, Begin):
+            file = ad.UploadFile(name=piece.name, num_bytes=piece.num_bytes)
+            yield ad.UploadRequest(file=file)
+        elif isinstance(piece, End):
+            yield ad.UploadRequest(file_end=ad.UploadFileEnd(sha256=piece.sha256))
+        else:
+            yield ad.UploadRequest(chunk=piece)
+
+
+def _report(answer: ad.UploadResponse) -> m.UploadReport:
+    return m.UploadReport(
+        name=answer.name,
+        generation=answer.generation,
+        ranks=tuple(answer.ranks),
+        targets=tuple(answer.targets),
+        num_bytes=answer.num_bytes,
+        modules_matched=answer.modules_matched,
+        modules_total=answer.modules_total,
+        existed=answer.existed,
+        ignored=tuple(answer.ignored),
+    )
+
+
+def _of(answer: Any) -> m.Adapter:
+    return _adapter(answer.adapter)
+
+
+_I, _A, _S = "InferenceService", "AdapterService", "AdminService"
+STREAMS: dict[type, Rpc] = {
+    m.Generate: Rpc(_I, "Generate", _generate, inf.GenerateResponse, _part),
+    m.Chat: Rpc(
+        _I,
+        "StreamChat",
+        lambda query: inf.StreamChatRequest(chat=_chat(query)),
+        inf.StreamChatResponse,
+        _part,
+    ),
+}
+UPLOAD = Rpc(_A, "Upload", upload_parts, ad.UploadResponse, _report, is_retryable=False)
+CALLS: dict[type, Rpc] = {
+    m.Chat: Rpc(_I, "Chat", _chat, inf.ChatResponse, _completion),
+    m.Tokenize: Rpc(
+        _I, "Tokenize", _tokenize, inf.TokenizeResponse, lambda answer: tuple(answer.token_ids)
+    ),
+    m.GetAdapter: Rpc(_A, "Get", lambda q: ad.GetRequest(name=q.name), ad.GetResponse, _detail),
+    m.ListAdapters: Rpc(
+        _A, "List", lambda q: ad.ListRequest(page_token=q.page), ad.ListResponse, _page
+    ),
+    m.SetAlias: Rpc(
+        _A,
+        "Alias",
+        lambda q: ad.AliasRequest(
+            name=q.name, target=q.target, expected_generation=q.expected_generation
+        ),
+        ad.AliasResponse,
+        _of,
+        is_retryable=False,
+    ),
+    m.PinAdapter: Rpc(
+        _A, "Pin", lambda q: ad.PinRequest(name=q.name, pinned=q.pinned), ad.PinResponse, _of
+    ),
+    m.DeleteAdapter: Rpc(
+        _A,
+        "Delete",
+        lambda q: ad.DeleteRequest(name=q.name, expected_generation=q.expected_generation),
+        ad.DeleteResponse,
+        _of,
+        is_retryable=False,
+    ),
+    m.EvictAdapter: Rpc(_A, "Evict", lambda q: ad.EvictRequest(name=q.name), ad.EvictResponse, _of),
+    m.GetStatus: Rpc(_S, "Status", lambda q: adm.StatusRequest(), adm.StatusResponse, _status),
+    m.Drain: Rpc(
+        _S,
+        "Drain",
+        lambda q: adm.DrainRequest(),
+        adm.DrainResponse,
+        lambda answer: answer.num_open,
+        is_retryable=False,
+    ),
+}

@@ -1,0 +1,60 @@
+"""Text to token ids and back over HTTP, in vLLM's shape: /tokenize and /detokenize.
+
+Runs nothing. The tokenizer and the template are the base's, whatever `model` names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from loriner.api import body, prompts
+from loriner.api.access import Right
+from loriner.api.auth import GuardedRoute
+from loriner.api.responses import json_response
+from loriner.api.schema import DetokenizeBody, TokenizeBody
+from loriner.api.shared import Shared
+
+
+class TokenDoor:
+    """Handlers and routes, at the root as vLLM has them and under /v1."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._service = shared.service
+        self._max_body_bytes = shared.config.max_body_bytes
+
+    def routes(self) -> list[GuardedRoute]:
+        return [
+            GuardedRoute(prefix + path, endpoint, right=Right.INFER, methods=["POST"])
+            for prefix in ("", "/v1")
+            for path, endpoint in (
+                ("/tokenize", self.tokenize),
+                ("/detokenize", self.detokenize),
+            )
+        ]
+
+    async def tokenize(self, request: Request) -> Response:
+        asked = await body.parse(request, TokenizeBody, self._max_body_bytes)
+        chat = asked.chat()
+        if chat is None:
+            special = asked.add_special_tokens is not False
+            ids = await prompts.from_text(self._service, asked.prompt or "", special)
+        else:
+            ids = (await prompts.from_chat(self._service, chat)).ids
+        answer: dict[str, Any] = {"count": len(ids), "tokens": ids}
+        answer["max_model_len"] = self._service.max_model_len
+        if asked.return_token_strs:
+            answer["token_strs"] = await asyncio.to_thread(self._texts, ids)
+        return json_response(answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        asked = await body.parse(request, DetokenizeBody, self._max_body_bytes)
+        prompts.check_ids(asked.tokens, "tokens")
+        text = await asyncio.to_thread(self._service.decode, asked.tokens)
+        return json_response({"prompt": text})
+
+    def _texts(self, ids: list[int]) -> list[str]:
+        return [self._service.decode([token]) for token in ids]

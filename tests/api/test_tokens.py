@@ -1,0 +1,64 @@
+"""/tokenize and /detokenize, in vLLM's shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+TURNS = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+def test_a_text_and_its_tokens_are_told(client: TestClient, prefix: str) -> None:
+    answer = client.post(f"{prefix}/tokenize", json={"prompt": "hi", "model": "tiny"}).json()
+    back = client.post(f"{prefix}/detokenize", json={"tokens": answer["tokens"][1:]}).json()
+
+    assert answer == {"count": 3, "max_model_len": 512, "tokens": [1, 104, 105]}
+    assert back == {"prompt": "hi"}
+
+
+def test_special_tokens_may_be_left_out_and_texts_asked_for(client: TestClient) -> None:
+    body = {"prompt": "hi", "add_special_tokens": False, "return_token_strs": True}
+    answer = client.post("/tokenize", json=body).json()
+
+    assert answer["tokens"] == [104, 105] and answer["token_strs"] == ["h", "i"]
+
+
+def test_a_conversation_goes_through_the_template(client: TestClient) -> None:
+    assert client.post("/tokenize", json={"messages": TURNS}).json()["tokens"] == [1, 104, 105]
+
+
+def test_nothing_is_no_tokens(client: TestClient) -> None:
+    assert client.post("/tokenize", json={"prompt": ""}).json()["count"] == 1
+    assert client.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": TURNS}, "prompt"),
+        ("/tokenize", {"prompt": 3}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"messages": TURNS, "add_special_tokens": True}, "add_special_tokens"),
+        ("/tokenize", {"messages": TURNS, "tools": [{}]}, "tools"),
+        (
+            "/tokenize",
+            {"messages": TURNS, "chat_template_kwargs": {"tools": 1}},
+            "chat_template_kwargs",
+        ),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [2**31]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
+    ],
+)
+def test_what_is_refused_is_named(
+    client: TestClient, path: str, body: dict[str, Any], param: str
+) -> None:
+    response = client.post(path, json=body)
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
