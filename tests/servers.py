@@ -117,12 +117,18 @@ class ServerProcess:
         (found,) = [child for child in children if "loriner.engine.worker" in child.cmdline()]
         return found
 
-    def _find_url(self) -> str:
-        def find() -> re.Match[str] | None:
-            return re.search(r"listening on (http://\S+)", self.log)
+    @property
+    def grpc_address(self) -> str:
+        """Of the gRPC door; started with `--grpc-port 0`."""
+        return self._find(r"gRPC is listening on (\S+)")
 
-        wait_until(lambda: find() is not None, 30, self)
-        found = find()
+    def _find_url(self) -> str:
+        return self._find(r"listening on (http://\S+)")
+
+    def _find(self, pattern: str) -> str:
+        """What the log says, as soon as it says it."""
+        wait_until(lambda: re.search(pattern, self.log) is not None, 30, self)
+        found = re.search(pattern, self.log)
         assert found
         return found[1]
 

@@ -63,14 +63,14 @@ class GrpcTransport:
         rpc = CALLS[type(query)]
         method = self._channel.unary_unary(rpc.path, _serialize, rpc.response.FromString)
         with _mapped():
-            answer = method(rpc.encode(query), timeout=timeout_s, metadata=self._metadata)
+            answer = method(rpc.message(query), timeout=timeout_s, metadata=self._metadata)
         return rpc.decode(answer)  # type: ignore[no-any-return]
 
     def stream(self, query: StreamQuery, timeout_s: float | None) -> Iterator[Part]:
         rpc = STREAMS[type(query)]
         method = self._channel.unary_stream(rpc.path, _serialize, rpc.response.FromString)
         with _mapped():
-            call = method(rpc.encode(query), timeout=timeout_s, metadata=self._metadata)
+            call = method(rpc.message(query), timeout=timeout_s, metadata=self._metadata)
             try:
                 for message in call:
                     yield rpc.decode(message)
@@ -116,14 +116,14 @@ class AsyncGrpcTransport:
         rpc = CALLS[type(query)]
         method: Any = self._channel.unary_unary(rpc.path, _serialize, rpc.response.FromString)
         with _mapped():
-            answer = await method(rpc.encode(query), timeout=timeout_s, metadata=self._metadata)
+            answer = await method(rpc.message(query), timeout=timeout_s, metadata=self._metadata)
         return rpc.decode(answer)  # type: ignore[no-any-return]
 
     async def stream(self, query: StreamQuery, timeout_s: float | None) -> AsyncIterator[Part]:
         rpc = STREAMS[type(query)]
         method: Any = self._channel.unary_stream(rpc.path, _serialize, rpc.response.FromString)
         with _mapped():
-            call = method(rpc.encode(query), timeout=timeout_s, metadata=self._metadata)
+            call = method(rpc.message(query), timeout=timeout_s, metadata=self._metadata)
             try:
                 async for message in call:
                     yield rpc.decode(message)

@@ -52,8 +52,8 @@ class HttpTransport:
             response = self._client.request(
                 asked.method,
                 asked.path,
-                json=asked.body,
-                headers=asked.headers,
+                content=_json.encoded(asked.body),
+                headers=_headers(asked),
                 timeout=timeout_s,
             )
         return _json.decoded(decode, _body(response))  # type: ignore[no-any-return]
@@ -63,7 +63,11 @@ class HttpTransport:
         with (
             _mapped(),
             self._client.stream(
-                asked.method, asked.path, json=asked.body, timeout=timeout_s
+                asked.method,
+                asked.path,
+                content=_json.encoded(asked.body),
+                headers=_headers(asked),
+                timeout=timeout_s,
             ) as response,
         ):
             if response.status_code != 200:
@@ -102,8 +106,8 @@ class AsyncHttpTransport:
             response = await self._client.request(
                 asked.method,
                 asked.path,
-                json=asked.body,
-                headers=asked.headers,
+                content=_json.encoded(asked.body),
+                headers=_headers(asked),
                 timeout=timeout_s,
             )
         return _json.decoded(decode, _body(response))  # type: ignore[no-any-return]
@@ -112,7 +116,11 @@ class AsyncHttpTransport:
         asked = _json.stream_ask(query)
         with _mapped():
             async with self._client.stream(
-                asked.method, asked.path, json=asked.body, timeout=timeout_s
+                asked.method,
+                asked.path,
+                content=_json.encoded(asked.body),
+                headers=_headers(asked),
+                timeout=timeout_s,
             ) as response:
                 if response.status_code != 200:
                     await response.aread()
@@ -174,6 +182,11 @@ def _multipart(
         data["expected_generation"] = upload.expected_generation
     opened = {name: stack.enter_context(_Counted(path, add)) for name, path in found.items()}
     return data, {name: (found[name].name, file) for name, file in opened.items()}
+
+
+def _headers(asked: _json.Ask) -> dict[str, str]:
+    json_type = {} if asked.body is None else {"content-type": "application/json"}
+    return {**(asked.headers or {}), **json_type}
 
 
 def _options(settings: Settings) -> dict[str, Any]:

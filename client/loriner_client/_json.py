@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from loriner_client import _models as m
-from loriner_client._errors import Refusal, TransportError, error_of
+from loriner_client._errors import InvalidRequestError, Refusal, TransportError, error_of
 
 Json = dict[str, Any]
 DONE = "[DONE]"
@@ -225,6 +225,14 @@ def refusal(body: Any, headers: Mapping[str, str]) -> Refusal | None:
         tuple(error.get("reasons", ())),
         float(retry_ms) / 1000 if retry_ms else None,
     )
+
+
+def encoded(body: Json | None) -> bytes | None:
+    """Raises InvalidRequestError for what JSON cannot say."""
+    try:
+        return None if body is None else json.dumps(body, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"The request cannot be written: {error}.") from error
 
 
 def decoded(decode: Callable[[Any], Any], body: Any) -> Any:

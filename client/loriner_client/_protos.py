@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loriner_client import _models as m
+from loriner_client._errors import InvalidRequestError
 from loriner_client._upload import Begin, End, Upload, pieces
 from loriner_proto.v1 import adapters_pb2 as ad
 from loriner_proto.v1 import admin_pb2 as adm
@@ -39,6 +40,13 @@ class Rpc:
     response: Any  # the message class that answers
     decode: Callable[[Any], Any]
     is_retryable: bool = True
+
+    def message(self, query: Any) -> Any:
+        """Raises InvalidRequestError for what a proto cannot say."""
+        try:
+            return self.encode(query)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(f"The request cannot be written: {error}.") from error
 
     @property
     def path(self) -> str:

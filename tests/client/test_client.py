@@ -141,6 +141,13 @@ def test_a_refusal_is_raised_as_what_it_is(
         client.chat([{"role": "nobody", "content": "x"}])
 
 
+def test_what_cannot_be_written_is_refused_here(client: Any, service: FakeService) -> None:
+    for prompt, fields in (("hi", {"temperature": "hot"}), ([-1], {}), ([2**40], {})):
+        with pytest.raises(lc.InvalidRequestError):
+            client.generate(prompt, **fields)
+    assert service.calls == []
+
+
 def test_a_full_queue_says_when_to_come_back(client: Any, service: FakeService) -> None:
     service.refuse = OverloadedError("full", 1.5)
     with pytest.raises(lc.OverloadedError) as caught:
@@ -199,9 +206,9 @@ def test_a_key_is_sent_and_never_shown(service: FakeService, tmp_path: Path, kin
 
 def test_nobody_at_the_address_is_a_connect_error() -> None:
     for address in ("127.0.0.1:1", "http://127.0.0.1:1"):
-        with lc.Client(address, retry=lc.Retry(attempts=1)) as client:
-            with pytest.raises(lc.ConnectError):
-                client.chat("hi")
+        client = lc.Client(address, retry=lc.Retry(attempts=1))
+        with client, pytest.raises(lc.ConnectError):
+            client.chat("hi")
 
 
 def test_adapters_are_listed_moved_kept_and_forgotten(client: Any, service: FakeService) -> None:
@@ -267,6 +274,6 @@ def test_what_was_not_run_is_tried_again(live: LiveServer, service: FakeService,
     with open_client(kind, live) as client:
         assert client.chat("hi").text
     service.refuse = EngineUnavailableError("down")
-    with open_client(kind, live, retry=lc.Retry(2, 0.01)) as client:
-        with pytest.raises(lc.EngineUnavailableError):
-            client.chat("hi")
+    hasty = open_client(kind, live, retry=lc.Retry(2, 0.01))
+    with hasty as client, pytest.raises(lc.EngineUnavailableError):
+        client.chat("hi")

@@ -103,9 +103,9 @@ def test_an_async_fake_is_the_same() -> None:
     fake = lc.AsyncFakeTransport(lambda query: lc.completion("hello", adapter="t/a"))
 
     async def use() -> str:
-        async with lc.AsyncClient(transport=fake) as client:
-            async with client.stream_chat("hi") as stream:
-                assert stream.opening.adapter == "t/a"
-                return (await stream.completion()).text
+        client = lc.AsyncClient(transport=fake)
+        async with client, client.stream_chat("hi") as stream:
+            assert stream.opening.adapter == "t/a"
+            return (await stream.completion()).text
 
     assert asyncio.run(use()) == "hello" and fake.is_closed

@@ -37,7 +37,9 @@ def named_as_in_proto(prefix: str = "") -> Iterator[None]:
     except LorinerError as error:
         param = getattr(error, "param", None)
         if isinstance(param, str):
-            error.param = prefix + _path(param)  # type: ignore[attr-defined]
+            path = _path(param)
+            error.param = prefix + path  # type: ignore[attr-defined]
+            error.args = (str(error).replace(f"'{param}'", f"'{prefix}{path}'"),)
         raise
 
 

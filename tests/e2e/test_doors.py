@@ -1,0 +1,234 @@
+"""Both doors of one real server: the same request has the same tokens and the same refusals, and
+a caller who leaves frees the engine whichever door it came through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loriner_client as lc
+from loriner.api.status import TABLE
+from tests.e2e.kit import Kit
+from tests.servers import ServerProcess, wait_until
+
+HI, STORY = "hi", "tell me a story about a harness"
+GREEDY: lc.Sampling = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+ABORTED = "loriner_aborted_sequences_total"
+GRPC_CODES = {row.code or "invalid_request": row.grpc for row in TABLE.values()}
+
+
+@pytest.fixture(scope="module")
+def server(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    store = tmp_path_factory.mktemp("doors") / "store"
+    flags = ("--grpc-port", "0", "--max-upload-bytes", "32M", "--max-waiting", "8")
+    with ServerProcess(kit.base, store, *flags) as server:
+        with lc.Client(server.grpc_address) as client:
+            client.adapters.upload(kit.adapters["a0"], "a0")
+        server.publish(kit.adapters["a1"], "a1")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def grpc(server: ServerProcess) -> Iterator[lc.Client]:
+    with lc.Client(server.grpc_address) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(server: ServerProcess) -> Iterator[lc.Client]:
+    with lc.Client(server.url) as client:
+        yield client
+
+
+CHATS: list[tuple[str, dict[str, Any]]] = [
+    (HI, {**GREEDY}),
+    (HI, {**GREEDY, "adapter": "a0"}),
+    (STORY, {**GREEDY, "model": "a1"}),
+    (STORY, {**GREEDY, "model": "tiny:a0"}),
+    (HI, {"temperature": 1.0, "seed": 7, "max_tokens": 12, "top_p": 0.9, "top_k": 40}),
+    (HI, {"temperature": 0.8, "seed": 3, "max_tokens": 8, "n": 3, "adapter": "a1"}),
+    (HI, {**GREEDY, "logprobs": 3}),
+    (HI, {**GREEDY, "repetition_penalty": 1.3, "frequency_penalty": 0.5}),
+    (HI, {**GREEDY, "logit_bias": {65: 100.0}}),
+    (STORY, {"temperature": 0.0, "max_tokens": 30, "stop_token_ids": [65, 66, 67, 97, 101]}),
+    (STORY, {"temperature": 0.0, "max_tokens": 30, "logit_bias": {65: 100.0}, "stop": ["AAA"]}),
+    (HI, {"temperature": 0.0, "max_tokens": 4, "min_tokens": 4}),
+]
+
+
+def plain(answer: lc.Completion) -> dict[str, Any]:
+    """What must be equal: not the answer's own id, nor what the cache had by then."""
+    choices = [
+        {
+            "text": choice.text,
+            "token_ids": choice.token_ids,
+            "finish": (choice.finish_reason, choice.stop_reason),
+            "logprobs": [
+                (one.token, pytest.approx(one.logprob, abs=1e-4), len(one.top))
+                for one in choice.logprobs
+            ],
+        }
+        for choice in answer.choices
+    ]
+    opening = answer.opening
+    where = (opening.model, opening.adapter, opening.generation, opening.base_digest)
+    usage = (answer.usage.prompt_tokens, answer.usage.completion_tokens)
+    return {"choices": choices, "opening": where, "usage": usage}
+
+
+@pytest.mark.parametrize(("text", "fields"), CHATS)
+def test_a_chat_has_the_same_tokens_through_both_doors(
+    grpc: lc.Client, http: lc.Client, text: str, fields: dict[str, Any]
+) -> None:
+    answers = [plain(client.chat(text, **fields)) for client in (grpc, http)]
+    for client in (grpc, http):
+        with client.stream_chat(text, **fields) as stream:
+            answers.append(plain(stream.completion()))
+
+    assert answers[0]["choices"][0]["token_ids"]
+    assert all(answer == answers[0] for answer in answers[1:])
+
+
+@pytest.mark.parametrize("fields", [{**GREEDY}, {**GREEDY, "adapter": "a0"}, {"seed": 4}])
+@pytest.mark.parametrize("prompt", ["Once upon", [79, 110, 99, 101]])
+def test_a_continued_text_has_the_same_tokens_through_both_doors(
+    grpc: lc.Client, http: lc.Client, prompt: Any, fields: dict[str, Any]
+) -> None:
+    first, second = (plain(client.generate(prompt, **fields)) for client in (grpc, http))
+
+    assert first == second and first["choices"][0]["token_ids"]
+
+
+def test_an_answer_is_the_one_it_has_alone(grpc: lc.Client, kit: Kit) -> None:
+    for adapter in (None, "a0", "a1"):
+        answer = grpc.chat(STORY, adapter=adapter, temperature=0.0, max_tokens=16, ignore_eos=True)
+        assert list(answer.choices[0].token_ids) == kit.alone(STORY, adapter)
+
+
+def test_tokens_and_adapters_look_the_same(grpc: lc.Client, http: lc.Client) -> None:
+    turns = [lc.Message("user", HI)]
+    assert grpc.tokenize(STORY) == http.tokenize(STORY)
+    assert grpc.tokenize(turns) == http.tokenize(turns)
+
+    def listed(client: lc.Client) -> list[tuple[Any, ...]]:
+        return [(a.name, a.generation, a.ranks, a.targets, a.state) for a in client.adapters.list()]
+
+    assert listed(grpc) == listed(http)
+    assert [entry[0] for entry in listed(grpc)] == ["default/a0", "default/a1"]
+    assert grpc.status().base_digest == http.status().base_digest
+
+
+REFUSED: list[dict[str, Any]] = [
+    {"adapter": "nope"},
+    {"model": "nope"},
+    {"model": "tiny:nope"},
+    {"adapter": "a0@000000000000"},
+    {"adapter": "no/such/name"},
+    {"adapter": "x" * 300},
+    {"temperature": -1.0},
+    {"temperature": float("inf")},
+    {"top_p": 0.0},
+    {"top_k": -2},
+    {"min_p": 2.0},
+    {"max_tokens": 0},
+    {"max_tokens": 10**6},
+    {"min_tokens": 3, "max_tokens": 2},
+    {"n": 0},
+    {"n": 129},
+    {"n": 128},
+    {"seed": 2**62, "n": 200},
+    {"stop": [""]},
+    {"stop": ["x"] * 20},
+    {"stop_token_ids": [10**6]},
+    {"logit_bias": {10**6: 1.0}},
+    {"logit_bias": {1: 1000.0}},
+    {"logprobs": 21},
+    {"repetition_penalty": 0.0},
+    {"frequency_penalty": 3.0},
+    {"presence_penalty": -3.0},
+    {"template": {"messages": 1}},
+]
+
+
+@pytest.mark.parametrize("fields", REFUSED, ids=lambda fields: json.dumps(fields)[:40])
+def test_a_refusal_is_the_same_through_both_doors(
+    grpc: lc.Client, http: lc.Client, fields: dict[str, Any]
+) -> None:
+    found = []
+    for client in (grpc, http):
+        with pytest.raises(lc.LorinerError) as caught:
+            client.chat(HI, **fields)
+        error = caught.value
+        found.append((type(error), _bare(str(error)), error.code, _bare(error.param or "")))
+
+    if "inf" in str(fields):  # JSON has no infinity: the client cannot send it
+        assert found[0][0] is found[1][0] is lc.InvalidRequestError
+        return
+    assert found[0] == found[1]
+    assert found[0][2] in GRPC_CODES
+
+
+def test_long_prompts_and_empty_ones_are_refused_alike(grpc: lc.Client, http: lc.Client) -> None:
+    for ask, kind in (
+        (lambda client: client.chat("x" * 9000), lc.ContextLengthError),
+        (lambda client: client.generate([]), lc.InvalidRequestError),
+        (lambda client: client.generate([10**6]), lc.InvalidRequestError),
+        (lambda client: client.chat([]), lc.InvalidRequestError),
+    ):
+        messages = []
+        for client in (grpc, http):
+            with pytest.raises(kind) as caught:
+                ask(client)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+
+
+def test_a_bad_upload_is_refused_alike(
+    grpc: lc.Client, http: lc.Client, kit: Kit, tmp_path: Path
+) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((kit.adapters["a0"] / name).read_bytes())
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
+    reasons = []
+    for client in (grpc, http):
+        with pytest.raises(lc.InvalidAdapterError) as caught:
+            client.adapters.upload(tmp_path, "bad")
+        reasons.append(caught.value.reasons)
+
+    assert reasons[0] == reasons[1] and "dora" in reasons[0][0].lower()
+
+
+@pytest.mark.parametrize("how", ["leave", "deadline", "unary deadline"])
+def test_a_caller_who_leaves_frees_the_engine(
+    server: ServerProcess, grpc: lc.Client, how: str
+) -> None:
+    aborted = _metric(server, ABORTED)
+    if how == "leave":
+        with grpc.stream_chat(HI, max_tokens=6000, ignore_eos=True, adapter="a0") as stream:
+            next(iter(stream))
+            wait_until(lambda: grpc.status().num_running == 1)
+    else:
+        hasty = lc.Client(server.grpc_address, timeout_s=0.5)
+        with hasty, pytest.raises(lc.DeadlineExceededError):
+            if how == "deadline":
+                with hasty.stream_chat(HI, max_tokens=6000, ignore_eos=True) as stream:
+                    list(stream)
+            hasty.chat(HI, max_tokens=6000, ignore_eos=True)
+
+    wait_until(lambda: grpc.status().num_running == 0 == grpc.status().num_waiting, 5)
+    assert _metric(server, ABORTED) == aborted + 1
+
+
+def _metric(server: ServerProcess, name: str) -> float:
+    lines = server.http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def _bare(text: str) -> str:
+    """A field's name without the place that a door gives it."""
+    return text.replace("sampling.", "").replace("top_logprobs", "logprobs")
