@@ -91,6 +91,10 @@ class PermissionDeniedError(LorinerError):
     """The key lacks the right."""
 
 
+class KeyNotFoundError(LorinerError):
+    """No API key has this id."""
+
+
 class ModelNotFoundError(LorinerError):
     """`model` names neither the base nor an adapter that this key may use."""
 
@@ -131,6 +135,10 @@ class OverloadedError(LorinerError):
     """The queue is full."""
 
 
+class QuotaExceededError(LorinerError):
+    """The tenant has what it may have; `retry_after_s` is None where waiting does not help."""
+
+
 class EngineError(LorinerError):
     """Base of faults on the server's side."""
 
@@ -148,6 +156,7 @@ BY_CODE: dict[str, type[LorinerError]] = {
     "context_length_exceeded": ContextLengthError,
     "invalid_api_key": AuthenticationError,
     "permission_denied": PermissionDeniedError,
+    "key_not_found": KeyNotFoundError,
     "model_not_found": ModelNotFoundError,
     "adapter_not_found": AdapterNotFoundError,
     "invalid_adapter": InvalidAdapterError,
@@ -157,6 +166,7 @@ BY_CODE: dict[str, type[LorinerError]] = {
     "adapter_store_failed": AdapterStoreError,
     "payload_too_large": PayloadTooLargeError,
     "queue_full": OverloadedError,
+    "quota_exceeded": QuotaExceededError,
     "engine_unavailable": EngineUnavailableError,
     "engine_failed": EngineFailedError,
 }

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from loriner import __version__, bench
-from loriner.commands import adapters, chat, demo, models, serve
+from loriner.commands import adapters, chat, demo, keys, models, serve
 from loriner.errors import ConfigError, LorinerError
 
 _EPILOG = """a first session:
@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_command(subparsers)
     models.add_commands(subparsers)
     adapters.add_command(subparsers)
+    keys.add_command(subparsers)
     chat.add_command(subparsers)
     bench.add_commands(subparsers)
     return parser

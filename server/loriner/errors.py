@@ -8,6 +8,7 @@ gRPC (`api/status.py` holds that table, one row for each leaf).
     │   └── ContextLengthError      prompt (+ max_tokens) does not fit the context
     ├── AuthenticationError         no key or an unknown key
     ├── PermissionDeniedError       the key lacks the right
+    ├── KeyNotFoundError            no API key has this id
     ├── ModelNotFoundError          `model` names neither the base nor an adapter
     ├── AdapterError
     │   ├── AdapterNotFoundError    unknown, deleted, or another tenant's
@@ -18,6 +19,7 @@ gRPC (`api/status.py` holds that table, one row for each leaf).
     │   └── AdapterStoreError       the store cannot read or write its disk; nothing was changed
     ├── PayloadTooLargeError        an upload passes the byte limit
     ├── OverloadedError             the queue is full; retry later
+    ├── QuotaExceededError          the tenant has what it may have
     └── EngineError
         ├── EngineUnavailableError  the engine is down, starting or draining
         └── EngineFailedError       this request was lost to a fault in the engine
@@ -58,6 +60,14 @@ class AuthenticationError(LorinerError):
 
 class PermissionDeniedError(LorinerError):
     """The key is known and lacks the scope for this operation."""
+
+
+class KeyNotFoundError(LorinerError):
+    """No API key has this id."""
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"There is no API key with the id `{key_id}`.")
+        self.param = "id"
 
 
 class ModelNotFoundError(LorinerError):
@@ -116,6 +126,14 @@ class OverloadedError(LorinerError):
     """The queue is full. `retry_after_s` is a hint in seconds."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaExceededError(LorinerError):
+    """The tenant has what it may have. `retry_after_s` is None where waiting does not help."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 

@@ -38,6 +38,9 @@ ADMIN = (
     "/admin/aliases/x",
     "/admin/status",
     "/admin/drain",
+    "/admin/keys",
+    "/admin/keys/0123",
+    "/admin/tenants/acme/quota",
 )
 NOWHERE = ("/", "/v1", "/admin", "/nope", "//admin/adapters", "/admin/../v1/models", "/V1/models")
 

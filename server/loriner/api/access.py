@@ -13,6 +13,7 @@ import ipaddress
 from dataclasses import dataclass
 
 from loriner.adapters.names import DEFAULT_TENANT, is_digest, show
+from loriner.api.tenants import Key, Tenants
 from loriner.config import ServerConfig
 from loriner.errors import (
     AdapterNotFoundError,
@@ -23,11 +24,19 @@ from loriner.errors import (
 
 
 class Right(enum.Enum):
-    """What a caller must be allowed to do."""
+    """What a caller must be allowed to do; INFER to ADMIN are the scopes of a key."""
 
-    OPEN = "open"  # probes
+    OPEN = "open"  # probes: nobody is asked
+    KNOWN = "known"  # any key
+    METRICS = "metrics"
     INFER = "infer"
-    ADMIN = "admin"
+    READ = "read"  # look at adapters
+    PUBLISH = "publish"  # upload, alias, delete, evict
+    ADMIN = "admin"  # everything, and every tenant's adapters
+
+
+EVERY = frozenset(Right)
+USER = frozenset((Right.OPEN, Right.KNOWN, Right.METRICS, Right.INFER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,7 @@ class Caller:
 
     name: str  # of the key, for logs
     tenant: str
+    rights: frozenset[Right]
     is_operator: bool  # reaches every tenant's adapters
 
     @property
@@ -56,19 +66,24 @@ class Caller:
         return name
 
 
-LOCAL = Caller("local", DEFAULT_TENANT, is_operator=True)
+LOCAL = Caller("local", DEFAULT_TENANT, EVERY, is_operator=True)
 
 
 class Access:
-    """The configured keys, as digests. `admin_key` defaults to `api_key`."""
+    """The configured keys, as digests, and the tenants'. `admin_key` defaults to `api_key`."""
 
-    def __init__(self, api_key: str, admin_key: str) -> None:
-        self._infer = _digest(api_key) if api_key else None
-        self._admin = _digest(admin_key or api_key) if admin_key or api_key else None
+    def __init__(self, config: ServerConfig, tenants: Tenants) -> None:
+        admin = config.admin_key or config.api_key
+        self._user = _digest(config.api_key) if config.api_key else None
+        self._admin = _digest(admin) if admin else None
+        self._tenants = tenants
 
     def needs_key(self, right: Right) -> bool:
-        configured = {Right.OPEN: None, Right.INFER: self._infer, Right.ADMIN: self._admin}
-        return configured[right] is not None
+        """False in local mode: no key is configured for this right, and no tenant has any."""
+        if right is Right.OPEN:
+            return False
+        configured = self._user if right in USER else self._admin
+        return configured is not None or self._tenants.has_keys
 
     def admit(self, right: Right, token: str | None) -> Caller:
         """Raises AuthenticationError or PermissionDeniedError. Compares every key, always."""
@@ -79,14 +94,31 @@ class Access:
                 "You didn't provide an API key. Send it in an Authorization header: "
                 "`Authorization: Bearer YOUR_KEY`."
             )
-        given = _digest(token)
-        is_infer = hmac.compare_digest(given, self._infer or b"")
-        is_admin = hmac.compare_digest(given, self._admin or b"")
-        if not (is_infer or is_admin):
+        caller = self._identify(token)
+        if caller is None:
             raise AuthenticationError("Incorrect API key provided.")
-        if right is Right.ADMIN and not is_admin:
-            raise PermissionDeniedError("This API key may not use the admin endpoints.")
-        return Caller("admin_key" if is_admin else "api_key", DEFAULT_TENANT, is_operator=True)
+        if right not in caller.rights:
+            raise PermissionDeniedError(f"This API key lacks the right `{right.value}`.")
+        return caller
+
+    def _identify(self, token: str) -> Caller | None:
+        given = _digest(token)
+        is_user = hmac.compare_digest(given, self._user or b"")
+        is_admin = hmac.compare_digest(given, self._admin or b"")
+        key = self._tenants.find(token)
+        if is_admin:
+            return Caller("admin_key", DEFAULT_TENANT, EVERY, is_operator=True)
+        if is_user:
+            return Caller("api_key", DEFAULT_TENANT, USER, is_operator=True)
+        return None if key is None else caller_of(key)
+
+
+def caller_of(key: Key) -> Caller:
+    """A tenant's key: the rights that its scopes name; all of them with `admin`."""
+    scopes = frozenset(Right(scope) for scope in key.scopes)
+    is_operator = Right.ADMIN in scopes
+    rights = EVERY if is_operator else scopes | {Right.OPEN, Right.KNOWN}
+    return Caller(key.id, key.tenant, rights, is_operator)
 
 
 def bearer(values: list[str]) -> str | None:
@@ -97,10 +129,11 @@ def bearer(values: list[str]) -> str | None:
 
 def check_binding(config: ServerConfig) -> None:
     """Raises ConfigError when the server would listen to the network without a key."""
-    if not config.api_key and not is_loopback(config.host):
+    has_keys = config.api_key or Tenants(config.store).has_keys
+    if not has_keys and not is_loopback(config.host):
         raise ConfigError(
             f"host {config.host!r} can be reached by others and no key is configured: set api_key "
-            "(LORINER_API_KEY), or listen on 127.0.0.1."
+            "(LORINER_API_KEY), make one with `loriner keys create`, or listen on 127.0.0.1."
         )
 
 

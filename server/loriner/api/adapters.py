@@ -20,7 +20,7 @@ from loriner.api.access import Caller
 from loriner.api.metrics import Metrics
 from loriner.api.sources import Sources
 from loriner.config import ServerConfig
-from loriner.errors import AdapterNotFoundError, OverloadedError
+from loriner.errors import AdapterNotFoundError, OverloadedError, PermissionDeniedError
 
 if TYPE_CHECKING:
     from loriner.adapters.records import AdapterRecord, PublishReport
@@ -78,6 +78,8 @@ class Adapters:
         self, caller: Caller, folder: Path, path: str, name: str, expected: str | None
     ) -> PublishReport:
         """Publish what `path` names inside the adapter root; an archive is unpacked in `folder`."""
+        if not caller.is_operator:  # the root holds every tenant's folders
+            raise PermissionDeniedError("Publishing from a path needs the right `admin`.")
         full = caller.reach(name, "name")
         clean = await asyncio.to_thread(self._sources.from_path, folder, path)
         return await self._publish(clean, full, expected, "path")

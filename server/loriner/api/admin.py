@@ -56,21 +56,23 @@ class AdminDoor:
         self._config = shared.config
 
     def routes(self) -> list[GuardedRoute]:
-        def route(path: str, method: str, endpoint: Callable[..., Any]) -> GuardedRoute:
-            return GuardedRoute(path, endpoint, right=Right.ADMIN, methods=[method])
+        def route(
+            path: str, method: str, right: Right, endpoint: Callable[..., Any]
+        ) -> GuardedRoute:
+            return GuardedRoute(path, endpoint, right=right, methods=[method])
 
         one = "/admin/adapters/{name:path}"
         return [
-            route("/admin/adapters", "POST", self.publish),
-            route("/admin/adapters", "GET", self.list_adapters),
-            route(f"{one}/pin", "POST", self.pin),
-            route(f"{one}/unpin", "POST", self.unpin),
-            route(f"{one}/evict", "POST", self.evict),
-            route(one, "GET", self.inspect),
-            route(one, "DELETE", self.delete),
-            route("/admin/aliases/{name:path}", "PUT", self.set_alias),
-            route("/admin/status", "GET", self.status),
-            route("/admin/drain", "POST", self.drain),
+            route("/admin/adapters", "POST", Right.PUBLISH, self.publish),
+            route("/admin/adapters", "GET", Right.READ, self.list_adapters),
+            route(f"{one}/pin", "POST", Right.ADMIN, self.pin),
+            route(f"{one}/unpin", "POST", Right.ADMIN, self.unpin),
+            route(f"{one}/evict", "POST", Right.PUBLISH, self.evict),
+            route(one, "GET", Right.READ, self.inspect),
+            route(one, "DELETE", Right.PUBLISH, self.delete),
+            route("/admin/aliases/{name:path}", "PUT", Right.PUBLISH, self.set_alias),
+            route("/admin/status", "GET", Right.ADMIN, self.status),
+            route("/admin/drain", "POST", Right.ADMIN, self.drain),
         ]
 
     async def publish(self, request: Request) -> Response:

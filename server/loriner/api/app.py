@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loriner.api.admin import AdminDoor
 from loriner.api.auth import Guard
+from loriner.api.keys import KeyDoor
 from loriner.api.metrics import CLIENT_CLOSED, Metrics
 from loriner.api.openai import OpenAIDoor
 from loriner.api.probes import Probes
@@ -48,6 +49,7 @@ def build_app(service: Service, config: ServerConfig, shared: Shared | None = No
         *OpenAIDoor(shared).routes(),
         *TokenDoor(shared).routes(),
         *AdminDoor(shared).routes(),
+        *KeyDoor(shared).routes(),
         *Probes(service, metrics).routes(),
     ]
     app = Starlette(

@@ -54,7 +54,7 @@ class Guard:
 
     def _authorise(self, scope: Scope) -> None:
         route = self._match(scope)
-        right = Right.INFER if route is None else route.right
+        right = Right.KNOWN if route is None else route.right
         scope["state"]["route"] = "unmatched" if route is None else route.path
         headers = Headers(scope=scope)
         scope["state"]["caller"] = self._access.admit(

@@ -28,18 +28,18 @@ OURS = "/loriner_proto.v1."
 RIGHTS = {
     "/grpc.health.v1.Health/Check": Right.OPEN,
     "/grpc.health.v1.Health/Watch": Right.OPEN,
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Right.INFER,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Right.KNOWN,
     f"{OURS}InferenceService/Generate": Right.INFER,
     f"{OURS}InferenceService/Chat": Right.INFER,
     f"{OURS}InferenceService/StreamChat": Right.INFER,
     f"{OURS}InferenceService/Tokenize": Right.INFER,
-    f"{OURS}AdapterService/Upload": Right.ADMIN,
-    f"{OURS}AdapterService/Get": Right.ADMIN,
-    f"{OURS}AdapterService/List": Right.ADMIN,
-    f"{OURS}AdapterService/Alias": Right.ADMIN,
+    f"{OURS}AdapterService/Upload": Right.PUBLISH,
+    f"{OURS}AdapterService/Get": Right.READ,
+    f"{OURS}AdapterService/List": Right.READ,
+    f"{OURS}AdapterService/Alias": Right.PUBLISH,
     f"{OURS}AdapterService/Pin": Right.ADMIN,
-    f"{OURS}AdapterService/Delete": Right.ADMIN,
-    f"{OURS}AdapterService/Evict": Right.ADMIN,
+    f"{OURS}AdapterService/Delete": Right.PUBLISH,
+    f"{OURS}AdapterService/Evict": Right.PUBLISH,
     f"{OURS}AdminService/Status": Right.ADMIN,
     f"{OURS}AdminService/Drain": Right.ADMIN,
 }
@@ -81,7 +81,7 @@ class Guard(aio.ServerInterceptor):
         method = str(handler_call_details.method)
         metadata = handler_call_details.invocation_metadata or ()
         request_id = _request_id(_values(metadata, REQUEST_ID_KEY))
-        right = RIGHTS.get(method, Right.INFER)
+        right = RIGHTS.get(method, Right.KNOWN)
         try:
             caller = self._access.admit(right, bearer(_values(metadata, "authorization")))
         except LorinerError as error:

@@ -34,7 +34,7 @@ class Probes:
             GuardedRoute("/ready", self.ready, right=is_open, methods=["GET"]),
             GuardedRoute("/ping", self.health, right=is_open, methods=["GET", "POST"]),
             GuardedRoute("/version", self.version, right=is_open, methods=["GET"]),
-            GuardedRoute("/metrics", self.metrics, right=Right.INFER, methods=["GET"]),
+            GuardedRoute("/metrics", self.metrics, right=Right.METRICS, methods=["GET"]),
         ]
 
     async def health(self, request: Request) -> Response:

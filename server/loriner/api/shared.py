@@ -9,6 +9,7 @@ from loriner.api.access import Access, check_binding
 from loriner.api.adapters import Adapters
 from loriner.api.metrics import Metrics
 from loriner.api.running import Runner
+from loriner.api.tenants import Tenants
 from loriner.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Shared:
     config: ServerConfig
     metrics: Metrics
     access: Access
+    tenants: Tenants
     adapters: Adapters
     runner: Runner
 
@@ -30,12 +32,13 @@ class Shared:
 def share(service: Service, config: ServerConfig) -> Shared:
     """Raises ConfigError when `config` would serve a network without a key."""
     check_binding(config)
-    metrics = Metrics(service)
+    metrics, tenants = Metrics(service), Tenants(config.store)
     return Shared(
         service,
         config,
         metrics,
-        Access(config.api_key, config.admin_key),
+        Access(config, tenants),
+        tenants,
         Adapters(service, metrics, config),
         Runner(service, metrics),
     )

@@ -42,6 +42,7 @@ TABLE: Mapping[type[errors.LorinerError], Row] = MappingProxyType(
         errors.ContextLengthError: Row(400, BAD, "context_length_exceeded", "INVALID_ARGUMENT"),
         errors.AuthenticationError: Row(401, BAD, "invalid_api_key", "UNAUTHENTICATED"),
         errors.PermissionDeniedError: Row(403, BAD, "permission_denied", "PERMISSION_DENIED"),
+        errors.KeyNotFoundError: Row(404, BAD, "key_not_found", "NOT_FOUND"),
         errors.ModelNotFoundError: Row(404, BAD, "model_not_found", "NOT_FOUND"),
         errors.AdapterError: INTERNAL,
         errors.AdapterNotFoundError: Row(404, BAD, "adapter_not_found", "NOT_FOUND"),
@@ -65,6 +66,9 @@ TABLE: Mapping[type[errors.LorinerError], Row] = MappingProxyType(
         ),
         errors.PayloadTooLargeError: Row(413, BAD, "payload_too_large", "INVALID_ARGUMENT"),
         errors.OverloadedError: Row(429, "rate_limit_error", "queue_full", "RESOURCE_EXHAUSTED"),
+        errors.QuotaExceededError: Row(
+            429, "rate_limit_error", "quota_exceeded", "RESOURCE_EXHAUSTED"
+        ),
         errors.EngineError: INTERNAL,
         errors.EngineUnavailableError: Row(
             503,

@@ -70,12 +70,13 @@ def serve(
     log_to_stderr(logging.INFO if on_ready is None else logging.WARNING)
     from loriner.api.access import check_binding
     from loriner.api.server import Server
+    from loriner.api.tenants import Tenants
     from loriner.engine.service import Service  # brings torch, so only now
 
     check_binding(server)
     service = Service(engine, server)
     console.print(f"Base {service.model_name}, digest {service.base_digest[:12]}.")
-    if not server.api_key:
+    if not server.api_key and not Tenants(server.store).has_keys:
         console.print(
             "[bold]No API key is set: local mode.[/] Only this machine can reach the server, and "
             "everyone on it may use and administer it."
