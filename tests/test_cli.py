@@ -203,7 +203,7 @@ def test_a_wrong_key_and_a_missing_server_are_status_1(
     service: FakeService, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["adapters", "list", "--key", "user"]) == 1
-    assert "may not use the admin" in capsys.readouterr().err
+    assert "lacks the right `read`" in capsys.readouterr().err
     assert main(["adapters", "list", "--url", "http://127.0.0.1:9"]) == 1
     assert "loriner serve" in capsys.readouterr().err
 

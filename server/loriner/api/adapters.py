@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from loriner.adapters.names import show
+from loriner.adapters.names import parse_name, show
 from loriner.api.access import Caller
 from loriner.api.metrics import Metrics
+from loriner.api.quotas import Quotas, check_storage
 from loriner.api.sources import Sources
 from loriner.config import ServerConfig
 from loriner.errors import AdapterNotFoundError, OverloadedError, PermissionDeniedError
@@ -48,21 +49,25 @@ class Placed:
 class Adapters:
     """The operations on adapters, each on behalf of a caller."""
 
-    def __init__(self, service: Service, metrics: Metrics, config: ServerConfig) -> None:
+    def __init__(
+        self, service: Service, metrics: Metrics, config: ServerConfig, quotas: Quotas
+    ) -> None:
         self._service = service
+        self._quotas = quotas
         self._metrics = metrics
         self._sources = Sources(service.store.staging, config.adapter_root, config.max_upload_bytes)
         self._num_uploads = 0
 
     @contextlib.asynccontextmanager
-    async def upload(self) -> AsyncIterator[Path]:
+    async def upload(self, caller: Caller) -> AsyncIterator[Path]:
         """A place among the uploads in flight: an empty folder, gone at the end."""
         if self._num_uploads >= MAX_UPLOADS:
             raise OverloadedError(f"{MAX_UPLOADS} uploads are in flight; try again soon.", 5.0)
         self._num_uploads += 1
         try:
-            async with self._sources.workspace() as folder:
-                yield folder
+            with self._quotas.uploading(caller.tenant):
+                async with self._sources.workspace() as folder:
+                    yield folder
         finally:
             self._num_uploads -= 1
 
@@ -87,12 +92,26 @@ class Adapters:
     async def _publish(
         self, folder: Path, name: str, expected: str | None, source: str
     ) -> PublishReport:
-        report = await self._service.publish(
-            folder, name, expected_generation=expected, source=source
-        )
+        num_bytes = await asyncio.to_thread(_size, folder)
+        async with self._room_for(name, num_bytes):
+            report = await self._service.publish(
+                folder, name, expected_generation=expected, source=source
+            )
         logger.info("published %s as %s", report.name, report.generation)
         self._metrics.names.learn(report.generation, report.name)
         return report
+
+    @contextlib.asynccontextmanager
+    async def _room_for(self, name: str, num_bytes: int | None) -> AsyncIterator[None]:
+        """Within its owner's quota, while nobody else stores for it."""
+        full = parse_name(name)
+        async with self._quotas.storing(full.tenant) as quota:
+            if quota is not None:
+                held = await asyncio.to_thread(
+                    self._service.store.list, full.tenant, all_states=True
+                )
+                check_storage(quota, held, str(full), num_bytes)
+            yield
 
     async def all_of(self, caller: Caller) -> list[Placed]:
         """By name, in whatever state."""
@@ -131,7 +150,8 @@ class Adapters:
         self, caller: Caller, name: str, target: str, expected: str | None
     ) -> AdapterRecord:
         full, target = caller.reach(name, "name"), caller.reach(target, "target")
-        record = await self._service.set_alias(full, target, expected_generation=expected)
+        async with self._room_for(full, None):
+            record = await self._service.set_alias(full, target, expected_generation=expected)
         logger.info("alias %s now names %s", record.name, record.generation)
         return record
 
@@ -154,6 +174,10 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except AdapterNotFoundError:
         raise AdapterNotFoundError(show(name), "name") from None
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def _place(record: AdapterRecord, where: dict[str, GenerationStats]) -> Placed:

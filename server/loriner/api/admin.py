@@ -76,7 +76,7 @@ class AdminDoor:
         ]
 
     async def publish(self, request: Request) -> Response:
-        async with self._adapters.upload() as folder:
+        async with self._adapters.upload(request.state.caller) as folder:
             if _content_type(request) == "multipart/form-data":
                 report = await self._publish_files(request, folder)
             else:

@@ -40,7 +40,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, parts: AsyncIterator[pb.UploadRequest], context: Context
     ) -> pb.UploadResponse:
         caller = current_call().caller
-        async with self._adapters.upload() as folder:
+        async with self._adapters.upload(caller) as folder:
             upload = Upload(folder, self._max_bytes)
             try:
                 while (part := await _next(parts)) is not None:

@@ -41,7 +41,7 @@ class QuotaBody(Body):
     max_adapters: int | None = None
     max_bytes: int | None = None
     max_uploads: int | None = None
-    max_requests: int | None = None
+    max_sequences: int | None = None
     tokens_per_minute: int | None = None
 
 

@@ -10,6 +10,7 @@ import msgspec
 from starlette.responses import Response
 
 from loriner.api.status import BAD, error_body, row_of
+from loriner.errors import QuotaExceededError
 
 _HTTP_CODES: Mapping[int, str] = MappingProxyType(
     {
@@ -28,8 +29,11 @@ def error_response(error: BaseException, request_id: str) -> Response:
     if retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
         headers["retry-after-ms"] = str(math.ceil(retry_after_s * 1000))
-    if row.should_retry is not None:
-        headers["x-should-retry"] = str(row.should_retry).lower()
+    should_retry = row.should_retry
+    if isinstance(error, QuotaExceededError) and retry_after_s is None:
+        should_retry = False  # of what is stored: waiting does not help
+    if should_retry is not None:
+        headers["x-should-retry"] = str(should_retry).lower()
     if row.status == 401:
         headers["www-authenticate"] = "Bearer"
     return json_response(error_body(error, request_id), row.status, headers)

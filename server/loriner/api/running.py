@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from loriner.api.inference import Job
 from loriner.api.metrics import Metrics, RequestMeter
 from loriner.api.prompts import Prompt
+from loriner.api.quotas import Quotas, Spend
 from loriner.api.selection import public_name
 from loriner.core import Event, FinishReason
 from loriner.errors import AdapterNotFoundError, EngineFailedError, EngineUnavailableError
@@ -32,30 +33,32 @@ Numbered = tuple[int, Event]  # with the prompt's or the choice's index
 class Runner:
     """Starts generations for both doors."""
 
-    def __init__(self, service: Service, metrics: Metrics) -> None:
+    def __init__(self, service: Service, metrics: Metrics, quotas: Quotas) -> None:
         self._service = service
         self._metrics = metrics
+        self._quotas = quotas
 
     @asynccontextmanager
     async def run(self, job: Job) -> AsyncIterator[Run]:
         """The job, with its first event here. Raises LorinerError before that."""
-        with self._metrics.request(job.kind) as meter:
+        with (
+            self._metrics.request(job.kind) as meter,
+            self._quotas.running(job.caller.tenant, job.num_choices) as spend,
+        ):
             async with AsyncExitStack() as stack:
                 generations, answer_id = [], f"{job.kind}-{uuid.uuid4().hex}"
                 for i, prompt in enumerate(job.prompts):
                     generation = await self._admit(job, prompt, f"{answer_id}-{i}")
                     stack.push_async_callback(generation.close)
                     generations.append(generation)
-                record = generations[0].record
-                name = "" if record is None else public_name(record)
-                digest = "" if record is None else record.generation
-                meter.admitted(name, digest, sum(len(prompt.ids) for prompt in job.prompts))
+                _count_prompts(job, generations[0].record, meter, spend)
                 events = await stack.enter_async_context(aclosing(_merge(generations)))
                 first = await anext(events, None)
                 if first is None:
                     raise EngineFailedError("The engine answered nothing.")
                 _raise_if_aborted(first[1])
-                yield Run(job, answer_id, record, first, events, meter)
+                record = generations[0].record
+                yield Run(job, answer_id, record, first, events, meter, spend)
 
     async def _admit(self, job: Job, prompt: Prompt, request_id: str) -> Generation:
         name = job.choice.name
@@ -83,6 +86,7 @@ class Run:
         first: Numbered,
         events: AsyncGenerator[Numbered, None],
         meter: RequestMeter,
+        spend: Spend,
     ) -> None:
         self.job = job
         self.answer_id = answer_id
@@ -90,7 +94,7 @@ class Run:
         self.created = int(time.time())
         self.cold_start = first[1].cold_start
         self.meter = meter
-        self._first, self._rest = first, events
+        self._first, self._rest, self._spend = first, events, spend
         self._cached_tokens = [0] * len(job.prompts)
         self._output_tokens = [0] * job.num_choices
 
@@ -126,7 +130,17 @@ class Run:
             self._cached_tokens[prompt] = event.num_cached_tokens
         self._output_tokens[index] = event.num_output_tokens
         self.meter.event(index, event)
+        self._spend(len(event.token_ids))
         return index, event
+
+
+def _count_prompts(
+    job: Job, record: AdapterRecord | None, meter: RequestMeter, spend: Spend
+) -> None:
+    num_tokens = sum(len(prompt.ids) for prompt in job.prompts)
+    name = "" if record is None else public_name(record)
+    meter.admitted(name, "" if record is None else record.generation, num_tokens)
+    spend(num_tokens)
 
 
 async def _merge(generations: Sequence[Generation]) -> AsyncGenerator[Numbered, None]:

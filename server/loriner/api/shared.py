@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from loriner.api.access import Access, check_binding
 from loriner.api.adapters import Adapters
 from loriner.api.metrics import Metrics
+from loriner.api.quotas import Quotas
 from loriner.api.running import Runner
 from loriner.api.tenants import Tenants
 from loriner.config import ServerConfig
@@ -33,12 +34,13 @@ def share(service: Service, config: ServerConfig) -> Shared:
     """Raises ConfigError when `config` would serve a network without a key."""
     check_binding(config)
     metrics, tenants = Metrics(service), Tenants(config.store)
+    quotas = Quotas(tenants)
     return Shared(
         service,
         config,
         metrics,
         Access(config, tenants),
         tenants,
-        Adapters(service, metrics, config),
-        Runner(service, metrics),
+        Adapters(service, metrics, config, quotas),
+        Runner(service, metrics, quotas),
     )

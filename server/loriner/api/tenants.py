@@ -50,7 +50,7 @@ class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_adapters: int | None = None
     max_bytes: int | None = None  # of all its adapters
     max_uploads: int | None = None  # in flight
-    max_requests: int | None = None  # in flight and queued
+    max_sequences: int | None = None  # running and queued
     tokens_per_minute: int | None = None  # prompt and output
 
 
