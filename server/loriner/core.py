@@ -103,6 +103,7 @@ class Request:
     generation: str | None = None  # digest of the adapter generation; None is the base
     salt: str = ""  # tenant; part of every KV block's key
     arrival_s: float = 0.0  # time.monotonic() at the door
+    weight: float = 1.0  # of its tenant's turns
 
 
 class Sequence:
@@ -123,6 +124,7 @@ class Sequence:
         "memo",
         "needs_host",
         "num_cached",
+        "num_charged",
         "num_computed",
         "num_keyed",
         "num_known",
@@ -151,6 +153,7 @@ class Sequence:
         # steps have ended; set by the engine
         self.num_settled = 0  # of those, by steps that have ended; set by the block manager
         self.num_cached = 0  # of the prompt, found in the prefix cache; set by the block manager
+        self.num_charged = 0  # output tokens that its tenant was charged for; set by `Turns`
         self.num_preemptions = 0
         self.blocks: list[int] = []  # set by the block manager
         self.row = -1  # of the block table, while there are blocks; set by the block manager

@@ -259,6 +259,7 @@ class FakeService:
         adapter: str | None,
         request_id: str,
         tenant: str = "default",
+        weight: float = 1.0,
         prompt_param: str = "messages",
     ) -> FakeGeneration:
         if self.state == "draining":
@@ -269,6 +270,7 @@ class FakeService:
         self.calls.append(
             {"prompt_ids": list(prompt_ids), "sampling": sampling, "adapter": adapter}
             | {"request_id": request_id, "tenant": tenant, "prompt_param": prompt_param}
+            | {"weight": weight}
         )
         events = script(request_id, record, len(prompt_ids), sampling, self.cold_start)
         self.open.append(FakeGeneration(self, request_id, record, events))

@@ -152,6 +152,19 @@ def test_adapters_and_bytes_are_bounded(
     assert sorted(service.store.records) == ["acme/a", "acme/b", "acme/c"]
 
 
+def test_a_tenants_weight_goes_with_its_requests(
+    keyed: Callable[[str], TestClient], tenants: Tenants, service: FakeService
+) -> None:
+    tenants.set_quota("acme", Quota(weight=2.5))
+    for tenant in ("acme", "other"):
+        keyed(tenant).post("/v1/chat/completions", json=TURNS)
+
+    assert [(call["tenant"], call["weight"]) for call in service.calls] == [
+        ("acme", 2.5),
+        ("other", 1.0),
+    ]
+
+
 def test_both_doors_count_together(
     make_door: Callable[..., Door], tenants: Tenants, service: FakeService
 ) -> None:

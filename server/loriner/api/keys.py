@@ -43,6 +43,7 @@ class QuotaBody(Body):
     max_uploads: int | None = None
     max_sequences: int | None = None
     tokens_per_minute: int | None = None
+    weight: float = 1.0
 
 
 class KeyDoor:

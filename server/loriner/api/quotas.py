@@ -74,6 +74,10 @@ class Quotas:
             self._leak(rate, self._usage[tenant])
             self._usage[tenant].spent += num_tokens
 
+    def weight(self, tenant: str) -> float:
+        """Of the tenant's turns, against the others'."""
+        return self._tenants.quota(tenant).weight
+
     @contextmanager
     def uploading(self, tenant: str) -> Iterator[None]:
         """An upload in flight. Raises QuotaExceededError."""

@@ -69,6 +69,7 @@ class Runner:
                 adapter=None if name is None else job.caller.reach(name),
                 request_id=request_id,
                 tenant=job.caller.tenant,
+                weight=self._quotas.weight(job.caller.tenant),
                 prompt_param=job.prompt_param,
             )
         except AdapterNotFoundError:

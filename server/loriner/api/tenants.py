@@ -29,6 +29,7 @@ FILE, LOCK = "tenants.json", "tenants.lock"
 SCOPES = ("infer", "read", "publish", "admin")
 MAX_KEYS = 100_000
 MAX_NOTE_CHARS = 128
+MIN_WEIGHT, MAX_BOUND = 0.001, 2**53
 _NOBODY = hashlib.sha256(b"").hexdigest()
 
 
@@ -52,6 +53,7 @@ class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_uploads: int | None = None  # in flight
     max_sequences: int | None = None  # running and queued
     tokens_per_minute: int | None = None  # prompt and output
+    weight: float = 1.0  # twice the weight is twice the tokens while both wait
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -130,8 +132,11 @@ class Tenants:
         _check_tenant(tenant)
         for name in quota.__struct_fields__:
             value = getattr(quota, name)
-            if value is not None and value < 0:
-                raise InvalidRequestError(f"{name} must be at least 0, got {value}.", name)
+            low = MIN_WEIGHT if name == "weight" else 0
+            if value is not None and not low <= value <= MAX_BOUND:
+                raise InvalidRequestError(
+                    f"{name} must be in [{low:g}, {MAX_BOUND:g}], got {value}.", name
+                )
 
         def put(document: Document) -> tuple[Document, Quota]:
             quotas = {**document.quotas, tenant: quota}

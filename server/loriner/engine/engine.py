@@ -34,6 +34,8 @@ from loriner.errors import EngineFailedError, LorinerError
 
 logger = logging.getLogger(__name__)
 
+LOAD_ROWS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Flight:
@@ -64,6 +66,7 @@ class Engine:
             self.registry,
             max_sequences=config.max_sequences,
             max_step_tokens=config.max_step_tokens,
+            load_of=self._load_of,
         )
         self.counters = Counters()
         self._builder = BatchBuilder(self.blocks)
@@ -130,6 +133,12 @@ class Engine:
     def close(self) -> None:
         self._read(0)
         self.registry.close()
+
+    def _load_of(self, generation: str) -> float:
+        """What a token of it costs, counted in tokens of the base: bytes read in a step of
+        `LOAD_ROWS` rows, each its own adapter."""
+        share = max(self.runner.operand_bytes, 1) / LOAD_ROWS
+        return 1.0 + self.registry.known(generation).num_bytes / share
 
     def _launch(self, runs: list[Run]) -> None:
         batch = self._builder.build(runs)

@@ -1,11 +1,12 @@
-"""Who runs in this step: token budget, KV blocks, seats, order of arrival, preemption.
+"""Who runs in this step: token budget, KV blocks, seats, turns of tenants, preemption.
 
 Knows sequences and counts, no tensors. Decoding sequences go first, then prefills already begun,
-then waiting ones in order of arrival. A sequence whose adapter is loading or has no seat is passed
-over, so it never blocks others; once it has waited `DRAIN_S` for a seat, no later arrival takes a
-seat before it, so it never starves. A sequence may be scheduled while the step before still runs
-and its newest token is not known; counts tell enough. Invariant: a running sequence holds blocks
-for what it has computed, and its adapter's pin; none is given more tokens than its limit.
+then waiting ones by their tenants' turns, in order of arrival within one. A sequence whose adapter
+is loading or has no seat is passed over, so it never blocks others; once it has waited `DRAIN_S`
+for a seat, nobody whose turn is later takes a seat before it, so it never starves. A sequence may
+be scheduled while the step before still runs and its newest token is not known; counts tell enough.
+Invariant: a running sequence holds blocks for what it has computed, and its adapter's pin; none is
+given more tokens than its limit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 from loriner.adapters.registry import Readiness, Registry
 from loriner.core import Sequence
+from loriner.engine.fairness import Turns
 from loriner.engine.kv_cache import BlockManager
 
 DRAIN_S = 0.5
@@ -60,6 +62,7 @@ class Scheduler:
         max_sequences: int,
         max_step_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        load_of: Callable[[str], float] = lambda generation: 1.0,
     ) -> None:
         self.blocks, self.registry = blocks, registry
         self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
@@ -71,6 +74,7 @@ class Scheduler:
         ] = []  # taken by the engine after each schedule
         self.num_preemptions = 0
         self._clock = clock
+        self.turns = Turns(load_of)
         self._leaders: dict[str, Sequence] = {}  # first choice of each request
         registry.is_wanted = self._is_wanted
 
@@ -97,6 +101,7 @@ class Scheduler:
         if sequence in self.running:
             del self.running[sequence]
             self._release(sequence)
+            self.turns.settle(sequence)
         elif sequence in self.waiting:
             self._wait_no_more(sequence)
 
@@ -146,7 +151,7 @@ class Scheduler:
     def _admit(self, runs: list[Run], budget: int) -> None:
         draining = False
         passed: set[str | None] = set()  # generations that no sequence of this step can have
-        for sequence in list(self.waiting):
+        for sequence in self.turns.order(self.waiting, self.running):
             if budget == 0 or len(self.running) >= self.max_sequences:
                 return
             if sequence.generation in passed:
@@ -164,7 +169,7 @@ class Scheduler:
                 passed.add(sequence.generation)
                 continue
             if not self.blocks.can_allocate(sequence, len(sequence.token_ids)):
-                return  # order of arrival: a long prompt is not overtaken for ever
+                return  # it is its turn: a long prompt is not overtaken for ever
             budget -= self._start(sequence, runs, budget)
 
     def _takes_a_seat(self, sequence: Sequence) -> bool:
@@ -181,6 +186,7 @@ class Scheduler:
         self._wait_no_more(sequence)
         self.running[sequence] = None
         self.blocks.allocate(sequence, len(sequence.token_ids))
+        self.turns.begin(sequence)
         if sequence.generation is not None:
             self.registry.pool.acquire(sequence.generation)
             sequence.seated = True
@@ -216,10 +222,12 @@ class Scheduler:
 
     def _wait(self, sequence: Sequence) -> None:
         self.waiting[sequence] = None
+        self.turns.join(sequence)
         self._wanted[sequence.generation] += 1
 
     def _wait_no_more(self, sequence: Sequence) -> None:
         del self.waiting[sequence]
+        self.turns.leave(sequence)
         self._wanted[sequence.generation] -= 1
         if not self._wanted[sequence.generation]:
             del self._wanted[sequence.generation]

@@ -152,6 +152,7 @@ class Service:
         adapter: str | None,
         request_id: str,
         tenant: str = "default",
+        weight: float = 1.0,
         prompt_param: str = "messages",
     ) -> Generation:
         """Admit one request. Raises before anything is queued: InvalidRequestError,
@@ -173,7 +174,9 @@ class Service:
             self._num_sequences -= sampling.n
             raise
         digest = record.generation if record else None
-        request = Request(request_id, tuple(prompt_ids), sampling, digest, tenant, time.monotonic())
+        request = Request(
+            request_id, tuple(prompt_ids), sampling, digest, tenant, time.monotonic(), weight
+        )
         generation = Generation(request, record, self._forget)
         self._open[request_id] = generation
         self._engine.send(Submit(request))
