@@ -62,10 +62,10 @@ class EngineConfig:
     num_threads: int = setting(0, "CPU threads (0: all cores)", low=0)
 
     def __post_init__(self) -> None:
-        _check_limits(self)
+        check_limits(self)
         if self.max_step_tokens < self.max_sequences:
             raise ConfigError("max_step_tokens must be at least max_sequences: each takes one.")
-        _check_choice(self, "device", ("auto", "cpu", "cuda"))
+        check_choice(self, "device", ("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +92,11 @@ class ServerConfig:
     shutdown_s: float = setting(30.0, "grace for running requests at shutdown", low=0)
 
     def __post_init__(self) -> None:
-        _check_limits(self)
         if (self.grpc_cert is None) != (self.grpc_key is None):
             raise ConfigError("grpc_cert and grpc_key go together.")
         if self.grpc_client_ca is not None and self.grpc_cert is None:
             raise ConfigError("grpc_client_ca needs grpc_cert and grpc_key.")
+        check_limits(self)
 
 
 def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
@@ -120,11 +120,12 @@ def load(
     flags: Mapping[str, object] | None = None,
     env: Mapping[str, str] | None = None,
     toml: Path | None = None,
+    table: Mapping[str, object] | None = None,
 ) -> T:
-    """Build `cls` from flags, then environment, then TOML. Raises ConfigError naming the
-    setting."""
+    """Build `cls` from flags, then environment, then TOML or a `table` that the caller has read
+    and checked for unknown keys. Raises ConfigError naming the setting."""
     env = os.environ if env is None else env
-    table = _read_toml(toml, cls) if toml else {}
+    table = _read_toml(toml, cls) if toml else table or {}
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         raw = (flags or {}).get(field.name)
@@ -187,7 +188,8 @@ def _type_of(cls: type, field: dataclasses.Field[Any]) -> type:
     return typing.cast(type, hint)
 
 
-def _check_limits(config: Any) -> None:
+def check_limits(config: Any) -> None:
+    """Raises ConfigError when a field is outside its `low` and `high`."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         low, high = field.metadata.get("low"), field.metadata.get("high")
@@ -199,7 +201,8 @@ def _check_limits(config: Any) -> None:
             raise ConfigError(f"{field.name} must be at most {high}, got {value}.")
 
 
-def _check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+def check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError when the field `name` is none of `choices`."""
     if getattr(config, name) not in choices:
         raise ConfigError(
             f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)}."

@@ -20,6 +20,8 @@ gRPC (`api/status.py` holds that table, one row for each leaf).
     ├── PayloadTooLargeError        an upload passes the byte limit
     ├── OverloadedError             the queue is full; retry later
     ├── QuotaExceededError          the tenant has what it may have
+    ├── DataError                   training data cannot be read or has too many bad rows
+    ├── TrainError                  a training run cannot go on, or its result is not published
     └── EngineError
         ├── EngineUnavailableError  the engine is down, starting or draining
         └── EngineFailedError       this request was lost to a fault in the engine
@@ -136,6 +138,14 @@ class QuotaExceededError(LorinerError):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DataError(LorinerError):
+    """Training data is unreadable or bad; the message has file, lines and reasons."""
+
+
+class TrainError(LorinerError):
+    """A training run cannot go on, resume or be published; the message says what to do."""
 
 
 class EngineError(LorinerError):

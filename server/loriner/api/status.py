@@ -69,6 +69,8 @@ TABLE: Mapping[type[errors.LorinerError], Row] = MappingProxyType(
         errors.QuotaExceededError: Row(
             429, "rate_limit_error", "quota_exceeded", "RESOURCE_EXHAUSTED"
         ),
+        errors.DataError: Row(400, BAD, "invalid_training_data", "INVALID_ARGUMENT"),
+        errors.TrainError: INTERNAL,
         errors.EngineError: INTERNAL,
         errors.EngineUnavailableError: Row(
             503,

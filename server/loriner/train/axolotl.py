@@ -1,0 +1,177 @@
+"""Axolotl's YAML, the QLoRA subset, as our settings. Knows names and values, no files.
+
+Invariant: a key comes out translated, or checked to ask for what is done anyway, or by name in the
+list of those that cannot be honoured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from loriner.errors import ConfigError
+
+_DATA_TYPES = ("chat_template", "alpaca", "sharegpt", "completion", "input_output", None)
+_OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+_RENAMED = {
+    "base_model": "base",
+    "output_dir": "out",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "peft_use_rslora": "rslora",
+    "sequence_len": "max_length",
+    "sample_packing": "packing",
+    "micro_batch_size": "batch",
+    "gradient_accumulation_steps": "accumulation",
+    "num_epochs": "epochs",
+    "max_steps": "steps",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "noisy_embedding_alpha": "neftune",
+    "neftune_noise_alpha": "neftune",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "save_steps": "save_every",
+    "eval_steps": "eval_every",
+    "early_stopping_patience": "early_stopping",
+    "seed": "seed",
+}
+# Keys that may stand there as long as they ask for what is done anyway, or for nothing.
+_DONE_ANYWAY: Mapping[str, tuple[object, ...]] = {
+    "adapter": ("qlora",),
+    "load_in_4bit": (True,),
+    "load_in_8bit": (False, None),
+    "bnb_4bit_quant_type": ("nf4",),
+    "strict": (False, None),
+    "bf16": ("auto", True, None),
+    "fp16": (False, None),
+    "tf32": (False, None),
+    "train_on_inputs": (False, None),
+    "group_by_length": (False, None),
+    "pad_to_sequence_len": (True, False, None),  # rows are never padded
+    "eval_sample_packing": (False, None),
+    "flash_attention": (True, False, None),  # chooses a kernel, not a result
+    "sdp_attention": (True, False, None),
+    "xformers_attention": (False, None),
+    "logging_steps": tuple(range(10_001)),  # every step is logged
+    "chat_template": ("tokenizer_default", None),
+    "model_type": ("AutoModelForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", None),
+    "tokenizer_type": ("AutoTokenizer", None),
+    "gradient_checkpointing_kwargs": ({"use_reentrant": False}, {"use_reentrant": True}, None),
+}
+
+
+def is_axolotl(table: Mapping[str, Any]) -> bool:
+    return "base_model" in table
+
+
+def translate(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(our settings, keys that cannot be honoured). Raises ConfigError for a bad value."""
+    ours: dict[str, Any] = {}
+    unknown: list[str] = []
+    for key, value in table.items():
+        if key in _SPECIAL:
+            _SPECIAL[key](value, ours, unknown)
+        elif key in _RENAMED:
+            if value is not None:
+                ours[_RENAMED[key]] = value
+        elif key in _DONE_ANYWAY:
+            if value not in _DONE_ANYWAY[key]:
+                unknown.append(f"{key}: {value}")
+        elif value not in (None, "", [], {}):
+            unknown.append(key)
+    if "out" in ours and "name" not in ours:
+        ours["name"] = _name_of(str(ours["out"]))
+    return ours, unknown
+
+
+def _name_of(out: str) -> str:
+    """An adapter name from `output_dir`, which is all that Axolotl has."""
+    last = out.rstrip("/").rpartition("/")[2].lower()
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in last).strip("._-")
+
+
+def _datasets(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
+    _one_dataset(value, "datasets", "data", ours, unknown)
+
+
+def _test_datasets(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
+    _one_dataset(value, "test_datasets", "eval_data", ours, unknown)
+
+
+def _one_dataset(
+    value: Any, key: str, target: str, ours: dict[str, Any], unknown: list[str]
+) -> None:
+    if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict):
+        raise ConfigError(f"{key} must be a list of one data set.")
+    entry = dict(value[0])
+    files = entry.pop("data_files", None)
+    path = entry.pop("path", None)
+    ours[target] = files[0] if isinstance(files, list) and files else files or path
+    if entry.pop("type", None) not in _DATA_TYPES:
+        unknown.append(f"{key}.type: {value[0]['type']}")
+    columns = {"field_messages": "messages", "field": "text"}
+    renamed = {columns[k]: entry.pop(k) for k in list(entry) if k in columns}
+    renamed = {ours_key: column for ours_key, column in renamed.items() if ours_key != column}
+    if renamed:
+        ours["columns"] = ",".join(f"{k}={column}" for k, column in renamed.items())
+    allowed = {"ds_type": ("json", "csv", None), "split": ("train", "test", None)}
+    unknown += [f"{key}.{k}" for k, v in entry.items() if v not in allowed.get(k, (None,))]
+
+
+def _targets(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
+    if value:
+        ours["target_modules"] = value
+
+
+def _all_linear(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
+    if value:
+        ours["target_modules"] = "all-linear"
+
+
+def _optimizer(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
+    if value in _OPTIMIZERS:
+        ours["optimizer"] = _OPTIMIZERS[value]
+    elif value is not None:
+        unknown.append(f"optimizer: {value}")
+
+
+def _scheduler(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
+    if value in ("cosine", "linear", "constant", "constant_with_warmup"):
+        ours["schedule"] = str(value).partition("_")[0]
+    elif value is not None:
+        unknown.append(f"lr_scheduler: {value}")
+
+
+def _held_out(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
+    """A share of the data; Axolotl also takes a number of rows, which is refused."""
+    if isinstance(value, int | float) and value >= 1:
+        unknown.append(f"val_set_size: {value}")
+    elif value:
+        ours["eval_split"] = value
+
+
+def _checkpointing(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
+    ours["gradient_checkpointing"] = value in (True, "true")
+    if value not in (True, False, None, "true", "false"):
+        unknown.append(f"gradient_checkpointing: {value}")
+
+
+_SPECIAL: Mapping[str, Callable[[Any, dict[str, Any], list[str]], None]] = {
+    "datasets": _datasets,
+    "test_datasets": _test_datasets,
+    "lora_target_modules": _targets,
+    "lora_target_linear": _all_linear,
+    "optimizer": _optimizer,
+    "lr_scheduler": _scheduler,
+    "val_set_size": _held_out,
+    "gradient_checkpointing": _checkpointing,
+}

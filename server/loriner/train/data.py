@@ -1,0 +1,163 @@
+"""A data file -> documents ready to train on, with everything that was refused and why.
+
+Invariant: a set that is returned has fewer bad rows than the stated share, each known by its line.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loriner.errors import ConfigError, DataError
+from loriner.train.masks import Document, Masker, truncated
+from loriner.train.reading import Fault, Row, digest_file, read_rows
+from loriner.train.rows import Chat, Example, Pair, RowError, Turn, recognise
+
+MAX_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What one row asks and the answer it wants: for samples, canaries and gates."""
+
+    turns: tuple[Turn, ...]  # empty: `text` is the prompt, without a template
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One good row."""
+
+    prompt: Prompt
+    documents: tuple[Document, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """The good rows of one file and what became of the others."""
+
+    path: Path
+    digest: str  # SHA-256 of the file
+    entries: tuple[Entry, ...]
+    num_rows: int
+    num_truncated: int
+    faults: tuple[Fault, ...]
+
+    @property
+    def documents(self) -> list[Document]:
+        return [document for entry in self.entries for document in entry.documents]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [entry.prompt for entry in self.entries]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(document.token_ids) for document in self.documents)
+
+    @property
+    def num_learnt(self) -> int:
+        return sum(document.num_learnt for document in self.documents)
+
+    def split(self, share: float, seed: int) -> tuple[DataSet, DataSet]:
+        """(train, held out): `share` of the rows, at least one each, drawn by `seed`."""
+        count = max(1, round(share * len(self.entries)))
+        if count >= len(self.entries):
+            raise ConfigError(f"eval_split {share} leaves nothing to train on in {self.path}.")
+        held = set(random.Random(seed).sample(range(len(self.entries)), count))
+        train = [e for i, e in enumerate(self.entries) if i not in held]
+        kept = [e for i, e in enumerate(self.entries) if i in held]
+        return replace(self, entries=tuple(train)), replace(self, entries=tuple(kept))
+
+    def summary(self) -> str:
+        """Rows, lengths and truncation, in lines for a terminal."""
+        lengths = sorted(len(document.token_ids) for document in self.documents)
+        p50, p95 = statistics.median(lengths), lengths[int(0.95 * (len(lengths) - 1))]
+        lines = [
+            f"{self.path}: {self.num_rows} rows, {len(lengths)} documents, "
+            f"{self.num_tokens} tokens, {self.num_learnt} of them learnt "
+            f"({self.num_learnt / self.num_tokens:.0%})",
+            f"  length: median {p50:g}, 95 % up to {p95}, longest {lengths[-1]}; "
+            f"{self.num_truncated} truncated",
+        ]
+        if self.faults:
+            lines += [f"  {len(self.faults)} bad rows left out:", *shown_faults(self.faults)]
+        return "\n".join(lines)
+
+
+def load_data(
+    path: Path,
+    masker: Masker,
+    *,
+    max_length: int,
+    columns: Mapping[str, str] | None = None,
+    max_bad_share: float = 0.0,
+) -> DataSet:
+    """Read, recognise, mask and cut. Raises DataError naming lines and reasons."""
+    entries: list[Entry] = []
+    faults: list[Fault] = []
+    num_rows = num_truncated = 0
+    for row in read_rows(path):
+        num_rows += 1
+        try:
+            example, whole = _understand(row, masker, columns or {})
+            cut = tuple(truncated(document, max_length) for document in whole)
+        except RowError as error:
+            faults.append(Fault(row.line, str(error)))
+            continue
+        num_truncated += sum(a is not b for a, b in zip(whole, cut, strict=True))
+        entries.append(Entry(prompt_of(example), cut))
+    _check_share(path, num_rows, faults, max_bad_share)
+    found = tuple(entries), num_rows, num_truncated, tuple(faults)
+    return DataSet(path, digest_file(path), *found)
+
+
+def prompt_of(example: Example) -> Prompt:
+    """The last learnt turn's question and answer."""
+    if isinstance(example, Chat):
+        last = max(i for i, turn in enumerate(example.turns) if turn.is_learnt)
+        return Prompt(example.turns[:last], "", example.turns[last].content)
+    if isinstance(example, Pair):
+        return Prompt((), example.prompt, example.completion)
+    head = example.text[: max(1, min(64, len(example.text) // 2))]
+    return Prompt((), head, example.text[len(head) :])
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """ "prompt=question,completion=answer" -> {"question": "prompt", "answer": "completion"}."""
+    pairs = [part.split("=", 1) for part in text.split(",") if part.strip()]
+    if any(len(pair) != 2 or not all(map(str.strip, pair)) for pair in pairs):
+        raise ConfigError(f"columns must be KEY=COLUMN,..., got {text!r}.")
+    return {column.strip(): key.strip() for key, column in pairs}
+
+
+def shown_faults(faults: Sequence[Fault]) -> list[str]:
+    """The first of them, one a line."""
+    lines = [f"  line {fault.line}: {fault.reason}" for fault in faults[:MAX_SHOWN]]
+    more = len(faults) - MAX_SHOWN
+    return [*lines, f"  and {more} more"] if more > 0 else lines
+
+
+def _understand(
+    row: Row | Fault, masker: Masker, columns: Mapping[str, str]
+) -> tuple[Example, list[Document]]:
+    if isinstance(row, Fault):
+        raise RowError(row.reason)
+    example = recognise(row.values, columns)
+    return example, masker.documents(example)
+
+
+def _check_share(path: Path, num_rows: int, faults: list[Fault], max_bad_share: float) -> None:
+    if num_rows and len(faults) <= max_bad_share * num_rows and len(faults) < num_rows:
+        return
+    if not num_rows:
+        raise DataError(f"{path} has no rows.")
+    shown = "\n".join(shown_faults(faults))
+    raise DataError(
+        f"{path}: {len(faults)} of {num_rows} rows are bad, more than max_bad_share "
+        f"{max_bad_share:g} allows:\n{shown}"
+    )

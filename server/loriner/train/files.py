@@ -1,0 +1,118 @@
+"""Settings files: flat TOML or YAML with the names of the flags, Axolotl's YAML, and jobs files.
+
+A jobs file has settings for all jobs at its top and a `[[jobs]]` table for each. Invariant: a key
+that no setting honours is an error that names it, unless the caller chose to ignore such keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loriner.config import load
+from loriner.errors import ConfigError
+from loriner.train.axolotl import is_axolotl, translate
+from loriner.train.settings import JobConfig, RunConfig
+
+RUN_KEYS = frozenset(field.name for field in dataclasses.fields(RunConfig))
+JOB_KEYS = frozenset(field.name for field in dataclasses.fields(JobConfig))
+MAX_JOBS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A whole run; `ignored` are the keys that were left aside on demand."""
+
+    run: RunConfig
+    jobs: tuple[JobConfig, ...]
+    ignored: tuple[str, ...] = ()
+
+
+def load_settings(
+    flags: Mapping[str, object],
+    config: Path | None = None,
+    jobs: Path | None = None,
+    *,
+    ignore_unknown: bool = False,
+) -> Settings:
+    """Flags win over LORINER_*, those over the files. Raises ConfigError naming the setting."""
+    if config is not None and jobs is not None:
+        raise ConfigError("--config and --jobs exclude each other: a jobs file holds both.")
+    path = jobs or config
+    table = read_table(path) if path else {}
+    tables = _job_tables(table, jobs) if jobs else [{}]
+    ignored: list[str] = []
+    if is_axolotl(table):
+        table, ignored = translate(table)
+    for part in (table, *tables):
+        ignored += [key for key in part if key not in RUN_KEYS | JOB_KEYS]
+    for part in tables:
+        ignored += [f"jobs.{key}" for key in part if key in RUN_KEYS]
+    if ignored and not ignore_unknown:
+        raise ConfigError(
+            f"{path}: cannot honour {', '.join(dict.fromkeys(ignored))}; remove them, or give "
+            "--ignore-unknown to train without."
+        )
+    run = load(RunConfig, flags, table=_flat(table))
+    made = tuple(load(JobConfig, flags, table=_flat({**table, **part})) for part in tables)
+    _check_distinct(made)
+    return Settings(run, made, tuple(dict.fromkeys(ignored)))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The table in a .toml, .yaml or .yml file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    table = _parse_yaml(path, text) if path.suffix in (".yaml", ".yml") else _parse_toml(path, text)
+    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
+        raise ConfigError(f"{path} must be a table of settings.")
+    return table
+
+
+def _parse_toml(path: Path, text: str) -> Any:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _parse_yaml(path: Path, text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _job_tables(table: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    tables = table.pop("jobs", None)
+    if not isinstance(tables, list) or not all(isinstance(part, dict) for part in tables):
+        raise ConfigError(f"{path} needs a [[jobs]] table for each adapter.")
+    if not 1 <= len(tables) <= MAX_JOBS:
+        raise ConfigError(f"{path}: jobs must be 1 to {MAX_JOBS}, got {len(tables)}.")
+    return tables
+
+
+def _flat(table: Mapping[str, Any]) -> dict[str, object]:
+    """Lists as the flags write them; only what a setting could be."""
+    return {
+        key: ",".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in table.items()
+    }
+
+
+def _check_distinct(jobs: tuple[JobConfig, ...]) -> None:
+    for what, values in (
+        ("name", [job.name for job in jobs]),
+        ("out", [str(job.folder) for job in jobs]),
+    ):
+        twice = sorted({value for value in values if values.count(value) > 1})
+        if twice:
+            raise ConfigError(f"two jobs have the {what} {twice[0]}.")

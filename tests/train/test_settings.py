@@ -1,0 +1,160 @@
+"""Settings: flags, files, jobs files, and Axolotl's YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loriner.errors import ConfigError
+from loriner.train.files import load_settings
+from loriner.train.settings import ALL_LINEAR, JobConfig
+
+AXOLOTL = """
+base_model: models/smollm2-nf4
+load_in_4bit: true
+adapter: qlora
+datasets:
+  - path: train.jsonl
+    type: chat_template
+val_set_size: 0.1
+output_dir: ./outputs/My-Pirate
+sequence_len: 512
+sample_packing: true
+lora_r: 8
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+gradient_accumulation_steps: 2
+micro_batch_size: 4
+num_epochs: 3
+optimizer: paged_adamw_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+warmup_steps: 10
+bf16: auto
+tf32: false
+flash_attention: true
+gradient_checkpointing: true
+logging_steps: 1
+weight_decay: 0.0
+wandb_project:
+special_tokens:
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_flags_win_over_the_file_and_that_over_the_default(tmp_path: Path) -> None:
+    for suffix, text in ((".toml", 'name="a"\ndata="d.jsonl"\nrank=4\nalpha=8\n'),) * 1 + (
+        (".yaml", "name: a\ndata: d.jsonl\nrank: 4\nalpha: 8\n"),
+    ):
+        path = write(tmp_path / f"run{suffix}", text)
+        (job,) = load_settings({"rank": "2"}, path).jobs
+
+        assert (job.rank, job.alpha, job.dropout) == (2, 8.0, 0.0)
+
+
+def test_a_list_may_be_written_as_one(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "run.yaml", "name: a\ndata: d\ntarget_modules: [v_proj, q_proj]\npacking: true\n"
+    )
+    (job,) = load_settings({}, path).jobs
+
+    assert job.targets() == ("q_proj", "v_proj")
+    assert job.packing
+
+
+def test_jobs_share_the_top_of_their_file(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "jobs.toml",
+        'base = "b"\nrank = 4\n[[jobs]]\nname = "a"\ndata = "a.jsonl"\n'
+        '[[jobs]]\nname = "t/b"\ndata = "b.jsonl"\nrank = 8\n',
+    )
+    settings = load_settings({}, jobs=path)
+
+    assert settings.run.base == Path("b")
+    assert [(job.name, job.rank) for job in settings.jobs] == [("a", 4), ("t/b", 8)]
+    assert settings.jobs[1].folder == Path("runs/t--b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nam = 'a'", "cannot honour nam"),
+        ("[[jobs]]\nname='a'\ndata='d'\ndevice='cpu'", r"cannot honour jobs.device"),
+        ("[[jobs]]\nname='a'\ndata='d'\n" * 2, "two jobs have the name a"),
+        ("jobs = 3", r"needs a \[\[jobs\]\] table"),
+        ("= 3", "Invalid"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_key(text: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "jobs.toml", text)
+    with pytest.raises(ConfigError, match=message):
+        load_settings({}, **{"jobs" if "jobs" in text else "config": path})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": ""}, "name is missing"),
+        ({"name": "Bad Name"}, "name: "),
+        ({"data": None}, "data is missing"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"rank": 257}, "rank must be at most 256"),
+        ({"schedule": "square"}, "schedule must be one of"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw_8bit"),
+        ({"target_modules": "lm_head"}, "target_modules: 'lm_head' is not one of all-linear"),
+        ({"eval_data": "e", "eval_split": 0.1}, "exclude each other"),
+        ({"early_stopping": 3}, "early_stopping needs eval_data"),
+    ],
+)
+def test_each_setting_has_its_limits(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        JobConfig(**{"name": "a", "data": Path("d"), **changes})
+
+
+def test_axolotl_qlora_yaml_is_taken_as_it_is(tmp_path: Path) -> None:
+    settings = load_settings({}, write(tmp_path / "qlora.yml", AXOLOTL))
+    (job,) = settings.jobs
+
+    assert settings.run.base == Path("models/smollm2-nf4")
+    assert settings.run.gradient_checkpointing
+    assert (job.name, job.data, job.out) == (
+        "my-pirate",
+        Path("train.jsonl"),
+        Path("outputs/My-Pirate"),
+    )
+    assert (job.rank, job.alpha, job.dropout, job.targets()) == (8, 16.0, 0.05, ALL_LINEAR)
+    assert (job.max_length, job.packing, job.batch, job.accumulation) == (512, True, 4, 2)
+    assert (job.epochs, job.schedule, job.warmup, job.eval_split) == (3.0, "cosine", 10.0, 0.1)
+    assert (job.optimizer, job.learning_rate) == ("paged_adamw_8bit", 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("deepspeed: zero3.json", "deepspeed"),
+        ("lora_modules_to_save: [embed_tokens]", "lora_modules_to_save"),
+        ("adapter: lora", "adapter: lora"),
+        ("optimizer: lion_8bit", "optimizer: lion_8bit"),
+        ("val_set_size: 100", "val_set_size: 100"),
+        ("train_on_inputs: true", "train_on_inputs: True"),
+        ("datasets: [{path: a.jsonl, type: alpaca, shards: 3}]", "datasets.shards"),
+    ],
+)
+def test_an_axolotl_key_that_cannot_be_honoured_is_named(
+    line: str, named: str, tmp_path: Path
+) -> None:
+    kept = [row for row in AXOLOTL.splitlines() if row.split(":")[0] != line.split(":")[0]]
+    if line.startswith("datasets"):
+        kept = [row for row in kept if not row.startswith("  ")]
+    path = write(tmp_path / "qlora.yml", "\n".join([*kept, line]))
+
+    with pytest.raises(ConfigError, match=rf"cannot honour .*{named}"):
+        load_settings({}, path)
+    assert named in load_settings({}, path, ignore_unknown=True).ignored
