@@ -61,7 +61,9 @@ class JobConfig:
     steps: int = setting(0, "optimiser steps (0: from epochs)", low=0)
     batch: int = setting(4, "documents in one pass; with packing, packs of max_length", low=1)
     accumulation: int = setting(1, "passes summed into one optimiser step", low=1)
-    max_length: int = setting(1024, "longest document; more is cut off", low=2)
+    max_length: int = setting(
+        0, "longest document; more is cut off (0: 1024, or the context)", low=0
+    )
     packing: bool = setting(False, "fill passes with as many documents as max_length * batch holds")
     neftune: float = setting(0.0, "alpha of noise on embeddings (arXiv 2310.05914)", low=0)
     weight_decay: float = setting(0.0, "decoupled, as in AdamW", low=0, high=1)

@@ -1,0 +1,174 @@
+"""The resident base for training: transformers' decoder over the very NF4 bytes that are served.
+
+The decoder is built empty and filled from `Checkpoint`, its linears replaced by ours, so loading
+knows one layout and `base_digest` names what is trained on. Invariant: nothing here is trainable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from loriner.errors import ConfigError
+from loriner.model.config import ModelConfig
+from loriner.model.shards import read_json
+from loriner.model.weights import Checkpoint
+from loriner.train import attention
+from loriner.train.attention import Plan
+from loriner.train.lora import Frozen, Routing, Segment, SegmentedLinear
+from loriner.train.settings import RunConfig
+
+
+class Base:
+    """`hidden(...)` -> [T, H] of a flat pass; `head` makes logits of it."""
+
+    def __init__(
+        self,
+        weights: Checkpoint,
+        raw_config: Mapping[str, Any],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.config: ModelConfig = weights.config
+        self.device, self.dtype, self.path = device, dtype, weights.path
+        self.digest = weights.base_digest
+        self.routing = Routing()
+        self._model = _empty_model(raw_config, dtype)
+        _fill(self._model, weights, self.routing, device, dtype)
+        embedding = self._model.get_input_embeddings().weight
+        tied = weights.config.tie_word_embeddings
+        self.head = Frozen(embedding if tied else weights.linear("lm_head"), dtype, device)
+        if gradient_checkpointing:
+            _checkpoint_layers(self._model)
+        self._model.train(gradient_checkpointing)  # the only thing that looks at it is that
+
+    @property
+    def decoder(self) -> Any:
+        """transformers' decoder, without the head."""
+        return self._model
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the base, quantised or not."""
+        return sum(torch.Size(shape).numel() for shape in self.config.tensors().values())
+
+    def targets(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Full names of the linears with these last names -> (N, K)."""
+        linears = self.config.linears()
+        return {n: shape for n, shape in linears.items() if n.rpartition(".")[2] in names}
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] -> [T, H]."""
+        embedded: Tensor = self._model.get_input_embeddings()(token_ids)
+        return embedded
+
+    def hidden(
+        self, embedded: Tensor, positions: Tensor, plan: Plan, segments: Sequence[Segment]
+    ) -> Tensor:
+        """embedded [T, H], positions [T] -> normed states [T, H]. The segments stay in place for
+        the backward; one forward and its backward at a time."""
+        self.routing.segments, self.routing.per_row = tuple(segments), 1
+        out: Tensor = self._model(
+            inputs_embeds=embedded.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            plan=plan,
+            use_cache=False,
+        ).last_hidden_state
+        return out.squeeze(0)
+
+
+def open_base(run: RunConfig) -> Base:
+    """Load the base that `run` names. Raises CheckpointError, ConfigError."""
+    device = device_of(run)
+    dtype = dtype_of(run, device)
+    if run.num_threads:
+        torch.set_num_threads(run.num_threads)
+    weights = Checkpoint.open(run.base)
+    raw = read_json(run.base / "config.json")
+    checkpointing = run.gradient_checkpointing
+    return Base(weights, raw, device=device, dtype=dtype, gradient_checkpointing=checkpointing)
+
+
+def device_of(run: RunConfig) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if run.device == "cuda" and not has_gpu:
+        raise ConfigError("device: there is no CUDA device.")
+    return torch.device("cuda" if has_gpu and run.device != "cpu" else "cpu")
+
+
+def dtype_of(run: RunConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slow and rarely native."""
+    if run.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if run.dtype == "float32" else torch.bfloat16
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _empty_model(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The decoder with all tensors on the meta device."""
+    from transformers import AutoConfig, AutoModel
+
+    attention.register()
+    raw = {k: v for k, v in raw_config.items() if k not in ("quantization_config", "architectures")}
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    with torch.device("meta"):
+        make: Any = AutoModel.from_config
+        return make(config, dtype=dtype, attn_implementation=attention.NAME).requires_grad_(False)
+
+
+def _fill(
+    model: Any, weights: Checkpoint, routing: Routing, device: torch.device, dtype: torch.dtype
+) -> None:
+    linears = weights.config.linears()
+    for name in linears:
+        bias = f"{name}.bias"
+        linear = SegmentedLinear(
+            name,
+            Frozen(weights.linear(name), dtype, device),
+            _moved(weights.tensor(bias), device, dtype) if weights.has(bias) else None,
+            routing,
+        )
+        parent, _, last = name.removeprefix("model.").rpartition(".")
+        setattr(model.get_submodule(parent), last, linear)
+    for name in weights.config.tensors():
+        module, _, kind = name.removeprefix("model.").rpartition(".")
+        if f"model.{module}" not in linears and module != "lm_head":
+            tensor = _moved(weights.tensor(name), device, dtype)
+            setattr(model.get_submodule(module), kind, nn.Parameter(tensor, requires_grad=False))
+    _fill_buffers(model, device)
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """What transformers' own switch does, whose name differs between versions."""
+    for layer in model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """What transformers computes rather than stores: rotary tables, Gemma's embedding scale."""
+    model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "embed_scale"):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
+    left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    assert not left, f"not filled: {left}"
+
+
+def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return tensor.to(device=device, dtype=dtype, copy=True)

@@ -1,0 +1,59 @@
+"""Optimisers and learning-rate schedules, by the names of the settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from loriner.errors import TrainError
+from loriner.train.settings import JobConfig
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+
+
+def make_optimizer(job: JobConfig, parameters: Sequence[nn.Parameter]) -> Any:
+    """AdamW with states in f32, or in 8 bits (bitsandbytes), in memory that can be paged out."""
+    options = {"lr": job.learning_rate, "betas": BETAS, "eps": EPS}
+    options["weight_decay"] = job.weight_decay
+    if job.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)  # type: ignore[arg-type]
+    import bitsandbytes
+
+    optim: Any = bitsandbytes.optim
+    kind = optim.AdamW8bit if job.optimizer == "adamw_8bit" else optim.PagedAdamW8bit
+    return kind(parameters, **options)
+
+
+def learning_rate(job: JobConfig, step: int, num_steps: int) -> float:
+    """Of step `step` (from 0): a line up over the warm-up, then the schedule down to zero."""
+    rise = num_warmup(job, num_steps)
+    if step < rise:
+        return job.learning_rate * (step + 1) / rise
+    done = (step - rise) / max(1, num_steps - rise)
+    if job.schedule == "linear":
+        return job.learning_rate * (1 - done)
+    if job.schedule == "cosine":
+        return job.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return job.learning_rate
+
+
+def num_warmup(job: JobConfig, num_steps: int) -> int:
+    """Steps of warm-up: `warmup` is a share below 1 and a count from 1 on."""
+    count = job.warmup * num_steps if job.warmup < 1 else job.warmup
+    return min(num_steps, math.ceil(count))
+
+
+def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Shorten the gradient to `max_norm` (0: leave it); its length before."""
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
+    if not math.isfinite(norm):
+        raise TrainError(
+            "the gradient is not finite: lower learning_rate, or raise warmup. The last "
+            "checkpoint is whole."
+        )
+    return norm

@@ -1,0 +1,83 @@
+"""The training loop: one resident NF4 base, one or many adapters, all of it in view.
+
+A turn is one forward and backward that all jobs share; a job whose passes are through takes its
+optimiser step. Knows no files but checkpoints, and prints nothing: `Watcher` is told. Invariant:
+what a job learns does not depend on whom it shares its turns with, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from loriner.errors import TrainError
+from loriner.train.base import Base
+from loriner.train.checkpoints import save_checkpoint
+from loriner.train.job import EvalRecord, Job, StepRecord
+from loriner.train.passes import run_pass
+
+
+class Watcher(Protocol):
+    """Who wants to know how it goes, and may ask it to stop after the turn."""
+
+    @property
+    def wants_stop(self) -> bool: ...
+
+    def on_step(self, job: Job, record: StepRecord) -> None: ...
+
+    def on_eval(self, job: Job, record: EvalRecord) -> None: ...
+
+
+@dataclass(slots=True)
+class Silent:
+    """Tells nobody, and never stops by itself."""
+
+    wants_stop: bool = False
+
+    def on_step(self, job: Job, record: StepRecord) -> None: ...
+
+    def on_eval(self, job: Job, record: EvalRecord) -> None: ...
+
+
+def train(base: Base, jobs: Sequence[Job], watcher: Watcher) -> bool:
+    """Train all `jobs` to their end. False when it was stopped: every job then has a checkpoint of
+    its last whole step. Raises TrainError when a loss or gradient is not finite."""
+    evaluate_due(base, jobs, watcher)  # at step 0 B is zero, so this is the base's own loss
+    while running := [job for job in jobs if not job.is_done]:
+        if watcher.wants_stop:
+            for job in running:
+                job.abandon_step()
+                save_checkpoint(job, base.digest, base.path.name)
+            return False
+        stepped = turn(base, running, watcher)
+        evaluate_due(base, stepped, watcher)
+        for job in stepped:
+            if job.is_save_due():
+                save_checkpoint(job, base.digest, base.path.name)
+    return True
+
+
+def turn(base: Base, jobs: Sequence[Job], watcher: Watcher) -> list[Job]:
+    """One pass of every job, and an optimiser step of those that it completes."""
+    shares = [job.next_share() for job in jobs]
+    total, losses = run_pass(base, shares)
+    if not torch.isfinite(total):
+        pairs = zip(jobs, losses, strict=True)
+        bad = ", ".join(job.settings.name for job, x in pairs if not x.isfinite().all())
+        raise TrainError(f"the loss of {bad} is not finite: lower learning_rate.")
+    torch.autograd.backward(total)
+    for job, own in zip(jobs, losses, strict=True):
+        job.note(own)
+    stepped = [job for job in jobs if job.is_step_complete]
+    for job in stepped:
+        watcher.on_step(job, job.advance())
+    return stepped
+
+
+def evaluate_due(base: Base, jobs: Sequence[Job], watcher: Watcher) -> None:
+    for job in jobs:
+        if job.is_eval_due():
+            watcher.on_eval(job, job.evaluate(base))

@@ -1,0 +1,197 @@
+"""The segmented linear and the flat pass: forward and gradients against PEFT, and each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from loriner.train.attention import Plan
+from loriner.train.base import Base, open_base
+from loriner.train.lora import Lora
+from loriner.train.masks import Document
+from loriner.train.passes import Share, mean_loss, run_pass
+from loriner.train.settings import ALL_LINEAR, RunConfig
+from tests.tiny import write_tiny_base
+from tests.train.peft_oracle import dense_model, with_lora
+
+LENGTHS = (13, 5, 29, 6, 30)
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> Base:
+    return open_base(RunConfig(base=tiny, device="cpu"))
+
+
+def make_lora(base: Base, rank: int = 4, seed: int = 0, **more: float) -> Lora:
+    """Random A and B."""
+    lora = Lora(base.targets(ALL_LINEAR), rank=rank, scaling=8 / rank, seed=seed, **more)  # type: ignore[arg-type]
+    for _, b in lora.weights.values():
+        b.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
+    return lora
+
+
+def documents(*lengths: int, seed: int = 0) -> list[Document]:
+    random = torch.Generator().manual_seed(seed)
+    return [
+        Document(
+            tuple(torch.randint(0, 256, (length,), generator=random).tolist()),
+            tuple(i > length // 2 for i in range(length)),
+        )
+        for length in lengths
+    ]
+
+
+def gradients(base: Base, *shares: Share) -> list[dict[str, torch.Tensor]]:
+    """The gradients of each share's adapter."""
+    total, _ = run_pass(base, shares)
+    torch.autograd.backward(total)
+    found = []
+    for share in shares:
+        assert share.lora
+        grads = {}
+        for name, (a, b) in share.lora.weights.items():
+            assert a.grad is not None and b.grad is not None
+            grads |= {f"{name} A": a.grad, f"{name} B": b.grad}
+            a.grad = b.grad = None
+        found.append(grads)
+    return found
+
+
+def assert_close(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 2e-5
+) -> None:
+    assert one.keys() == other.keys()
+    largest = max(tensor.abs().max() for tensor in one.values())
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() <= tolerance * largest, name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_loss_and_gradients_are_those_of_peft(family: str, tmp_path: Path) -> None:
+    folder = write_tiny_base(tmp_path / family, family=family)
+    base = open_base(RunConfig(base=folder, device="cpu"))
+    lora, rows = make_lora(base), documents(*LENGTHS)
+    num_learnt = sum(row.num_learnt for row in rows)
+    share = Share(rows, lora, weight=1 / num_learnt)
+    total, _ = run_pass(base, [share])
+    (ours,) = gradients(base, share)
+
+    peft = with_lora(dense_model(folder), lora, rank=4, alpha=8)
+    sums = []
+    for row in rows:
+        ids = torch.tensor([row.token_ids])
+        labels = torch.tensor(
+            [[i if f else -100 for i, f in zip(row.token_ids, row.is_learnt, strict=True)]]
+        )
+        sums.append(peft(input_ids=ids, labels=labels).loss * row.num_learnt)
+    loss = torch.stack(sums).sum() / num_learnt
+    loss.backward()
+    theirs = {}
+    for name, parameter in peft.named_parameters():
+        if parameter.requires_grad:
+            module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+            theirs[f"{module} {part[0]}"] = parameter.grad
+
+    assert total.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert_close(theirs, ours)
+
+
+def test_dropped_inputs_have_the_gradient_of_what_was_computed(base: Base) -> None:
+    """A finite difference along A of one module, with the same elements dropped."""
+    lora = make_lora(base, dropout=0.5)
+    share = Share(documents(*LENGTHS), lora, weight=0.1, seed="3 0 0")
+    (grads,) = gradients(base, share)
+    name = "model.layers.0.mlp.up_proj"
+    a = lora.weights[name][0]
+    direction = grads[f"{name} A"] / grads[f"{name} A"].norm()
+    losses = []
+    for step in (1e-2, -1e-2):
+        a.data += step * direction
+        losses.append(run_pass(base, [share])[0].item())
+        a.data -= step * direction
+
+    slope = (losses[0] - losses[1]) / 2e-2
+    assert slope == pytest.approx(grads[f"{name} A"].norm().item(), rel=0.02)
+    other = Share(share.documents, lora, weight=0.1, seed="4 0 0")
+    assert run_pass(base, [other])[0].item() != run_pass(base, [share])[0].item()
+
+
+@pytest.mark.parametrize("popularity", ["distinct", "identical", "with the base"])
+def test_many_adapters_at_once_get_the_gradients_they_get_alone(
+    base: Base, popularity: str
+) -> None:
+    loras = [make_lora(base, rank, seed) for seed, rank in enumerate((1, 3, 8, 16))]
+    if popularity == "identical":
+        loras = [make_lora(base, 4, 7) for _ in range(4)]
+    shares = [
+        Share(documents(*LENGTHS[: 2 + i], seed=i), lora, weight=0.01)
+        for i, lora in enumerate(loras)
+    ]
+    alone = [gradients(base, share)[0] for share in shares]
+    if popularity == "with the base":
+        plain = Share(documents(40, seed=9), None)
+        total, _ = run_pass(base, [shares[0], plain, *shares[1:]])
+        torch.autograd.backward(total)
+        for share, expected in zip(shares, alone, strict=True):
+            assert share.lora
+            found = {
+                f"{name} {part}": weight.grad
+                for name, pair in share.lora.weights.items()
+                for part, weight in zip("AB", pair, strict=True)
+            }
+            assert_close(expected, found)  # type: ignore[arg-type]
+    else:
+        for together, expected in zip(gradients(base, *shares), alone, strict=True):
+            assert_close(expected, together)
+
+
+def test_packed_documents_do_not_see_each_other(base: Base) -> None:
+    lora, rows = make_lora(base), documents(*LENGTHS)
+    _, (together,) = run_pass(base, [Share(rows, lora)])
+    alone = [run_pass(base, [Share([row], lora)])[1][0] for row in rows]
+
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    (packed,) = gradients(base, Share(rows, lora))
+    single = [gradients(base, Share([row], lora))[0] for row in rows]
+    summed = {name: sum(g[name] for g in single) for name in packed}
+    assert_close(packed, summed)  # type: ignore[arg-type]
+
+
+def test_checkpointed_gradients_are_the_same_bits(tiny: Path) -> None:
+    plain = open_base(RunConfig(base=tiny, device="cpu"))
+    checkpointed = open_base(RunConfig(base=tiny, device="cpu", gradient_checkpointing=True))
+    share = Share(documents(*LENGTHS), make_lora(plain, dropout=0.3), seed="1 2 3", neftune=5.0)
+
+    (kept,) = gradients(plain, share)
+    (again,) = gradients(checkpointed, share)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_noise_on_embeddings_is_as_large_as_neftune_says(base: Base) -> None:
+    from loriner.train.passes import _with_noise
+
+    rows = documents(16, 64)
+    share = Share(rows, None, seed="0 0 0", neftune=5.0)
+    noise = _with_noise(torch.zeros(80, 64), [share])
+
+    for part, length in ((noise[:16], 16), (noise[16:], 64)):
+        bound = 5.0 / (length * 64) ** 0.5
+        assert part.abs().max() <= bound
+        assert part.abs().max() > 0.9 * bound
+        assert part.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_a_plan_puts_every_row_back_in_its_place() -> None:
+    plan = Plan.of((3, 7, 1, 6), torch.device("cpu"))
+    flat = torch.cat([rows.flatten() for rows in plan.groups])
+
+    assert flat[plan.places].tolist() == list(range(17))
+    assert len(plan.groups) == 3  # 7 and 6 go together
+
+
+def test_mean_loss_does_not_depend_on_how_the_rows_are_cut(base: Base) -> None:
+    lora, rows = make_lora(base), documents(*LENGTHS)
+
+    assert mean_loss(base, lora, rows, 30) == pytest.approx(mean_loss(base, lora, rows, 9999))

@@ -1,0 +1,222 @@
+"""The loop: losses fall, jobs together are jobs alone, a resumed run is the run it resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loriner.errors import ConfigError, TrainError
+from loriner.train.base import Base, open_base
+from loriner.train.checkpoints import list_checkpoints, resume
+from loriner.train.files import Settings
+from loriner.train.job import Job
+from loriner.train.optim import learning_rate
+from loriner.train.prepare import prepare
+from loriner.train.qlora import Silent, train
+from loriner.train.settings import JobConfig, RunConfig
+from tests.train.conftest import PIRATE, WriteRows, chat
+
+Make = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> Base:
+    return open_base(RunConfig(base=tiny, device="cpu"))
+
+
+@pytest.fixture
+def make(base: Base, tmp_path: Path) -> Make:
+    def make(name: str = "pirate", **changes: Any) -> Job:
+        options = {"data": PIRATE, "steps": 8, "rank": 4, "learning_rate": 5e-3, "out": tmp_path}
+        options |= {"batch": 3, "max_length": 160, **changes}
+        options["out"] = options["out"] / name
+        settings = Settings(RunConfig(base=base.path), (JobConfig(name=name, **options),))
+        return prepare(settings).start(base)[0]
+
+    return make
+
+
+class StopAfter(Silent):
+    """Asks the loop to stop once some job has done so many steps."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def on_step(self, job: Job, record: Any) -> None:
+        self.wants_stop = record.step >= self._step
+
+
+def losses(job: Job) -> list[float]:
+    return [record.loss for record in job.steps]
+
+
+def weights(job: Job) -> list[torch.Tensor]:
+    return [parameter.data for parameter in job.lora.parameters()]
+
+
+def test_the_loss_falls_and_the_base_stays_as_it_was(make: Make, base: Base) -> None:
+    layer = base.decoder.layers[0].mlp.up_proj.weight
+    before = layer.dense().clone()
+    job = make(steps=20, learning_rate=2e-2, eval_split=0.2)
+    assert train(base, [job], Silent())
+
+    assert losses(job)[-1] < 0.7 * losses(job)[0]
+    assert job.evals[0].step == 0
+    assert job.evals[-1].eval_loss < job.evals[0].eval_loss
+    assert torch.equal(layer.dense(), before)
+
+
+OPTIONS = {"accumulation": 2, "dropout": 0.2, "neftune": 5.0, "weight_decay": 0.01}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.filterwarnings("ignore:.*paged.*:UserWarning")
+def test_a_resumed_run_has_the_very_bits_of_one_that_was_not_stopped(
+    optimizer: str, make: Make, base: Base, tmp_path: Path
+) -> None:
+    options = {**OPTIONS, "optimizer": optimizer, "eval_split": 0.2, "eval_every": 2}
+    straight = make(**options, out=tmp_path / "straight")
+    train(base, [straight], Silent())
+
+    stopped = make(**options, out=tmp_path / "stopped")
+    assert not train(base, [stopped], StopAfter(3))
+    again = make(**options, out=tmp_path / "stopped")
+    assert resume(again, base.digest).name == "step-000003"
+    assert train(base, [again], Silent())
+
+    assert losses(again) == losses(straight)
+    assert again.evals == straight.evals
+    assert all(map(torch.equal, weights(again), weights(straight)))
+
+
+def test_a_run_that_was_killed_resumes_from_its_last_whole_checkpoint(
+    make: Make, base: Base, tmp_path: Path
+) -> None:
+    job = make(steps=6, save_every=2)
+    train(base, [job], Silent())
+    newest = list_checkpoints(job.settings.folder)[-1]
+    newest.rename(newest.with_name(".part-1"))  # as a kill in the midst of writing leaves it
+
+    again = make(steps=6, save_every=2)
+    assert resume(again, base.digest).name == "step-000004"
+    train(base, [again], Silent())
+    assert losses(again) == losses(job)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"learning_rate": 1e-4}, "learning_rate was 0.005, is 0.0001"),
+        ({"rank": 8}, "rank was 4, is 8"),
+        ({"steps": 9}, "steps was 8, is 9"),
+    ],
+)
+def test_a_run_does_not_resume_with_other_settings(
+    changes: dict[str, Any], reason: str, make: Make, base: Base
+) -> None:
+    train(base, [make()], StopAfter(2))
+
+    with pytest.raises(TrainError, match=reason):
+        resume(make(**changes), base.digest)
+    with pytest.raises(TrainError, match="base was"):
+        resume(make(), "0" * 64)
+    with pytest.raises(TrainError, match="there is no checkpoint"):
+        resume(make("other"), base.digest)
+
+
+def test_jobs_in_one_run_learn_what_they_learn_alone(
+    make: Make, base: Base, write_rows: WriteRows
+) -> None:
+    """Different data, rank, length, optimiser steps, accumulation, and noise."""
+    other = write_rows([chat(f"What is {i}?", f"It is {i * i}.") for i in range(9)])
+    kinds: list[dict[str, Any]] = [
+        {"rank": 4, "dropout": 0.1},
+        {"rank": 2, "data": other, "accumulation": 2, "schedule": "linear"},
+        {"rank": 8, "data": other, "steps": 4, "packing": True, "batch": 1, "rslora": True},
+    ]
+    alone = [make(f"alone{i}", **kind) for i, kind in enumerate(kinds)]
+    for job in alone:
+        train(base, [job], Silent())
+    together = [make(f"together{i}", **kind) for i, kind in enumerate(kinds)]
+    train(base, together, Silent())
+
+    for one, shared in zip(alone, together, strict=True):
+        assert losses(shared) == pytest.approx(losses(one), rel=2e-4)
+        assert len(shared.steps) == one.num_steps
+
+
+def test_accumulated_passes_are_one_large_pass(make: Make, base: Base) -> None:
+    large = make("large", batch=6, steps=3)
+    small = make("small", batch=2, accumulation=3, steps=3)
+    train(base, [large], Silent())
+    train(base, [small], Silent())
+
+    assert losses(small) == pytest.approx(losses(large), rel=1e-4)
+    assert [r.num_tokens for r in small.steps] == [r.num_tokens for r in large.steps]
+
+
+def test_the_best_evaluation_is_kept_and_a_stalled_run_stops(make: Make, base: Base) -> None:
+    job = make(
+        steps=40,
+        learning_rate=1.0,
+        schedule="constant",
+        warmup=0,
+        eval_split=0.3,
+        eval_every=1,
+        early_stopping=2,
+    )
+    train(base, [job], Silent())
+    best = job.best_eval
+
+    assert job.stopped_early
+    assert best is not None
+    assert job.step == best.step + 2
+    assert job.keep_best() == best.step
+    again = job.evaluate(base)
+    assert again.eval_loss == pytest.approx(best.eval_loss, rel=1e-6)
+
+
+def test_only_the_newest_checkpoints_are_kept(make: Make, base: Base) -> None:
+    job = make(steps=8, save_every=1)
+    train(base, [job], Silent())
+
+    assert [path.name for path in list_checkpoints(job.settings.folder)] == [
+        "step-000006",
+        "step-000007",
+        "step-000008",
+    ]
+    state = json.loads((list_checkpoints(job.settings.folder)[-1] / "state.json").read_text())
+    assert state["step"] == 8
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_advice(make: Make, base: Base) -> None:
+    job = make()
+    job.lora.parameters()[1].data.fill_(torch.inf)
+
+    with pytest.raises(TrainError, match="the loss of pirate is not finite: lower learning_rate"):
+        train(base, [job], Silent())
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_rates_rise_over_the_warm_up_and_then_follow_the_schedule(schedule: str) -> None:
+    job = JobConfig(name="a", data=PIRATE, learning_rate=1.0, schedule=schedule, warmup=0.1)
+    rates = [learning_rate(job, step, 100) for step in range(100)]
+
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10] == 1.0
+    middle = {"constant": 1.0, "linear": 0.5, "cosine": 0.5}[schedule]
+    assert rates[55] == pytest.approx(middle)
+    assert learning_rate(dataclasses.replace(job, warmup=20), 9, 100) == pytest.approx(0.5)
+
+
+def test_a_length_beyond_the_context_is_refused(make: Make) -> None:
+    with pytest.raises(ConfigError, match="max_length must be at most 512"):
+        make(max_length=513)
+    assert make(max_length=0).settings.max_length == 512
