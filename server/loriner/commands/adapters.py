@@ -15,7 +15,10 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Column, Table
 
-from loriner.commands.remote import Remote, add_flags, upload_parts
+from loriner.adapters.names import parse_name
+from loriner.commands import publish
+from loriner.commands.remote import Remote, RemoteError, add_flags, upload_parts
+from loriner.errors import ConfigError
 
 Action = Callable[[Remote, argparse.Namespace, Console], None]
 PATH = "/admin/adapters"
@@ -43,12 +46,20 @@ def add_command(subparsers: argparse._SubParsersAction[Any]) -> None:
     add("show", _show, "show one adapter and its history", "name")
     upload = add("add", _add, "publish a PEFT folder or a .tar, .tar.gz or .zip of one", "name")
     upload.add_argument("path", type=Path)
+    upload.add_argument(
+        "--canaries",
+        action="store_true",
+        help="replay the folder's canaries, and publish only what is served as it was trained",
+    )
+    publish.add_tolerance(upload)
     alias = add("alias", _alias, "point a name at another's generation", "name", "target")
     remove = add("rm", _remove, "forget a name", "name")
     for action in (upload, alias, remove):
         action.add_argument(
             "--expect", metavar="DIGEST", help="only if the name stands for this generation now"
         )
+    back = add("rollback", _rollback, "point a name at what it stood for before", "name")
+    back.add_argument("--to", metavar="DIGEST", help="at this generation of its history")
     add("pin", _pin, "keep an adapter in memory", "name")
     add("unpin", _unpin, "let a pinned adapter go when room is needed", "name")
     add("evict", _evict, "take an adapter out of memory now", "name")
@@ -96,6 +107,9 @@ def _show(remote: Remote, args: argparse.Namespace, console: Console) -> None:
 
 
 def _add(remote: Remote, args: argparse.Namespace, console: Console) -> None:
+    if args.canaries:
+        _add_checked(remote, args, console)
+        return
     columns = (TextColumn("upload"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(*columns, console=console))
@@ -109,6 +123,31 @@ def _add(remote: Remote, args: argparse.Namespace, console: Console) -> None:
         f"{report['name']} is generation {report['generation']}: rank {report['ranks']}, "
         f"{report['modules_matched']} of {report['modules_total']} modules, "
         f"{decimal(report['num_bytes'])}{', known before' if report['existed'] else ''}."
+    )
+
+
+def _add_checked(remote: Remote, args: argparse.Namespace, console: Console) -> None:
+    if args.expect is not None or not args.path.is_dir():
+        raise ConfigError("--canaries takes a folder, and no --expect.")
+    name, served = parse_name(args.name), publish.RemoteServed(remote)
+    generation = publish.publish_checked(served, args.path, name, args.canary_tolerance)
+    console.print(f"{name} is generation {generation}: served as it was trained.")
+
+
+def _rollback(remote: Remote, args: argparse.Namespace, console: Console) -> None:
+    """To the newest generation that is not the present one; done twice, it is undone."""
+    record = remote.call("GET", _path(args.name))
+    past = [entry["generation"] for entry in record["history"]]
+    earlier = [digest for digest in past if digest != record["generation"]]
+    if args.to:
+        earlier = [digest for digest in past if digest.startswith(args.to)]
+    if not earlier:
+        what = f"no generation {args.to}" if args.to else "nothing before the present generation"
+        raise RemoteError(f"{record['name']} has {what} in its history.")
+    body = {"target": earlier[0], "expected_generation": record["generation"]}
+    moved = remote.call("PUT", f"/admin/aliases/{quote(args.name)}", json=body)
+    console.print(
+        f"{moved['name']} is generation {moved['generation']} again; it was {record['generation']}."
     )
 
 

@@ -42,9 +42,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--key",
-        default=os.environ.get("LORINER_ADMIN_KEY") or os.environ.get("LORINER_API_KEY", ""),
+        default=default_key(),
         help="API key (env: LORINER_ADMIN_KEY or LORINER_API_KEY)",
     )
+
+
+def default_key() -> str:
+    """The key in the environment, the admin's first."""
+    return os.environ.get("LORINER_ADMIN_KEY") or os.environ.get("LORINER_API_KEY", "")
 
 
 class Remote:

@@ -7,10 +7,12 @@ x A^T. Invariant: W is read, never written, and never dense for longer than one 
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,16 +43,21 @@ class Frozen:
         """[N, K] in the dtype of activations."""
         if self._state is None:
             return self._weight
-        from bitsandbytes.functional import dequantize_4bit
-
-        dense: Tensor = dequantize_4bit(self._weight, self._state)
+        dense: Tensor = bitsandbytes().dequantize_4bit(self._weight, self._state)
         return dense
 
 
-def _quant_state(weight: Nf4, dtype: torch.dtype, device: torch.device) -> Any:
+@cache
+def bitsandbytes() -> Any:
+    """Its functions; without its word, at import, that an optional CPU kernel is not installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes import functional
 
-    make: Any = functional.QuantState
+    return functional
+
+
+def _quant_state(weight: Nf4, dtype: torch.dtype, device: torch.device) -> Any:
+    make: Any = bitsandbytes().QuantState
     scales, nested, offset = weight.absmax, None, None
     if isinstance(scales, NestedScales):
         nested = make(

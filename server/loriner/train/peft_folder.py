@@ -5,7 +5,6 @@ Invariant: what is written opens in PEFT and in `adapters/formats/peft.py` with 
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from loriner.adapters.formats.peft import CONFIG_NAME, NOTE_NAME, WEIGHTS_NAME
+from loriner.train.json_file import write_json
 from loriner.train.lora import Lora
 from loriner.train.settings import JobConfig
 
@@ -79,9 +79,3 @@ def peft_config(job: JobConfig, base_name: str) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "use_rslora": job.rslora,
     }
-
-
-def write_json(path: Path, document: object) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.rename(path)

@@ -1,0 +1,195 @@
+"""Publishing what was trained: upload under a candidate name, replay the canaries, then point the
+name at it.
+
+Through a server's doors (`Remote`), or straight into a store with an engine of our own. Invariant:
+a name only moves to a generation whose replay agreed, and an alias only when the gate passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
+
+from rich.console import Console
+
+from loriner.adapters.names import AdapterName, parse_name
+from loriner.commands.remote import Remote, default_key, upload_parts
+from loriner.errors import ConfigError, TrainError
+from loriner.train.canaries import Canary, Replay, difference, read
+
+if TYPE_CHECKING:
+    from loriner.train.files import Settings
+    from loriner.train.save import Finished
+
+ADAPTERS = "/admin/adapters"
+CANDIDATE = ".candidate"
+
+
+class Served(Protocol):
+    """A place that serves adapters."""
+
+    def publish(self, folder: Path, name: str) -> str:
+        """The generation."""
+
+    def replay(self, canary: Canary, adapter: str) -> Replay: ...
+
+    def point(self, name: str, generation: str) -> None: ...
+
+    def forget(self, name: str) -> None: ...
+
+
+class RemoteServed:
+    """A running server."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+
+    def publish(self, folder: Path, name: str) -> str:
+        with contextlib.ExitStack() as stack:
+            files = upload_parts(folder, stack)
+            report = self._remote.call("POST", ADAPTERS, data={"name": name}, files=files)
+        return str(report["generation"])
+
+    def replay(self, canary: Canary, adapter: str) -> Replay:
+        body: dict[str, Any] = {
+            "adapter": adapter,
+            "temperature": 0,
+            "max_tokens": len(canary.token_ids),
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        top = len(canary.logprobs[0])
+        if canary.messages:
+            body |= {"messages": list(canary.messages), "logprobs": True, "top_logprobs": top}
+            return _of_chat(self._remote.call("POST", "/v1/chat/completions", json=body))
+        body |= {"prompt": canary.text, "logprobs": top}
+        return _of_text(self._remote.call("POST", "/v1/completions", json=body))
+
+    def point(self, name: str, generation: str) -> None:
+        self._remote.call("PUT", f"/admin/aliases/{quote(name)}", json={"target": generation})
+
+    def forget(self, name: str) -> None:
+        self._remote.call("DELETE", f"{ADAPTERS}/{quote(name)}")
+
+
+def add_train_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the result goes."""
+    parser.add_argument("--publish", metavar="URL", help="publish into this running server")
+    parser.add_argument("--key", default=default_key(), help="its admin key")
+    parser.add_argument("--store", type=Path, metavar="DIR", help="publish into this store")
+    parser.add_argument(
+        "--promote", metavar="ALIAS", help="point ALIAS at the adapter if the gate passes"
+    )
+    add_tolerance(parser)
+
+
+def add_tolerance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--canary-tolerance",
+        type=float,
+        metavar="NATS",
+        help="largest difference of a log-probability (default: 0.01 for an adapter trained in "
+        "float32, 0.3 in bfloat16)",
+    )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    if args.publish and args.store:
+        raise ConfigError("--publish and --store exclude each other.")
+    if args.promote and not (args.publish or args.store):
+        raise ConfigError("--promote needs --publish or --store.")
+    if args.promote:
+        parse_name(args.promote, param="promote")
+
+
+def publish_all(
+    finished: Sequence[Finished], settings: Settings, args: argparse.Namespace, console: Console
+) -> int:
+    """Publish each and promote; 1 when a gate held one back."""
+    if not (args.publish or args.store):
+        return 0
+    is_held_back = False
+    with _open(settings, args) as served:
+        for job, result in zip(settings.jobs, finished, strict=True):
+            name = parse_name(job.name)
+            generation = publish_checked(served, result.folder, name, args.canary_tolerance)
+            console.print(f"{name} is generation {generation}: served as it was trained.")
+            if args.promote and result.gate.passed:
+                alias = promoted(args.promote, name)
+                served.point(str(alias), generation)
+                console.print(f"{alias} is generation {generation}.")
+            elif args.promote:
+                is_held_back = True
+                console.print(f"{args.promote} stays as it is: the gate has not passed.")
+    return 1 if is_held_back else 0
+
+
+def publish_checked(
+    served: Served, folder: Path, name: AdapterName, tolerance: float | None
+) -> str:
+    """The generation that `name` stands for now. Raises TrainError when it is not served as it was
+    trained; the name is then what it was."""
+    canaries = read(folder)
+    if not canaries.canaries:
+        raise TrainError(f"{folder} has no canaries, so nothing could show what is served.")
+    limit = canaries.tolerance if tolerance is None else tolerance
+    short = name.short[: 64 - len(CANDIDATE)] + CANDIDATE
+    candidate = str(AdapterName(name.tenant, short))
+    generation = served.publish(folder, candidate)
+    try:
+        for number, canary in enumerate(canaries.canaries, 1):
+            found = difference(canary, served.replay(canary, candidate), limit)
+            if found:
+                raise TrainError(
+                    f"{name} was not published: canary {number} of {len(canaries.canaries)} is "
+                    f"served otherwise than it was trained: {found}."
+                )
+        served.point(str(name), generation)
+    finally:
+        served.forget(candidate)
+    return generation
+
+
+def promoted(alias: str, name: AdapterName) -> AdapterName:
+    """`prod` of an adapter is an alias of the same tenant."""
+    return parse_name(alias if "/" in alias else f"{name.tenant}/{alias}", param="promote")
+
+
+@contextlib.contextmanager
+def _open(settings: Settings, args: argparse.Namespace) -> Iterator[Served]:
+    if args.publish:
+        with Remote(args.publish, args.key) as remote:
+            yield RemoteServed(remote)
+        return
+    from loriner.train.stored import StoreServed
+
+    with StoreServed(settings.run, args.store) as served:
+        yield served
+
+
+def _of_chat(answer: dict[str, Any]) -> Replay:
+    choice = answer["choices"][0]
+    entries = choice["logprobs"]["content"]
+    return Replay(
+        prompt_ids=tuple(answer["prompt_token_ids"]),
+        token_ids=tuple(choice["token_ids"]),
+        logprobs=tuple(_descending(t["logprob"] for t in e["top_logprobs"]) for e in entries),
+    )
+
+
+def _of_text(answer: dict[str, Any]) -> Replay:
+    choice = answer["choices"][0]
+    tops = choice["logprobs"]["top_logprobs"]
+    return Replay(
+        prompt_ids=tuple(choice["prompt_token_ids"]),
+        token_ids=tuple(choice["token_ids"]),
+        logprobs=tuple(_descending(top.values()) for top in tops),
+    )
+
+
+def _descending(values: Any) -> tuple[float, ...]:
+    return tuple(sorted(values, reverse=True))

@@ -1,0 +1,121 @@
+"""What a run shows and writes while it runs: a bar for each job, and OUT/metrics.jsonl.
+
+The first Ctrl-C asks the loop to stop after its turn, the second is Python's own. Invariant: the
+metrics file holds each step of the run once, also after it was resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from loriner.train.job import EvalRecord, Job, StepRecord
+
+METRICS = "metrics.jsonl"
+GIB = 1 << 30
+LINES = 10  # in a run, where there is no terminal to draw on
+
+
+class Screen:
+    """A `Watcher`; use it in a `with` block."""
+
+    def __init__(self, jobs: Sequence[Job], console: Console) -> None:
+        self.wants_stop = False
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks = {
+            id(job): self._progress.add_task(
+                job.settings.name, total=job.num_steps, completed=job.step, figures=""
+            )
+            for job in jobs
+        }
+        for job in jobs:
+            rewrite_metrics(job)
+
+    def __enter__(self) -> Screen:
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        signal.signal(signal.SIGINT, self._before)
+
+    def on_step(self, job: Job, record: StepRecord) -> None:
+        append_metrics(job, {"event": "step", **asdict(record), "memory_bytes": peak_memory()})
+        figures = (
+            f"loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
+            f"{record.num_tokens / record.seconds:.0f} tokens/s  {peak_memory() / GIB:.2f} GiB"
+        )
+        self._progress.update(self._tasks[id(job)], completed=record.step, figures=figures)
+        every = max(1, job.num_steps // LINES)
+        if not self._console.is_terminal and (record.step % every == 0 or job.is_done):
+            self._say(f"{job.settings.name}: step {record.step}/{job.num_steps}  {figures}")
+
+    def on_eval(self, job: Job, record: EvalRecord) -> None:
+        append_metrics(job, {"event": "eval", **asdict(record)})
+        what = f"step {record.step}" if record.step else "the base"
+        self._say(f"{job.settings.name}: held-out loss {record.eval_loss:.4f} ({what})")
+        if job.stopped_early:
+            self._say(f"{job.settings.name}: stopped early, nothing gained since the best one")
+
+    def _say(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False)
+
+    def _interrupt(self, number: int, frame: types.FrameType | None) -> None:
+        if self.wants_stop:
+            raise KeyboardInterrupt
+        self.wants_stop = True
+        self._say("Stopping after this pass and saving; once more to leave at once.")
+
+
+def append_metrics(job: Job, record: dict[str, Any]) -> None:
+    with (job.settings.folder / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def rewrite_metrics(job: Job) -> None:
+    """The file as the job's history has it: empty, or up to the step that it resumes from."""
+    job.settings.folder.mkdir(parents=True, exist_ok=True)
+    lines: list[tuple[int, dict[str, Any]]] = [
+        *((r.step, {"event": "step", **asdict(r)}) for r in job.steps),
+        *((r.step, {"event": "eval", **asdict(r)}) for r in job.evals),
+    ]
+    text = "".join(json.dumps(record) + "\n" for _, record in sorted(lines, key=lambda x: x[0]))
+    (job.settings.folder / METRICS).write_text(text, encoding="utf-8")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records so far; none where there is no file."""
+    path = folder / METRICS
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def peak_memory() -> int:
+    """Bytes: the GPU's peak where there is one, else this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

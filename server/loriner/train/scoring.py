@@ -1,0 +1,77 @@
+"""Scores of answers: exact, json, number; and how sure one can be of a share of right ones.
+
+Pure: texts in, numbers out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def exact(given: str, wanted: str) -> bool:
+    """Equal but for white space around."""
+    return given.strip() == wanted.strip()
+
+
+def same_json(given: str, wanted: str) -> bool:
+    """Equal as JSON values; where the wanted text is no JSON, as texts."""
+    try:
+        value = json.loads(wanted)
+    except ValueError:
+        return exact(given, wanted)
+    try:
+        return bool(json.loads(given) == value)
+    except ValueError:
+        return False
+
+
+def same_number(given: str, wanted: str) -> bool:
+    """The last numbers in both are equal: `#### 72` or "that makes 72."."""
+    ours, theirs = last_number(given), last_number(wanted)
+    return theirs is not None and ours == theirs
+
+
+def last_number(text: str) -> float | None:
+    found = _NUMBER.findall(text.rsplit("####", 1)[-1]) or _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+SCORERS: Mapping[str, Callable[[str, str], bool]] = {
+    "exact": exact,
+    "json": same_json,
+    "number": same_number,
+}
+
+
+def wilson(num_right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (E. B. Wilson, JASA 22, 1927, equation 4)."""
+    if not count:
+        return 0.0, 1.0
+    share, square = num_right / count, z * z
+    middle = share + square / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    return (middle - half) / (1 + square / count), (middle + half) / (1 + square / count)
+
+
+def mean_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, float, float]:
+    """(mean, low, high) by the normal approximation."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return mean, -math.inf, math.inf
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
+    half = z * spread / math.sqrt(count)
+    return mean, mean - half, mean + half
+
+
+def as_dict(metric: str, rights: Sequence[bool]) -> dict[str, Any]:
+    """A score with its interval."""
+    low, high = wilson(sum(rights), len(rights))
+    share = sum(rights) / len(rights) if rights else 0.0
+    return {"metric": metric, "score": share, "low": low, "high": high, "count": len(rights)}

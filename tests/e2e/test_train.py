@@ -1,0 +1,187 @@
+"""Train, publish, gate, promote, roll back against a live server: served means trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loriner.adapters import formats
+from loriner.adapters.pool import pack
+from loriner.adapters.store import Store
+from loriner.cli import main
+from loriner.model.transformer import layout
+from loriner.model.weights import Checkpoint
+from loriner.train.attention import Plan
+from loriner.train.base import open_base
+from loriner.train.canaries import FILE, read
+from loriner.train.lora import Lora, Segment
+from loriner.train.settings import RunConfig
+from tests.engines import build_engine, engine_config
+from tests.fakes import make_request
+from tests.servers import ServerProcess
+from tests.tiny import write_tiny_base
+
+pytestmark = [pytest.mark.timeout(120)]
+
+PIRATE = Path(__file__).resolve().parents[1] / "data" / "train" / "pirate.jsonl"
+OPTIONS = "--rank 4 --batch 3 --steps 8 --learning-rate 2e-2 --samples 0 --max-length 160"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with ServerProcess(base, tmp_path_factory.mktemp("server") / "store") as server:
+        yield server
+
+
+def train(base: Path, out: Path, name: str, *more: str) -> int:
+    options = ["--base", str(base), "--device", "cpu", "--data", str(PIRATE), "--name", name]
+    return main(["train", *options, "--out", str(out), *OPTIONS.split(), *more])
+
+
+def generation(server: ServerProcess, name: str) -> str | None:
+    response = server.http.get(f"/admin/adapters/{name}")
+    return str(response.json()["generation"]) if response.status_code == 200 else None
+
+
+def names(server: ServerProcess) -> set[str]:
+    return {entry["name"] for entry in server.http.get("/admin/adapters").json()["adapters"]}
+
+
+def tampered(folder: Path, target: Path) -> Path:
+    """A copy whose weights are a little stronger than what was trained."""
+    shutil.copytree(folder, target)
+    weights = load_file(target / "adapter_model.safetensors")
+    save_file(
+        {name: tensor * 1.05 for name, tensor in weights.items()},
+        target / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    return target
+
+
+@pytest.fixture(scope="module")
+def trained(server: ServerProcess, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that is published as `pirate` and promoted to `prod`."""
+    out = tmp_path_factory.mktemp("trained")
+    more = ("--eval-split", "0.2", "--publish", server.url, "--promote", "prod")
+    assert train(base, out, "pirate", *more) == 0
+    return out / "adapter"
+
+
+def test_a_trained_adapter_is_served_as_it_was_trained(
+    server: ServerProcess, trained: Path
+) -> None:
+    canary = read(trained).canaries[0]
+    question = canary.messages[-1]["content"]
+    served = server.ask(question, "pirate", max_tokens=8)
+
+    assert tuple(served.token_ids) == canary.token_ids
+    assert server.ask(question, max_tokens=8).token_ids != served.token_ids
+    assert names(server) >= {"default/pirate", "default/prod"}
+    assert not any("candidate" in name for name in names(server))
+    assert generation(server, "prod") == generation(server, "pirate")
+
+
+def test_logits_of_trainer_and_server_are_the_same(base: Path, trained: Path) -> None:
+    """The trainer's forward and the serving transformer over the same tokens, in fp32."""
+    trainer = open_base(RunConfig(base=base, device="cpu"))
+    folder_config = json.loads((trained / "adapter_config.json").read_text())
+    lora = Lora(
+        trainer.targets(folder_config["target_modules"]),
+        rank=folder_config["r"],
+        scaling=folder_config["lora_alpha"] / folder_config["r"],
+    )
+    lora.load(load_file(trained / "adapter_model.safetensors"))
+    prompt = list(range(40, 70))
+    with torch.no_grad():
+        hidden = trainer.hidden(
+            trainer.embed(torch.tensor(prompt)),
+            torch.arange(len(prompt)),
+            Plan.of([len(prompt)], trainer.device),
+            [Segment(0, len(prompt), lora)],
+        )
+        ours = hidden[-1] @ trainer.head.dense().T
+
+    modules = trainer.config.modules()
+    adapter = formats.load(trained, modules)
+    seat = pack(adapter, layout(trainer.config), torch.float32)
+    engine = build_engine(engine_config(base), {"a": seat})
+    engine.run_all([make_request(prompt, generation="a", max_tokens=1)])
+    theirs = engine.logits["r", 0][0]
+    engine.close()
+
+    assert (ours - theirs).abs().max() <= 1e-3
+
+
+def test_an_adapter_that_is_not_what_was_trained_is_not_published(
+    server: ServerProcess, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, known = generation(server, "pirate"), names(server)
+    bad = tampered(trained, tmp_path / "bad")
+    add = ["adapters", "add", "--canaries", "--url", server.url]
+
+    assert main([*add, "pirate", str(bad)]) == 1
+    error = capsys.readouterr().err
+    assert "default/pirate was not published: canary 1 of 4 is served otherwise" in error
+    assert (generation(server, "pirate"), names(server)) == (before, known)
+    assert main([*add, "again", str(trained)]) == 0
+    assert generation(server, "again") == before
+    (bad / FILE).unlink()
+    assert main([*add, "pirate", str(bad)]) == 1
+    assert "not made by `loriner train`" in capsys.readouterr().err
+
+
+def test_an_alias_moves_only_when_the_gate_passes_and_can_be_moved_back(
+    server: ServerProcess,
+    base: Path,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = generation(server, "prod")
+    publish = ("--publish", server.url, "--promote", "prod")
+    assert train(base, tmp_path / "a", "second", "--seed", "1", *publish) == 1
+    assert "prod stays as it is: the gate has not passed" in capsys.readouterr().out
+    assert generation(server, "second") != first
+    assert generation(server, "prod") == first
+
+    more = ("--seed", "2", "--eval-split", "0.2")
+    assert train(base, tmp_path / "b", "third", *more, *publish) == 0
+    third = generation(server, "third")
+    assert generation(server, "prod") == third
+
+    back = ["adapters", "rollback", "--url", server.url]
+    assert main([*back, "prod"]) == 0
+    assert generation(server, "prod") == first
+    assert main([*back, "prod", "--to", str(third)[:12]]) == 0
+    assert generation(server, "prod") == third
+    capsys.readouterr()
+    assert main([*back, "third"]) == 1
+    assert "nothing before the present generation" in capsys.readouterr().err
+
+
+def test_a_store_without_a_server_gets_the_same_checks(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    more = ("--eval-split", "0.2", "--store", str(store), "--promote", "prod")
+    assert train(base, tmp_path / "run", "acme/pirate", *more) == 0
+    assert "served as it was trained" in capsys.readouterr().out
+
+    checkpoint = Checkpoint.open(base)
+    with Store(store, checkpoint.config.modules(), checkpoint.base_digest) as opened:
+        found: dict[str, Any] = {record.name: record.generation for record in opened.list()}
+    assert set(found) == {"acme/pirate", "acme/prod"}
+    assert len(set(found.values())) == 1

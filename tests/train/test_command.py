@@ -1,0 +1,143 @@
+"""`loriner train` from the outside: plans, runs, Ctrl-C, resume, several jobs, clear errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loriner.cli import main
+from tests.train.conftest import PIRATE, WriteRows, chat
+
+FLAGS = ["--device", "cpu", "--num-threads", "1", "--samples", "1", "--sample-tokens", "4"]
+FLAGS += ["--rank", "2", "--batch", "2", "--learning-rate", "1e-2", "--max-length", "160"]
+
+
+def arguments(tiny: Path, out: Path, *more: str) -> list[str]:
+    data = ["--data", str(PIRATE), "--name", "pirate", "--out", str(out)]
+    return ["train", "--base", str(tiny), *FLAGS, *data, *more]
+
+
+def metrics(out: Path, event: str = "step") -> list[dict[str, Any]]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+def test_a_dry_run_prints_the_plan_and_trains_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tiny, tmp_path / "run", "--epochs", "2", "--dry-run")) == 0
+    shown = capsys.readouterr().out
+
+    assert "24 rows, 24 documents" in shown
+    assert "pirate: 24 steps (1 of warm-up)" in shown
+    assert re.search(r"trainable: \d+ of \d+ parameters \(4.33%\)", shown)
+    assert "memory: about" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_leaves_an_adapter_metrics_and_a_checkpoint(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(tiny, out, "--steps", "4", "--eval-split", "0.2")) == 0
+    shown = capsys.readouterr().out
+
+    assert "pirate: step 4/4  loss" in shown
+    assert "Gate passed" in shown
+    assert [record["step"] for record in metrics(out)] == [1, 2, 3, 4]
+    assert {"loss", "learning_rate", "num_tokens", "memory_bytes"} <= set(metrics(out)[0])
+    assert metrics(out, "eval")[0]["step"] == 0
+    names = {path.name for path in (out / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png"} <= names
+    assert main(arguments(tiny, out, "--steps", "4")) == 1
+    assert "holds a run already: give --resume" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(90)
+def test_ctrl_c_saves_says_how_to_go_on_and_going_on_is_exact(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    steps = ["--steps", "40", "--dropout", "0.1"]
+    assert main(arguments(tiny, whole, *steps)) == 0
+
+    command = [sys.executable, "-m", "loriner", *arguments(tiny, stopped, *steps)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    deadline = time.monotonic() + 60
+    while not ((stopped / "metrics.jsonl").exists() and len(metrics(stopped)) > 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert "To go on: loriner train" in shown
+    assert "--resume" in shown
+    assert 2 < len(metrics(stopped)) < 40
+    capsys.readouterr()
+    assert main(arguments(tiny, stopped, *steps, "--resume")) == 0
+    assert "Resuming" in capsys.readouterr().out
+    assert [r["loss"] for r in metrics(stopped)] == [r["loss"] for r in metrics(whole)]
+
+
+def test_jobs_share_a_run(
+    tiny: Path, tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows([chat(f"{i}?", f"{i}!") for i in range(8)])
+    jobs = tmp_path / "jobs.toml"
+    jobs.write_text(
+        f'base = "{tiny}"\ndevice = "cpu"\nsteps = 3\nsamples = 0\nbatch = 2\n'
+        f'[[jobs]]\nname = "a"\ndata = "{rows}"\nrank = 2\n'
+        f'[[jobs]]\nname = "acme/b"\ndata = "{PIRATE}"\nrank = 4\nsteps = 5\n'
+    )
+
+    assert main(["train", "--jobs", str(jobs)]) == 0
+    assert len(metrics(tmp_path / "runs" / "a")) == 3
+    assert len(metrics(tmp_path / "runs" / "acme--b")) == 5
+    assert (tmp_path / "runs" / "acme--b" / "adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (["--data", "none.jsonl"], 1, "none.jsonl: No such file"),
+        (["--base", "none"], 1, "config.json"),
+        (["--rank", "0"], 2, "rank must be at least 1"),
+        (["--publish", "http://x", "--store", "y"], 2, "--publish and --store exclude each other"),
+        (["--promote", "prod"], 2, "--promote needs --publish or --store"),
+        (["--resume"], 1, "there is no checkpoint"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(
+    more: list[str],
+    status: int,
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(arguments(tiny, tmp_path / "run", "--steps", "1", *more)) == status
+    assert message in capsys.readouterr().err
+
+
+def test_bad_rows_stop_a_run_with_their_lines(
+    tiny: Path, tmp_path: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_rows([chat("q", "a"), {"messages": 3}, "{"])
+    assert main(arguments(tiny, tmp_path / "run", "--data", str(path))) == 1
+
+    error = capsys.readouterr().err
+    assert "2 of 3 rows are bad, more than max_bad_share 0.01 allows" in error
+    assert "line 2: `messages` must be a list" in error
+    assert "line 3: no JSON" in error
