@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from loriner import __version__, bench
-from loriner.commands import adapters, chat, demo, keys, models, serve, train
+from loriner.commands import adapters, chat, demo, evaluate, keys, models, serve, train
 from loriner.errors import ConfigError, LorinerError
 
 _EPILOG = """a first session:
@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_command(subparsers)
     models.add_commands(subparsers)
     train.add_command(subparsers)
+    evaluate.add_command(subparsers)
     adapters.add_command(subparsers)
     keys.add_command(subparsers)
     chat.add_command(subparsers)

@@ -185,3 +185,50 @@ def test_a_store_without_a_server_gets_the_same_checks(
         found: dict[str, Any] = {record.name: record.generation for record in opened.list()}
     assert set(found) == {"acme/pirate", "acme/prod"}
     assert len(set(found.values())) == 1
+
+
+def test_evaluation_scores_base_and_adapters_over_the_same_rows(
+    server: ServerProcess, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows whose wanted answers are what the adapter says: it is right on all, the base on none."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
+    questions = [json.loads(line)["messages"][0] for line in PIRATE.read_text().splitlines()[:4]]
+    lines = []
+    for question in questions:
+        body = {"messages": [question], "adapter": "pirate", "temperature": 0, "max_tokens": 12}
+        answer = server.http.post("/v1/chat/completions", json=body).json()
+        wanted = {"role": "assistant", "content": answer["choices"][0]["message"]["content"]}
+        lines.append(json.dumps({"messages": [question, wanted]}))
+    rows.write_text("\n".join(lines))
+    evaluate = ["evaluate", "--data", str(rows), "--url", server.url, "--json", str(out)]
+
+    assert main([*evaluate, "--adapters", "pirate,base", "--max-tokens", "12"]) == 0
+    shown = capsys.readouterr().out
+    assert "100.0%" in shown
+    assert "8 rows for 2" in shown
+    assert main([*evaluate, "--adapters", "base,pirate", "--metric", "loss", "--limit", "2"]) == 0
+    scores = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [s["score"] for s in scores[:2]] == [1.0, 0.0]
+    assert scores[0]["low"] == pytest.approx(0.51, abs=0.01)
+    assert scores[3]["score"] < scores[2]["score"]
+    assert scores[3]["low"] < scores[3]["score"] < scores[3]["high"]
+
+
+def test_a_loss_through_the_server_is_the_trainer_s_own(
+    server: ServerProcess, base: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Over prompt and completion, where there is no template between them."""
+    from loriner.train.masks import Document
+    from loriner.train.passes import mean_loss
+
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
+    rows.write_text(json.dumps({"prompt": "The sea", "completion": " is wide"}))
+    flags = ["--url", server.url, "--json", str(out), "--metric", "loss"]
+    assert main(["evaluate", "--data", str(rows), *flags]) == 0
+    (score,) = [json.loads(line) for line in out.read_text().splitlines()]
+
+    trainer = open_base(RunConfig(base=base, device="cpu"))
+    text = b"The sea is wide"
+    document = Document(tuple(text), tuple(i >= 7 for i in range(len(text))))
+    assert score["score"] == pytest.approx(mean_loss(trainer, None, [document], 99), abs=1e-3)
+    assert score["count"] == 8

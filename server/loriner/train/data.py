@@ -116,10 +116,30 @@ def load_data(
     return DataSet(path, digest_file(path), *found)
 
 
+def load_prompts(
+    path: Path, columns: Mapping[str, str] | None = None, max_bad_share: float = 0.0
+) -> list[Prompt]:
+    """Questions and wanted answers, without a tokenizer. Raises DataError as `load_data` does."""
+    prompts: list[Prompt] = []
+    faults: list[Fault] = []
+    for row in read_rows(path):
+        try:
+            if isinstance(row, Fault):
+                raise RowError(row.reason)
+            prompts.append(prompt_of(recognise(row.values, columns or {})))
+        except RowError as error:
+            faults.append(Fault(row.line, str(error)))
+    _check_share(path, len(prompts) + len(faults), faults, max_bad_share)
+    return prompts
+
+
 def prompt_of(example: Example) -> Prompt:
     """The last learnt turn's question and answer."""
     if isinstance(example, Chat):
-        last = max(i for i, turn in enumerate(example.turns) if turn.is_learnt)
+        learnt = [i for i, turn in enumerate(example.turns) if turn.is_learnt]
+        if not learnt:
+            raise RowError("no assistant turn to learn from")
+        last = learnt[-1]
         return Prompt(example.turns[:last], "", example.turns[last].content)
     if isinstance(example, Pair):
         return Prompt((), example.prompt, example.completion)
