@@ -90,6 +90,10 @@ class ServerConfig:
     max_upload_bytes: int = setting(2 * GIB, "largest upload", low=1)
     max_body_bytes: int = setting(8 * MIB, "largest JSON body", low=1)
     shutdown_s: float = setting(30.0, "grace for running requests at shutdown", low=0)
+    training: Path | None = setting(None, "folder of files and jobs of training over HTTP")
+    training_device: str = setting("cpu", "where such jobs train: auto, cpu or cuda")
+    training_threads: int = setting(0, "CPU threads of such a job (0: half of the cores)", low=0)
+    max_training_jobs: int = setting(1, "such jobs at a time; more wait", low=1, high=64)
 
     def __post_init__(self) -> None:
         if (self.grpc_cert is None) != (self.grpc_key is None):
@@ -97,6 +101,7 @@ class ServerConfig:
         if self.grpc_client_ca is not None and self.grpc_cert is None:
             raise ConfigError("grpc_client_ca needs grpc_cert and grpc_key.")
         check_limits(self)
+        check_choice(self, "training_device", ("auto", "cpu", "cuda"))
 
 
 def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:

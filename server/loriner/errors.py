@@ -21,6 +21,7 @@ gRPC (`api/status.py` holds that table, one row for each leaf).
     ├── OverloadedError             the queue is full; retry later
     ├── QuotaExceededError          the tenant has what it may have
     ├── DataError                   training data cannot be read or has too many bad rows
+    ├── ObjectNotFoundError         no such training file or job
     ├── TrainError                  a training run cannot go on, or its result is not published
     └── EngineError
         ├── EngineUnavailableError  the engine is down, starting or draining
@@ -142,6 +143,14 @@ class QuotaExceededError(LorinerError):
 
 class DataError(LorinerError):
     """Training data is unreadable or bad; the message has file, lines and reasons."""
+
+
+class ObjectNotFoundError(LorinerError):
+    """No training file or job has this id."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class TrainError(LorinerError):

@@ -10,6 +10,7 @@ import enum
 import hashlib
 import hmac
 import ipaddress
+import secrets
 from dataclasses import dataclass
 
 from loriner.adapters.names import DEFAULT_TENANT, is_digest, show
@@ -77,6 +78,8 @@ class Access:
         self._user = _digest(config.api_key) if config.api_key else None
         self._admin = _digest(admin) if admin else None
         self._tenants = tenants
+        self.own_key = secrets.token_urlsafe(32)  # for processes of this server that call it
+        self._own = _digest(self.own_key)
 
     def needs_key(self, right: Right) -> bool:
         """False in local mode: no key is configured for this right, and no tenant has any."""
@@ -105,7 +108,10 @@ class Access:
         given = _digest(token)
         is_user = hmac.compare_digest(given, self._user or b"")
         is_admin = hmac.compare_digest(given, self._admin or b"")
+        is_own = hmac.compare_digest(given, self._own)
         key = self._tenants.find(token)
+        if is_own:
+            return Caller("server", DEFAULT_TENANT, EVERY, is_operator=True)
         if is_admin:
             return Caller("admin_key", DEFAULT_TENANT, EVERY, is_operator=True)
         if is_user:

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loriner.api.admin import AdminDoor
 from loriner.api.auth import Guard
+from loriner.api.fine_tuning import FineTuningDoor
 from loriner.api.keys import KeyDoor
 from loriner.api.metrics import CLIENT_CLOSED, Metrics
 from loriner.api.openai import OpenAIDoor
@@ -45,11 +46,13 @@ def build_app(service: Service, config: ServerConfig, shared: Shared | None = No
     """The whole HTTP door. Raises ConfigError when `config` would serve a network without a key."""
     shared = shared or share(service, config)
     metrics = shared.metrics
+    training = FineTuningDoor(shared)
     routes = [
         *OpenAIDoor(shared).routes(),
         *TokenDoor(shared).routes(),
         *AdminDoor(shared).routes(),
         *KeyDoor(shared).routes(),
+        *training.routes(),
         *Probes(service, metrics).routes(),
     ]
     app = Starlette(
@@ -64,18 +67,22 @@ def build_app(service: Service, config: ServerConfig, shared: Shared | None = No
             ClientDisconnect: _answer_disconnect,
             Exception: _answer_error,
         },
-        lifespan=lambda app: _lifespan(service, config),
+        lifespan=lambda app: _lifespan(service, config, training),
     )
     app.router.redirect_slashes = False
+    app.state.training = training
     return app
 
 
 @contextlib.asynccontextmanager
-async def _lifespan(service: Service, config: ServerConfig) -> AsyncIterator[None]:
+async def _lifespan(
+    service: Service, config: ServerConfig, training: FineTuningDoor
+) -> AsyncIterator[None]:
     await service.start()
     try:
         yield
     finally:
+        await training.stop()
         await service.stop(config.shutdown_s)
 
 

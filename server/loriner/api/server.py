@@ -46,9 +46,11 @@ class Server(uvicorn.Server):
         on_ready: Callable[[Server], Awaitable[None]] | None = None,
     ) -> None:
         self._shared = share(service, config)
+        app = build_app(service, config, self._shared)
+        self._training = app.state.training
         super().__init__(
             uvicorn.Config(
-                build_app(service, config, self._shared),
+                app,
                 host=config.host,
                 port=config.port,
                 http="h11",
@@ -132,6 +134,7 @@ class Server(uvicorn.Server):
     async def _await_engine(self, started: float) -> None:
         await self._service.wait_until_ready()
         self._announce(f"The engine is ready ({time.monotonic() - started:.1f} s).")
+        self._training.start(self.url)
         if self._on_ready is not None:
             await self._on_ready(self)
 

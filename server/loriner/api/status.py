@@ -70,6 +70,7 @@ TABLE: Mapping[type[errors.LorinerError], Row] = MappingProxyType(
             429, "rate_limit_error", "quota_exceeded", "RESOURCE_EXHAUSTED"
         ),
         errors.DataError: Row(400, BAD, "invalid_training_data", "INVALID_ARGUMENT"),
+        errors.ObjectNotFoundError: Row(404, BAD, "not_found", "NOT_FOUND"),
         errors.TrainError: INTERNAL,
         errors.EngineError: INTERNAL,
         errors.EngineUnavailableError: Row(

@@ -1,0 +1,270 @@
+"""OpenAI's files and fine-tuning endpoints over `TrainingFiles` and `TrainingJobs`.
+
+Parses and shapes, decides nothing else. Needs the admin's right: a job publishes. Invariant: a
+field that is accepted reaches `loriner train`, or is refused by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from loriner.adapters.names import DEFAULT_TENANT, parse_name
+from loriner.api import body
+from loriner.api.access import Right
+from loriner.api.auth import GuardedRoute
+from loriner.api.fine_tuning_shapes import checkpoint_shapes, event_shapes, job_shape
+from loriner.api.responses import json_response
+from loriner.api.shared import Shared
+from loriner.api.training_files import TrainingFiles
+from loriner.api.training_job import JobState
+from loriner.api.training_jobs import TrainingJobs
+from loriner.errors import InvalidRequestError, ModelNotFoundError
+
+LEARNING_RATE = 2e-4  # what learning_rate_multiplier multiplies
+EPOCHS = 3  # where n_epochs is auto
+SAVE_EVERY = 50  # steps
+MAX_PAGE = 100
+Auto = Literal["auto"]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Setting = bool | int | float | Annotated[str, Field(max_length=4096)]
+
+
+class Strict(BaseModel):
+    """Other fields are refused: each would change what is trained."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class Hyperparameters(Strict):
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
+
+
+class Supervised(Strict):
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Method(Strict):
+    type: Literal["supervised"]
+    supervised: Supervised = Supervised()
+
+
+class CreateBody(Strict):
+    """POST /v1/fine_tuning/jobs. `loriner` has settings of `loriner train` by their names."""
+
+    model: Annotated[str, Field(max_length=256)]
+    training_file: str
+    validation_file: str | None = None
+    hyperparameters: Hyperparameters | None = None
+    method: Method | None = None
+    suffix: Annotated[str, Field(max_length=40)] | None = None
+    seed: Seed | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    integrations: Annotated[list[Any], Field(max_length=0)] | None = None
+    loriner: Annotated[dict[str, Setting], Field(max_length=64)] = {}
+
+
+# What the job itself decides; everything else in `loriner` is checked by `loriner train`.
+OURS = frozenset(("base", "device", "num_threads", "name", "data", "eval_data", "out", "seed"))
+T = TypeVar("T")
+
+
+class FineTuningDoor:
+    """Handlers and routes; there are none when no training folder is configured."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._service, self._config = shared.service, shared.config
+        root = self._config.training
+        self._files = TrainingFiles(root / "files") if root else None
+        self._jobs = TrainingJobs(root / "jobs", shared) if root else None
+
+    @property
+    def files(self) -> TrainingFiles:
+        assert self._files is not None
+        return self._files
+
+    @property
+    def jobs(self) -> TrainingJobs:
+        assert self._jobs is not None
+        return self._jobs
+
+    def routes(self) -> list[GuardedRoute]:
+        if self._jobs is None:
+            return []
+
+        def route(method: str, path: str, endpoint: Callable[..., Any]) -> GuardedRoute:
+            return GuardedRoute(f"/v1/{path}", endpoint, right=Right.ADMIN, methods=[method])
+
+        job = "fine_tuning/jobs/{job_id}"
+        return [
+            route("POST", "files", self.add_file),
+            route("GET", "files", self.list_files),
+            route("GET", "files/{file_id}", self.get_file),
+            route("DELETE", "files/{file_id}", self.delete_file),
+            route("GET", "files/{file_id}/content", self.read_file),
+            route("POST", "fine_tuning/jobs", self.create),
+            route("GET", "fine_tuning/jobs", self.list_jobs),
+            route("GET", job, self.get_job),
+            route("POST", f"{job}/cancel", self.cancel),
+            route("GET", f"{job}/events", self.list_events),
+            route("GET", f"{job}/checkpoints", self.list_checkpoints),
+        ]
+
+    def start(self, url: str) -> None:
+        """Go on with jobs that an earlier server left; `url` is our own."""
+        if self._jobs is not None:
+            self._jobs.start(url)
+
+    async def stop(self) -> None:
+        if self._jobs is not None:
+            await self._jobs.stop()
+
+    async def add_file(self, request: Request) -> Response:
+        limit = self._config.max_upload_bytes
+        body.check_length(request, limit)
+        if "content-length" not in request.headers:
+            raise InvalidRequestError("An upload needs a Content-Length header.")
+        async with request.form(max_files=1, max_fields=4) as form:
+            file, purpose = form.get("file"), form.get("purpose")
+            if not isinstance(file, UploadFile) or not isinstance(purpose, str):
+                raise InvalidRequestError("An upload has a file and a purpose.", "file")
+            name = file.filename or ""
+            made = await asyncio.to_thread(self.files.add, file.file, name, purpose, limit)
+        return json_response(made)
+
+    async def list_files(self, request: Request) -> Response:
+        return json_response(_page(request, await asyncio.to_thread(self.files.list), _file_id))
+
+    async def get_file(self, request: Request) -> Response:
+        return json_response(self.files.get(request.path_params["file_id"]))
+
+    async def read_file(self, request: Request) -> Response:
+        path = self.files.path(request.path_params["file_id"])
+        return FileResponse(path, media_type="application/octet-stream")
+
+    async def delete_file(self, request: Request) -> Response:
+        file_id = request.path_params["file_id"]
+        await asyncio.to_thread(self.files.remove, file_id)
+        return json_response({"id": file_id, "object": "file", "deleted": True})
+
+    async def create(self, request: Request) -> Response:
+        asked = await body.parse(request, CreateBody, self._config.max_body_bytes)
+        if asked.model != self._service.model_name:
+            raise ModelNotFoundError(asked.model)
+        return json_response(job_shape(self.jobs.add(self._state(asked))))
+
+    async def list_jobs(self, request: Request) -> Response:
+        jobs = [job_shape(folder) for folder in await asyncio.to_thread(self.jobs.list)]
+        return json_response(_page(request, jobs, _id))
+
+    async def get_job(self, request: Request) -> Response:
+        return json_response(job_shape(self.jobs.get(request.path_params["job_id"])))
+
+    async def cancel(self, request: Request) -> Response:
+        folder = self.jobs.get(request.path_params["job_id"])
+        await self.jobs.cancel(folder)
+        return json_response(job_shape(folder))
+
+    async def list_events(self, request: Request) -> Response:
+        folder = self.jobs.get(request.path_params["job_id"])
+        events = await asyncio.to_thread(event_shapes, folder)
+        return json_response(_page(request, events, _id))
+
+    async def list_checkpoints(self, request: Request) -> Response:
+        folder = self.jobs.get(request.path_params["job_id"])
+        return json_response(_page(request, checkpoint_shapes(folder), _id))
+
+    def _state(self, asked: CreateBody) -> JobState:
+        job_id = f"ftjob-{uuid.uuid4().hex[:24]}"
+        if asked.hyperparameters and asked.method:
+            raise InvalidRequestError("method and hyperparameters exclude each other.", "method")
+        chosen = asked.method.supervised.hyperparameters if asked.method else asked.hyperparameters
+        hyper = chosen or Hyperparameters()
+        name = f"{DEFAULT_TENANT}/{_slug(asked.suffix)}-{job_id[-8:]}"
+        parse_name(name)
+        seed = asked.seed if asked.seed is not None else 0
+        return JobState(
+            id=job_id,
+            created_at=int(time.time()),
+            model=asked.model,
+            name=name,
+            training_file=asked.training_file,
+            validation_file=asked.validation_file,
+            hyperparameters=hyper.model_dump(),
+            settings=self._settings(asked, hyper, name, job_id, seed),
+            seed=seed,
+            suffix=asked.suffix,
+            metadata=asked.metadata,
+        )
+
+    def _settings(
+        self, asked: CreateBody, hyper: Hyperparameters, name: str, job_id: str, seed: int
+    ) -> dict[str, Any]:
+        """Of `loriner train`, by their names."""
+        if taken := sorted(OURS & asked.loriner.keys()):
+            raise InvalidRequestError(f"loriner.{taken[0]} is decided by the server.", "loriner")
+        settings: dict[str, Any] = {"save_every": SAVE_EVERY, "epochs": EPOCHS, **asked.loriner}
+        if hyper.n_epochs != "auto":
+            settings["epochs"] = hyper.n_epochs
+        if hyper.batch_size != "auto":
+            settings["batch"] = hyper.batch_size
+        if hyper.learning_rate_multiplier != "auto":
+            settings["learning_rate"] = LEARNING_RATE * hyper.learning_rate_multiplier
+        if asked.validation_file is not None:
+            held = self.files.path(asked.validation_file, "validation_file")
+            settings["eval_data"] = str(held.resolve())
+        assert self._config.training is not None
+        return settings | {
+            "base": str(self._service.engine_config.model.resolve()),
+            "device": self._config.training_device,
+            "num_threads": self._config.training_threads or _half_the_cores(),
+            "name": name,
+            "data": str(self.files.path(asked.training_file, "training_file").resolve()),
+            "out": str((self._config.training / "jobs" / job_id / "run").resolve()),
+            "seed": seed,
+        }
+
+
+def _page(request: Request, entries: Sequence[T], id_of: Callable[[T], str]) -> dict[str, Any]:
+    """OpenAI's cursor: `limit` entries after the one with the id `after`."""
+    limit = request.query_params.get("limit", "20")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:6]) <= MAX_PAGE):
+        raise InvalidRequestError(f"limit must be a number from 1 to {MAX_PAGE}.", "limit")
+    after, start = request.query_params.get("after"), 0
+    if after:
+        places = [i for i, entry in enumerate(entries) if id_of(entry) == after]
+        if not places:
+            raise InvalidRequestError("after names no entry of this list.", "after")
+        start = places[0] + 1
+    shown = entries[start : start + int(limit)]
+    ids = [id_of(entry) for entry in shown]
+    ends = {"first_id": ids[0], "last_id": ids[-1]} if ids else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": shown, **ends, "has_more": len(entries) > start + len(shown)}
+
+
+def _id(entry: dict[str, Any]) -> str:
+    return str(entry["id"])
+
+
+def _file_id(entry: Any) -> str:
+    return str(entry.id)
+
+
+def _slug(suffix: str | None) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", (suffix or "ft").lower()).strip("-") or "ft"
+
+
+def _half_the_cores() -> int:
+    return max(1, (os.cpu_count() or 2) // 2)
