@@ -14,7 +14,7 @@ from loriner.adapters.store import Store
 from loriner.cli import main
 from loriner.engine.cpu_runner import CpuRunner
 
-KINDS = ("decode", "kernels", "prefill", "load", "serve", "many")
+KINDS = ("decode", "kernels", "prefill", "load", "serve", "many", "train")
 
 
 class Ran:
@@ -191,3 +191,15 @@ def test_base_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "GB in" in capsys.readouterr().out
     assert main(["bench", "base", "tiny", target, "--device", "cpu"]) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_train_prints_memory_and_speed_of_jobs_alone_together_and_of_the_peer(bench: Any) -> None:
+    ran = bench("train", "--length 32 --rank 2 --steps 2 --jobs 1,2")
+    alone, together, peer = ran.of["train"]
+
+    assert (alone["jobs"], together["jobs"]) == (1, 2)
+    assert together["tokens_per_step"] == 2 * alone["tokens_per_step"] == 64
+    assert alone["losses"] == pytest.approx(together["losses"], rel=1e-4)
+    assert peer["trainer"] == "PEFT + transformers Trainer"
+    assert len(peer["step_s"]) == 2
+    assert "| PEFT + transformers Trainer |" in ran.table
