@@ -11,8 +11,11 @@ import grpc
 import httpx
 import pytest
 
+from loriner.api.access import Right
+from loriner.api.shared import share
 from loriner.api.tenants import Tenants
 from loriner.config import ServerConfig
+from loriner.errors import AuthenticationError
 from loriner_proto.v1 import adapters_pb2, admin_pb2
 from loriner_proto.v1 import inference_pb2 as pb
 from tests.api.fake_service import FakeService
@@ -166,7 +169,30 @@ def on_adapter(
     ]
 
 
+def training() -> list[Operation]:
+    """Jobs publish, so all of it is the operator's."""
+    gone, job = frozenset({"admin", "root"}), "/v1/fine_tuning/jobs/ftjob-0"
+    return [
+        Operation("list files", "GET", "/v1/files", ADMIN),
+        Operation("list jobs", "GET", "/v1/fine_tuning/jobs", ADMIN),
+        Operation("read a file", "GET", "/v1/files/file-0/content", frozenset(), gone),
+        Operation("delete a file", "DELETE", "/v1/files/file-0", frozenset(), gone),
+        Operation("get a job", "GET", job, frozenset(), gone),
+        Operation("cancel a job", "POST", f"{job}/cancel", frozenset(), gone),
+        Operation("a job's events", "GET", f"{job}/events", frozenset(), gone),
+        Operation(
+            "create a job",
+            "POST",
+            "/v1/fine_tuning/jobs",
+            frozenset(),
+            gone,
+            {"model": "tiny", "training_file": "file-0"},
+        ),
+    ]
+
+
 OPERATIONS = [
+    *training(),
     *ask("own", INFER, (), "acme/own"),
     *ask("other's", OPERATORS, FOREIGN, "umbrella/secret"),
     *ask("nobody's", frozenset(), ("infer", "tenant", "api", "admin", "root"), "acme/none"),
@@ -215,7 +241,10 @@ class World:
         self.tokens = {name: token for name, (_, token) in made.items()}
         self.tokens |= {"api": "user-key", "root": "admin-key", "wrong": "lor_000000000000_x"}
         keys = {"api_key": "user-key", "admin_key": "admin-key"}
-        self.config = ServerConfig(port=0, grpc_port=0, store=root / "store", **keys)
+        ports = {"port": 0, "grpc_port": 0}
+        self.config = ServerConfig(
+            store=root / "store", training=root / "training", **ports, **keys
+        )
 
     def reset(self) -> None:
         self.service.state = "ready"
@@ -332,3 +361,11 @@ def test_a_revoked_key_is_refused_at_its_next_request(world: World, http: httpx.
     assert http.get("/v1/models", headers=headers).status_code == 401
     gone = http.delete("/admin/keys/nope", headers=root)
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "key_not_found")
+
+
+def test_the_servers_own_processes_have_a_key_of_their_own(world: World) -> None:
+    shared = share(world.service, world.config)
+    caller = shared.access.admit(Right.PUBLISH, shared.access.own_key)
+    assert (caller.name, caller.is_operator) == ("server", True)
+    with pytest.raises(AuthenticationError):
+        share(world.service, world.config).access.admit(Right.PUBLISH, shared.access.own_key)

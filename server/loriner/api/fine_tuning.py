@@ -215,6 +215,7 @@ class FineTuningDoor:
         """Of `loriner train`, by their names."""
         if taken := sorted(OURS & asked.loriner.keys()):
             raise InvalidRequestError(f"loriner.{taken[0]} is decided by the server.", "loriner")
+        data = self.files.path(asked.training_file, "training_file")
         settings: dict[str, Any] = {"save_every": SAVE_EVERY, "epochs": EPOCHS, **asked.loriner}
         if hyper.n_epochs != "auto":
             settings["epochs"] = hyper.n_epochs
@@ -231,7 +232,7 @@ class FineTuningDoor:
             "device": self._config.training_device,
             "num_threads": self._config.training_threads or _half_the_cores(),
             "name": name,
-            "data": str(self.files.path(asked.training_file, "training_file").resolve()),
+            "data": str(data.resolve()),
             "out": str((self._config.training / "jobs" / job_id / "run").resolve()),
             "seed": seed,
         }
