@@ -232,3 +232,25 @@ def _metric(server: ServerProcess, name: str) -> float:
 def _bare(text: str) -> str:
     """A field's name without the place that a door gives it."""
     return text.replace("sampling.", "").replace("top_logprobs", "logprobs")
+
+
+def test_a_killed_engine_ends_streams_and_the_next_calls_wait_for_the_new_one(
+    server: ServerProcess, grpc: lc.Client
+) -> None:
+    wanted = grpc.chat(HI, **GREEDY).choices[0].token_ids
+    endless = grpc.stream_chat(HI, max_tokens=6000, ignore_eos=True)
+    with pytest.raises(lc.EngineFailedError), endless as stream:
+        next(iter(stream))
+        server.engine.kill()
+        list(stream)
+    wait_until(lambda: _answers(grpc), 30, server)
+
+    assert grpc.chat(HI, **GREEDY).choices[0].token_ids == wanted
+    assert grpc.status().num_restarts >= 1
+
+
+def _answers(client: lc.Client) -> bool:
+    try:
+        return bool(client.chat(HI, **GREEDY).choices)
+    except lc.EngineError:
+        return False
