@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,11 @@ class Retry:
     def __post_init__(self) -> None:
         if not 1 <= self.attempts <= 5:
             raise ConfigError(f"attempts must be in [1, 5], got {self.attempts}.")
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds before the second attempt, the third, ..."""
+        for i in range(self.attempts - 1):
+            yield min(self.first_s * 2**i, self.longest_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Slower to say what gRPC says, and everywhere. Invariant: every httpx error leave
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import ssl
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from loriner_client import _json
-from loriner_client._config import Settings
+from loriner_client._config import Retry, Settings
 from loriner_client._errors import (
     ConfigError,
     ConnectError,
@@ -33,17 +34,16 @@ from loriner_client._upload import Upload
 A = TypeVar("A")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ADAPTERS = "/admin/adapters"
+RETRYABLE = "loriner_retryable"  # of a request: safe to repeat
 
 
 class HttpTransport:
     """For `Client`. Threads may share it."""
 
     def __init__(self, settings: Settings) -> None:
-        retries = settings.retry.attempts - 1
-        options, verify = _options(settings), _verify(settings)
-        self._client = httpx.Client(
-            transport=httpx.HTTPTransport(verify=verify, retries=retries), **options
-        )
+        retry, verify = settings.retry, _verify(settings)
+        wire = httpx.HTTPTransport(verify=verify, retries=retry.attempts - 1)
+        self._client = httpx.Client(transport=_Patient(wire, retry), **_options(settings))
 
     def call(self, query: Query[A], timeout_s: float | None) -> A:
         ask, decode = _json.ROUTES[type(query)]
@@ -55,6 +55,7 @@ class HttpTransport:
                 content=_json.encoded(asked.body),
                 headers=_headers(asked),
                 timeout=timeout_s,
+                extensions={RETRYABLE: asked.is_retryable},
             )
         return _json.decoded(decode, _body(response))  # type: ignore[no-any-return]
 
@@ -68,6 +69,7 @@ class HttpTransport:
                 content=_json.encoded(asked.body),
                 headers=_headers(asked),
                 timeout=timeout_s,
+                extensions={RETRYABLE: asked.is_retryable},
             ) as response,
         ):
             if response.status_code != 200:
@@ -93,11 +95,9 @@ class AsyncHttpTransport:
     """For `AsyncClient`: one loop."""
 
     def __init__(self, settings: Settings) -> None:
-        retries = settings.retry.attempts - 1
-        options, verify = _options(settings), _verify(settings)
-        self._client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(verify=verify, retries=retries), **options
-        )
+        retry, verify = settings.retry, _verify(settings)
+        wire = httpx.AsyncHTTPTransport(verify=verify, retries=retry.attempts - 1)
+        self._client = httpx.AsyncClient(transport=_AsyncPatient(wire, retry), **_options(settings))
 
     async def call(self, query: Query[A], timeout_s: float | None) -> A:
         ask, decode = _json.ROUTES[type(query)]
@@ -109,6 +109,7 @@ class AsyncHttpTransport:
                 content=_json.encoded(asked.body),
                 headers=_headers(asked),
                 timeout=timeout_s,
+                extensions={RETRYABLE: asked.is_retryable},
             )
         return _json.decoded(decode, _body(response))  # type: ignore[no-any-return]
 
@@ -121,6 +122,7 @@ class AsyncHttpTransport:
                 content=_json.encoded(asked.body),
                 headers=_headers(asked),
                 timeout=timeout_s,
+                extensions={RETRYABLE: asked.is_retryable},
             ) as response:
                 if response.status_code != 200:
                     await response.aread()
@@ -140,6 +142,47 @@ class AsyncHttpTransport:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+class _Patient(httpx.BaseTransport):
+    """Asks again when the server did not begin: 503, before any of the answer was read."""
+
+    def __init__(self, wire: httpx.BaseTransport, retry: Retry) -> None:
+        self._wire, self._retry = wire, retry
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        for pause_s in self._retry.pauses():
+            response = self._wire.handle_request(request)
+            if not _is_to_be_asked_again(request, response):
+                return response
+            response.close()
+            time.sleep(pause_s)
+        return self._wire.handle_request(request)
+
+    def close(self) -> None:
+        self._wire.close()
+
+
+class _AsyncPatient(httpx.AsyncBaseTransport):
+    def __init__(self, wire: httpx.AsyncBaseTransport, retry: Retry) -> None:
+        self._wire, self._retry = wire, retry
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        for pause_s in self._retry.pauses():
+            response = await self._wire.handle_async_request(request)
+            if not _is_to_be_asked_again(request, response):
+                return response
+            await response.aclose()
+            await asyncio.sleep(pause_s)
+        return await self._wire.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        await self._wire.aclose()
+
+
+def _is_to_be_asked_again(request: httpx.Request, response: httpx.Response) -> bool:
+    is_final = response.headers.get("x-should-retry") == "false"
+    return response.status_code == 503 and not is_final and bool(request.extensions.get(RETRYABLE))
 
 
 class _Deadline:

@@ -23,6 +23,7 @@ class Ask:
     path: str
     body: Json | None = None
     headers: Mapping[str, str] | None = None
+    is_retryable: bool = True
 
 
 def chat_body(query: m.Chat) -> Json:
@@ -86,13 +87,13 @@ def _alias(query: m.SetAlias) -> Ask:
     body: Json = {"target": query.target}
     if query.expected_generation is not None:
         body["expected_generation"] = query.expected_generation
-    return Ask("PUT", f"/admin/aliases/{quote(query.name)}", body)
+    return Ask("PUT", f"/admin/aliases/{quote(query.name)}", body, is_retryable=False)
 
 
 def _delete(query: m.DeleteAdapter) -> Ask:
     expected = query.expected_generation
     headers = {} if expected is None else {"if-match": f'"{expected}"'}
-    return Ask("DELETE", _one(query.name), headers=headers)
+    return Ask("DELETE", _one(query.name), headers=headers, is_retryable=False)
 
 
 def _one(name: str) -> str:
@@ -260,5 +261,8 @@ ROUTES: dict[type, Route] = {
     m.DeleteAdapter: (_delete, adapter),
     m.EvictAdapter: (lambda q: Ask("POST", _one(q.name) + "/evict"), adapter),
     m.GetStatus: (lambda q: Ask("GET", "/admin/status"), _status),
-    m.Drain: (lambda q: Ask("POST", "/admin/drain"), lambda body: body["num_open"]),
+    m.Drain: (
+        lambda q: Ask("POST", "/admin/drain", is_retryable=False),
+        lambda body: body["num_open"],
+    ),
 }

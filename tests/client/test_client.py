@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
@@ -261,18 +260,21 @@ def test_what_cannot_be_sent_is_told_before_it_is_tried(client: Any, tmp_path: P
             client.adapters.upload(path, "a")
 
 
-@pytest.mark.parametrize("kind", ["grpc", "async grpc"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_was_not_run_is_tried_again(live: LiveServer, service: FakeService, kind: str) -> None:
-    started, generate = time.monotonic(), service.generate
+    refusals, generate = [EngineUnavailableError("restarting")] * 2, service.generate
 
     async def soon(*args: Any, **more: Any) -> Any:
-        if time.monotonic() < started + 0.2:
-            raise EngineUnavailableError("restarting")
+        if refusals:
+            raise refusals.pop()
         return await generate(*args, **more)
 
     service.generate = soon  # type: ignore[method-assign]
     with open_client(kind, live) as client:
         assert client.chat("hi").text
+        refusals.append(EngineUnavailableError("restarting"))
+        with client.stream_chat("hi") as stream:
+            assert stream.completion().text
     service.refuse = EngineUnavailableError("down")
     hasty = open_client(kind, live, retry=lc.Retry(2, 0.01))
     with hasty as client, pytest.raises(lc.EngineUnavailableError):
