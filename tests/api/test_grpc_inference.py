@@ -248,6 +248,19 @@ def test_a_refused_generate_names_the_field(
     assert refused(lambda: list(door.inference.Generate(request_))).fields == [field]
 
 
+def test_a_field_from_the_future_is_refused_not_dropped(door: Door, service: FakeService) -> None:
+    future = b"\xa2\x06\x01x"  # field 100, a string
+    whole = pb.ChatRequest.FromString(chat().SerializeToString() + future)
+    deep = chat(sampling=pb.SamplingParams.FromString(future))
+    turn = pb.ChatRequest(messages=[pb.Message.FromString(user("x").SerializeToString() + future)])
+
+    for request, fields in ((whole, []), (deep, ["sampling"]), (turn, ["messages[0]"])):
+        found = refused(lambda request=request: door.inference.Chat(request))
+        assert (found.code, found.fields) == ("INVALID_ARGUMENT", fields)
+        assert "Field number 100" in found.message
+    assert service.calls == []
+
+
 def test_nothing_to_tokenise_is_refused(door: Door) -> None:
     assert refused(lambda: door.inference.Tokenize(pb.TokenizeRequest())).fields == ["input"]
     empty = pb.TokenizeRequest(chat=pb.ChatRequest())

@@ -18,6 +18,7 @@ from loriner.adapters.names import show
 from loriner.api import grpc_answers
 from loriner.api.adapters import Adapters
 from loriner.api.grpc_guard import current_call
+from loriner.api.grpc_requests import refuse_unknown
 from loriner.api.incoming import Incoming
 from loriner.api.shared import Shared
 from loriner.errors import InvalidRequestError, PayloadTooLargeError
@@ -114,6 +115,7 @@ class Upload:
         return self._incoming.names
 
     def feed(self, part: pb.UploadRequest) -> None:
+        refuse_unknown(part)
         kind = part.WhichOneof("part")
         if (kind == "header") != (self._header is None):
             raise InvalidRequestError("An upload has one header, as its first part.", "header")

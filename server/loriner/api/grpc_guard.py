@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 from grpc import aio
 
 from loriner.api.access import Access, Caller, Right, bearer
 from loriner.api.grpc_errors import REQUEST_ID_KEY, code_of, status_of, trailer_of
+from loriner.api.grpc_requests import refuse_unknown
 from loriner.api.metrics import Metrics
 from loriner.errors import LorinerError
 
@@ -111,6 +113,8 @@ class Guard(aio.ServerInterceptor):
             _call.set(call)
             code = grpc.StatusCode.CANCELLED
             try:
+                if isinstance(request, Message):
+                    refuse_unknown(request)
                 answer = await inner(request, context)
                 code = grpc.StatusCode.OK
                 return answer

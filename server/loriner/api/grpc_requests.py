@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
 from loriner.api.schema import ChatBody, CompletionBody
 from loriner.api.validation import M, validate
-from loriner.errors import LorinerError
+from loriner.errors import InvalidRequestError, LorinerError
 from loriner_proto.v1 import inference_pb2 as pb
 
 _ON_LOOP_BYTES = 64 << 10  # larger messages are validated in a thread
@@ -49,6 +52,27 @@ def _path(param: str) -> str:
     if renamed in _SAMPLING:
         return f"sampling.{renamed}{param[len(head) :]}"
     return re.sub(r"(tool_calls\[\d+\])\.function\b", r"\1", param)
+
+
+def refuse_unknown(message: Message, path: str = "") -> None:
+    """Raises InvalidRequestError for a field that a newer client knows and this server does not:
+    protobuf would drop it in silence."""
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        raise InvalidRequestError(
+            f"Field number {unknown[0].field_number} of {message.DESCRIPTOR.name} is not known to "
+            "this server.",
+            path or None,
+        )
+    at = f"{path}." if path else ""
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        if field.is_repeated:
+            for i, entry in enumerate(value):
+                refuse_unknown(entry, f"{at}{field.name}[{i}]")
+        else:
+            refuse_unknown(value, f"{at}{field.name}")
 
 
 async def chat_body(request: pb.ChatRequest) -> ChatBody:
