@@ -8,7 +8,9 @@ from typing import Any
 
 from loriner.adapters.pool import Pool
 from loriner.adapters.registry import Readiness
-from loriner.core import Request, SamplingParams, Sequence
+from loriner.core import Request, SamplingParams, Sequence, Turn
+
+NO_TURN = Turn()
 
 
 def make_request(
@@ -18,10 +20,11 @@ def make_request(
     generation: str | None = None,
     salt: str = "",
     arrival_s: float = 0.0,
+    turn: Turn = NO_TURN,
     **sampling: Any,
 ) -> Request:
     params = SamplingParams(**{"max_tokens": 8, "temperature": 0.0, **sampling})
-    return Request(request_id, tuple(prompt), params, generation, salt, arrival_s)
+    return Request(request_id, tuple(prompt), params, generation, salt, arrival_s, turn)
 
 
 def make_sequence(prompt: Seq[int] = (1, 2, 3), *, index: int = 0, **request: Any) -> Sequence:

@@ -45,13 +45,14 @@ def chat_query(
     messages: Turns,
     adapter: str | None,
     model: str | None,
+    priority: int | None,
     template: Mapping[str, TemplateValue] | None,
     sampling: Sampling,
 ) -> Chat:
     """A text is one user's turn; a mapping has the fields of a Message."""
     turns = [Message("user", messages)] if isinstance(messages, str) else messages
     made = [turn if isinstance(turn, Message) else _message(turn) for turn in turns]
-    return Chat(made, adapter, model, sampling, template=template or {})
+    return Chat(made, adapter, model, sampling, priority, template or {})
 
 
 def _message(turn: Mapping[str, str]) -> Message:

@@ -57,11 +57,13 @@ class AsyncClient:
         *,
         adapter: str | None = None,
         model: str | None = None,
+        priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> m.Completion:
-        """Answer a conversation, or one user's text."""
-        query = chat_query(messages, adapter, model, template, sampling)
+        """Answer a conversation, or one user's text. `priority`: lower runs earlier, inside the
+        tenant."""
+        query = chat_query(messages, adapter, model, priority, template, sampling)
         return await self._transport.call(query, self._timeout_s)
 
     def stream_chat(
@@ -70,11 +72,12 @@ class AsyncClient:
         *,
         adapter: str | None = None,
         model: str | None = None,
+        priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> AsyncStream:
         """The same, token by token: `async with client.stream_chat(...) as stream`."""
-        query = chat_query(messages, adapter, model, template, sampling)
+        query = chat_query(messages, adapter, model, priority, template, sampling)
         return AsyncStream(self._transport.stream(query, self._timeout_s))
 
     async def generate(
@@ -83,10 +86,13 @@ class AsyncClient:
         *,
         adapter: str | None = None,
         model: str | None = None,
+        priority: int | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> m.Completion:
         """Continue a text or a list of token ids."""
-        async with self.stream_generate(prompt, adapter=adapter, model=model, **sampling) as stream:
+        async with self.stream_generate(
+            prompt, adapter=adapter, model=model, priority=priority, **sampling
+        ) as stream:
             return await stream.completion()
 
     def stream_generate(
@@ -95,10 +101,11 @@ class AsyncClient:
         *,
         adapter: str | None = None,
         model: str | None = None,
+        priority: int | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> AsyncStream:
         """The same, token by token."""
-        query = m.Generate(prompt, adapter, model, sampling)
+        query = m.Generate(prompt, adapter, model, sampling, priority)
         return AsyncStream(self._transport.stream(query, self._timeout_s))
 
     async def tokenize(

@@ -60,11 +60,13 @@ class Client:
         *,
         adapter: str | None = None,
         model: str | None = None,
+        priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> m.Completion:
-        """Answer a conversation, or one user's text."""
-        query = chat_query(messages, adapter, model, template, sampling)
+        """Answer a conversation, or one user's text. `priority`: lower runs earlier, inside the
+        tenant."""
+        query = chat_query(messages, adapter, model, priority, template, sampling)
         return self._transport.call(query, self._timeout_s)
 
     def stream_chat(
@@ -73,11 +75,12 @@ class Client:
         *,
         adapter: str | None = None,
         model: str | None = None,
+        priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> Stream:
         """The same, token by token: `with client.stream_chat(...) as stream`."""
-        query = chat_query(messages, adapter, model, template, sampling)
+        query = chat_query(messages, adapter, model, priority, template, sampling)
         return Stream(self._transport.stream(query, self._timeout_s))
 
     def generate(
@@ -86,10 +89,13 @@ class Client:
         *,
         adapter: str | None = None,
         model: str | None = None,
+        priority: int | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> m.Completion:
         """Continue a text or a list of token ids."""
-        with self.stream_generate(prompt, adapter=adapter, model=model, **sampling) as stream:
+        with self.stream_generate(
+            prompt, adapter=adapter, model=model, priority=priority, **sampling
+        ) as stream:
             return stream.completion()
 
     def stream_generate(
@@ -98,10 +104,11 @@ class Client:
         *,
         adapter: str | None = None,
         model: str | None = None,
+        priority: int | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> Stream:
         """The same, token by token."""
-        query = m.Generate(prompt, adapter, model, sampling)
+        query = m.Generate(prompt, adapter, model, sampling, priority)
         return Stream(self._transport.stream(query, self._timeout_s))
 
     def tokenize(

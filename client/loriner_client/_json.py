@@ -49,7 +49,7 @@ def _body(query: m.StreamQuery) -> Json:
     for name in ("stop", "stop_token_ids"):
         if name in body:
             body[name] = list(body[name])
-    chosen = {"model": query.model, "adapter": query.adapter}
+    chosen = {"model": query.model, "adapter": query.adapter, "priority": query.priority}
     return body | {key: value for key, value in chosen.items() if value is not None}
 
 

@@ -187,6 +187,7 @@ class Chat(Query[Completion]):
     adapter: str | None = None
     model: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    priority: int | None = None
     template: Mapping[str, TemplateValue] = field(default_factory=dict)
 
 
@@ -196,6 +197,7 @@ class Generate(Query[Completion]):
     adapter: str | None = None
     model: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    priority: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

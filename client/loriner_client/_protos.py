@@ -59,6 +59,7 @@ def _chat(query: m.Chat) -> inf.ChatRequest:
         adapter=query.adapter,
         messages=[_message(message) for message in query.messages],
         sampling=_sampling(query.sampling),
+        priority=query.priority,
         chat_template_kwargs={key: _template(value) for key, value in query.template.items()},
     )
 
@@ -72,6 +73,7 @@ def _generate(query: m.Generate) -> inf.GenerateRequest:
         text=text,
         token_ids=ids,
         sampling=_sampling(query.sampling),
+        priority=query.priority,
     )
 
 

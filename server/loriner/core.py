@@ -94,6 +94,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """What decides when a request that waits may run."""
+
+    weight: float = 1.0  # of its tenant, against others
+    priority: int = 0  # inside its tenant; lower runs earlier
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One request as the engine sees it: tokens in, and the pinned generation to run them on."""
 
@@ -103,7 +111,7 @@ class Request:
     generation: str | None = None  # digest of the adapter generation; None is the base
     salt: str = ""  # tenant; part of every KV block's key
     arrival_s: float = 0.0  # time.monotonic() at the door
-    weight: float = 1.0  # of its tenant's turns
+    turn: Turn = Turn()
 
 
 class Sequence:

@@ -24,6 +24,7 @@ from loriner.core import (
     GenerationStats,
     SamplingParams,
     TokenLogprob,
+    Turn,
 )
 from loriner.errors import (
     AdapterConflictError,
@@ -34,6 +35,7 @@ from loriner.errors import (
 )
 
 BASE_DIGEST = "b" * 64
+NO_TURN = Turn()
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +261,7 @@ class FakeService:
         adapter: str | None,
         request_id: str,
         tenant: str = "default",
-        weight: float = 1.0,
+        turn: Turn = NO_TURN,
         prompt_param: str = "messages",
     ) -> FakeGeneration:
         if self.state == "draining":
@@ -270,7 +272,7 @@ class FakeService:
         self.calls.append(
             {"prompt_ids": list(prompt_ids), "sampling": sampling, "adapter": adapter}
             | {"request_id": request_id, "tenant": tenant, "prompt_param": prompt_param}
-            | {"weight": weight}
+            | {"turn": turn}
         )
         events = script(request_id, record, len(prompt_ids), sampling, self.cold_start)
         self.open.append(FakeGeneration(self, request_id, record, events))

@@ -122,6 +122,7 @@ CHATS: list[tuple[pb.ChatRequest, dict[str, Any]]] = [
         },
     ),
     (chat(sampling=pb.SamplingParams(logprobs=3)), {"logprobs": True, "top_logprobs": 3}),
+    (chat(priority=-4), {"priority": -4}),
     (chat(continue_final_message=True), {"continue_final_message": True}),
     (
         chat(chat_template_kwargs={"a": pb.TemplateValue(bool_value=True)}),
@@ -204,6 +205,7 @@ REFUSED_CHATS = [
     (chat(model="x" * 300), "model"),
     (chat(chat_template_kwargs={"tools": pb.TemplateValue(int_value=1)}), "chat_template_kwargs"),
     (chat(add_generation_prompt=True, continue_final_message=True), "continue_final_message"),
+    (chat(priority=1001), "priority"),
     (sampled(temperature=2.5), "sampling.temperature"),
     (sampled(temperature=float("nan")), "sampling.temperature"),
     (sampled(top_p=0.0), "sampling.top_p"),

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from loriner.api.quotas import Quotas
 from loriner.api.tenants import Quota, Tenants
+from loriner.core import Turn
 from loriner.errors import QuotaExceededError
 from loriner_proto.v1 import adapters_pb2
 from tests.api.conftest import Client
@@ -157,11 +158,11 @@ def test_a_tenants_weight_goes_with_its_requests(
 ) -> None:
     tenants.set_quota("acme", Quota(weight=2.5))
     for tenant in ("acme", "other"):
-        keyed(tenant).post("/v1/chat/completions", json=TURNS)
+        keyed(tenant).post("/v1/chat/completions", json={**TURNS, "priority": -3})
 
-    assert [(call["tenant"], call["weight"]) for call in service.calls] == [
-        ("acme", 2.5),
-        ("other", 1.0),
+    assert [(call["tenant"], call["turn"]) for call in service.calls] == [
+        ("acme", Turn(2.5, -3)),
+        ("other", Turn(1.0, -3)),
     ]
 
 

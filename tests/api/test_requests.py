@@ -70,7 +70,7 @@ def test_every_completion_parameter_of_openai_is_served_refused_or_harmless(name
         ("bad_words", ["x"]),
         ("chat_template", "{{ 1 }}"),
         ("cache_salt", "x"),
-        ("priority", 1),
+        ("priority", 1001),
         ("prompt_logprobs", 1),
         ("lora_path", "pirate"),
         ("echo", True),

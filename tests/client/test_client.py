@@ -72,12 +72,13 @@ ALL: lc.Sampling = {
 
 
 def test_every_way_to_sample_reaches_the_server(client: Any, service: FakeService) -> None:
-    chat = client.chat("hi", **ALL)
-    text = client.generate("hi", **ALL)
+    chat = client.chat("hi", priority=-2, **ALL)
+    text = client.generate("hi", priority=3, **ALL)
     first, second = (call["sampling"] for call in service.calls)
 
     assert ALL.keys() == lc.Sampling.__annotations__.keys()
     assert first == second
+    assert [call["turn"].priority for call in service.calls] == [-2, 3]
     for name, value in ALL.items():
         wanted = ((5, -1.5),) if name == "logit_bias" else value
         wanted = tuple(wanted) if isinstance(wanted, list) else wanted

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from loriner.core import Sequence
+from loriner.core import Sequence, Turn
 from loriner.engine.fairness import OUTPUT_COST, PROMPT_COST
 from loriner.engine.kv_cache import BlockManager
 from loriner.engine.scheduler import Run, Scheduler
@@ -65,6 +65,22 @@ def test_one_tenant_is_served_in_order_of_arrival() -> None:
     assert seen == asked
 
 
+@pytest.mark.parametrize("tenants", ["aaaa", "aaba"])
+def test_inside_a_tenant_the_urgent_go_first(tenants: str) -> None:
+    scheduler, served = make(max_sequences=1), Counter[str]()
+    asked = [
+        ask(scheduler, tenant, turn=Turn(priority=priority))
+        for tenant, priority in zip(tenants, (0, 5, -1, -1), strict=True)
+    ]
+    seen: list[Sequence] = []
+    while scheduler.waiting or scheduler.running:
+        seen += [run.sequence for run in step(scheduler, 1, served)]
+    mine = [sequence for sequence in seen if sequence.request.salt == "a"]
+    assert mine == sorted(
+        (one for one in asked if one.request.salt == "a"), key=lambda one: one.request.turn.priority
+    )
+
+
 def test_two_that_always_wait_are_served_alike_whatever_they_send() -> None:
     """The bound of the paper: 2 max(w_p L_input, w_q M)."""
     scheduler, served = make(), Counter[str]()
@@ -103,8 +119,7 @@ def test_twice_the_weight_is_twice_the_tokens(weight: float) -> None:
     for _ in range(1000):
         for tenant, own in (("light", 1.0), ("heavy", weight)):
             if sum(s.request.salt == tenant for s in scheduler.waiting) < 8:
-                sequence = ask(scheduler, tenant)
-                object.__setattr__(sequence.request, "weight", own)
+                ask(scheduler, tenant, turn=Turn(weight=own))
         step(scheduler, 5, served)
     assert served["heavy"] / served["light"] == pytest.approx(weight, rel=0.1)
 

@@ -22,6 +22,13 @@ from loriner_proto.v1 import inference_pb2 as pb
 
 _ON_LOOP_BYTES = 64 << 10  # larger messages are validated in a thread
 _SAMPLING = frozenset(field.name for field in pb.SamplingParams.DESCRIPTOR.fields)
+_CHAT_FIELDS = (
+    "model",
+    "adapter",
+    "add_generation_prompt",
+    "continue_final_message",
+    "priority",
+)
 _RENAMED = {"top_logprobs": "logprobs", "max_completion_tokens": "max_tokens"}
 _ROLES = {
     pb.ROLE_SYSTEM: "system",
@@ -82,7 +89,7 @@ async def chat_body(request: pb.ChatRequest) -> ChatBody:
 
 async def completion_body(request: pb.GenerateRequest) -> CompletionBody:
     """Raises InvalidRequestError, in JSON's names."""
-    data = _set(request, "model", "adapter", "add_special_tokens")
+    data = _set(request, "model", "adapter", "add_special_tokens", "priority")
     if request.HasField("text"):
         data["prompt"] = request.text
     elif request.HasField("token_ids"):
@@ -98,8 +105,7 @@ async def _validated(model: type[M], data: dict[str, Any], size: int) -> M:
 
 
 def _chat(request: pb.ChatRequest) -> dict[str, Any]:
-    names = ("model", "adapter", "add_generation_prompt", "continue_final_message")
-    data = {**_set(request, *names), **_sampling(request.sampling)}
+    data = {**_set(request, *_CHAT_FIELDS), **_sampling(request.sampling)}
     data["messages"] = [_message(message) for message in request.messages]
     if request.chat_template_kwargs:
         data["chat_template_kwargs"] = {

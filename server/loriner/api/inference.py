@@ -32,6 +32,7 @@ class Job:
     choice: Choice
     caller: Caller
     request_id: str
+    priority: int
 
     @property
     def num_choices(self) -> int:
@@ -43,7 +44,9 @@ async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id:
     sampling = body.sampling()
     choice = choose(body.model, body.adapter, service.model_name)
     prompt = await prompts.from_chat(service, body)
-    return Job("chatcmpl", [prompt], "messages", sampling, choice, caller, request_id)
+    return Job(
+        "chatcmpl", [prompt], "messages", sampling, choice, caller, request_id, body.priority
+    )
 
 
 async def text_job(service: Service, body: CompletionBody, caller: Caller, request_id: str) -> Job:
@@ -51,4 +54,4 @@ async def text_job(service: Service, body: CompletionBody, caller: Caller, reque
     sampling = body.sampling()
     choice = choose(body.model, body.adapter, service.model_name)
     entries = await prompts.from_completion(service, body)
-    return Job("cmpl", entries, "prompt", sampling, choice, caller, request_id)
+    return Job("cmpl", entries, "prompt", sampling, choice, caller, request_id, body.priority)

@@ -19,7 +19,7 @@ from loriner.api.metrics import Metrics, RequestMeter
 from loriner.api.prompts import Prompt
 from loriner.api.quotas import Quotas, Spend
 from loriner.api.selection import public_name
-from loriner.core import Event, FinishReason
+from loriner.core import Event, FinishReason, Turn
 from loriner.errors import AdapterNotFoundError, EngineFailedError, EngineUnavailableError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Runner:
                 adapter=None if name is None else job.caller.reach(name),
                 request_id=request_id,
                 tenant=job.caller.tenant,
-                weight=self._quotas.weight(job.caller.tenant),
+                turn=Turn(self._quotas.weight(job.caller.tenant), job.priority),
                 prompt_param=job.prompt_param,
             )
         except AdapterNotFoundError:

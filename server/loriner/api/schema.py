@@ -21,6 +21,7 @@ MAX_PARTS = 1024
 MAX_TOKENS = 1 << 20
 MAX_NAME_CHARS = 256
 MAX_TEMPLATE_KWARGS = 16
+MAX_PRIORITY = 1000
 MAX_TEMPLATE_KWARG_CHARS = 256
 
 TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_TEMPLATE_KWARG_CHARS)]
@@ -66,6 +67,7 @@ class SamplingBody(Body):
     repetition_penalty: float = 1.0
     logit_bias: dict[str, float] = {}
     return_token_ids: bool = False
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # inside the tenant
 
     @model_validator(mode="before")
     @classmethod

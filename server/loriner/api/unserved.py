@@ -38,7 +38,6 @@ _COMMON: Mapping[str, tuple[object, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "return_tokens_as_token_ids": (False,),
-    "priority": (0,),
     "cache_salt": (),
     "request_id": (),
     "logits_processors": ([],),

@@ -2,9 +2,9 @@
 arXiv 2401.00588).
 
 A tenant's counter grows with what it is served, over its weight; of the tenants that wait the one
-with the smallest is next, in order of arrival within it. Knows no blocks and no seats. Invariant: a
-tenant that begins to wait is lifted to the smallest counter of those that wait, so that idling
-earns nothing.
+with the smallest is next, within it by priority, then arrival. Knows no blocks and no seats.
+Invariant: a tenant that begins to wait is lifted to the smallest counter of those that wait, so
+that idling earns nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Turns:
         self._load_of = load_of
         self._served: defaultdict[str, float] = defaultdict(float)
         self._waiting: Counter[str] = Counter()
+        self._num_prioritised = 0  # of those that wait
         self._floor = 0.0  # counter of the last tenant that stopped waiting
 
     def served(self, tenant: str) -> float:
@@ -38,11 +39,13 @@ class Turns:
             others = (self._served[other] for other in self._waiting if other != tenant)
             self._served[tenant] = max(self._served[tenant], min(others, default=self._floor))
         self._waiting[tenant] += 1
+        self._num_prioritised += sequence.request.turn.priority != 0
 
     def leave(self, sequence: Sequence) -> None:
         """It waits no more."""
         tenant = sequence.request.salt
         self._waiting[tenant] -= 1
+        self._num_prioritised -= sequence.request.turn.priority != 0
         if not self._waiting[tenant]:
             del self._waiting[tenant]
             self._floor = self._served[tenant]
@@ -60,12 +63,15 @@ class Turns:
 
     def order(self, waiting: Iterable[Sequence], running: Iterable[Sequence]) -> Iterator[Sequence]:
         """The waiting ones by turn; preempted ones first. What is charged meanwhile counts."""
+        by_priority = list(waiting)
+        if self._num_prioritised:
+            by_priority.sort(key=_urgency)
         if len(self._waiting) < 2:
-            yield from list(waiting)
+            yield from by_priority
             return
         queues: defaultdict[str, deque[Sequence]] = defaultdict(deque)
         preempted = []
-        for sequence in waiting:
+        for sequence in by_priority:
             if sequence.num_preemptions:
                 preempted.append(sequence)
             else:
@@ -86,4 +92,9 @@ class Turns:
     def _charge(self, sequence: Sequence, cost: float) -> None:
         request = sequence.request
         load = 1.0 if request.generation is None else self._load_of(request.generation)
-        self._served[request.salt] += cost * load / request.weight
+        self._served[request.salt] += cost * load / request.turn.weight
+
+
+def _urgency(sequence: Sequence) -> tuple[bool, int]:
+    """Preempted ones first; of equals the first to arrive."""
+    return not sequence.num_preemptions, sequence.request.turn.priority

@@ -19,7 +19,7 @@ from loriner import errors
 from loriner.adapters.records import AdapterRecord, PublishReport
 from loriner.adapters.store import Store
 from loriner.config import EngineConfig, ServerConfig
-from loriner.core import EngineStats, Event, FinishReason, Request, SamplingParams
+from loriner.core import EngineStats, Event, FinishReason, Request, SamplingParams, Turn
 from loriner.engine.admission import check_ids, fit
 from loriner.engine.chat import ChatTokenizer
 from loriner.engine.generation import Generation
@@ -30,6 +30,7 @@ from loriner.model.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
 
+NO_TURN = Turn()
 STOP_S = 5.0  # for releases that are under way when the service stops
 
 
@@ -152,7 +153,7 @@ class Service:
         adapter: str | None,
         request_id: str,
         tenant: str = "default",
-        weight: float = 1.0,
+        turn: Turn = NO_TURN,
         prompt_param: str = "messages",
     ) -> Generation:
         """Admit one request. Raises before anything is queued: InvalidRequestError,
@@ -175,7 +176,7 @@ class Service:
             raise
         digest = record.generation if record else None
         request = Request(
-            request_id, tuple(prompt_ids), sampling, digest, tenant, time.monotonic(), weight
+            request_id, tuple(prompt_ids), sampling, digest, tenant, time.monotonic(), turn
         )
         generation = Generation(request, record, self._forget)
         self._open[request_id] = generation
