@@ -147,8 +147,9 @@ def test_many_adapters_at_once_get_the_gradients_they_get_alone(
             assert_close(expected, together)
 
 
-def test_packed_documents_do_not_see_each_other(base: Base) -> None:
-    lora, rows = make_lora(base), documents(*LENGTHS)
+@pytest.mark.parametrize("lengths", [LENGTHS, (7, 7, 7), (40,)])
+def test_packed_documents_do_not_see_each_other(base: Base, lengths: tuple[int, ...]) -> None:
+    lora, rows = make_lora(base), documents(*lengths)
     _, (together,) = run_pass(base, [Share(rows, lora)])
     alone = [run_pass(base, [Share([row], lora)])[1][0] for row in rows]
 

@@ -25,6 +25,7 @@ class Plan:
 
     groups: tuple[Tensor, ...]  # each [documents, longest] int64: rows of the batch
     places: Tensor  # [T] int64: where each row is among the groups' rows
+    length: int = 0  # of all documents, where it is the same: nothing needs to be moved then
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Plan:
@@ -42,7 +43,8 @@ class Plan:
                 places[start : start + length] = torch.arange(first, first + length)
             offset += rows.numel()
             groups.append(rows.to(device))
-        return cls(tuple(groups), places.to(device))
+        length = lengths[0] if len(set(lengths)) == 1 else 0
+        return cls(tuple(groups), places.to(device), length)
 
 
 def _grouped(lengths: Sequence[int]) -> list[list[int]]:
@@ -70,14 +72,24 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, T, D], key and value [1, kv heads, T, D]
     -> [1, T, heads, D]."""
-    outputs = []
-    for rows in plan.groups:
-        q, k, v = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
+    states = (query[0], key[0], value[0])  # [heads, T, D]
+
+    def attend_rows(*states: Tensor) -> Tensor:
+        """[heads, documents, longest, D] of each -> [documents * longest, heads, D]."""
+        q, k, v = (x.transpose(0, 1) for x in states)
         y = scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True
         )  # [documents, heads, longest, D]
-        outputs.append(y.transpose(1, 2).reshape(-1, y.shape[1], y.shape[3]))
-    return torch.cat(outputs)[plan.places].unsqueeze(0), None
+        return y.transpose(1, 2).reshape(-1, y.shape[1], y.shape[3])
+
+    if plan.length:
+        split = (-1, plan.length)
+        return attend_rows(*(x.view(x.shape[0], *split, x.shape[2]) for x in states))[None], None
+    outputs = []
+    for rows in plan.groups:
+        taken = (x.index_select(1, rows.flatten()) for x in states)
+        outputs.append(attend_rows(*(x.view(x.shape[0], *rows.shape, -1) for x in taken)))
+    return torch.cat(outputs).index_select(0, plan.places).unsqueeze(0), None
 
 
 def register() -> None:

@@ -225,6 +225,8 @@ class _Product(torch.autograd.Function):
             gh = (g @ b.to(g.dtype)).mul_(part.scaling)  # [rows, R]
             results.append((gh.T @ part.drop(x[part.start : part.end])).to(a.dtype))
             results.append((g.T @ h).mul_(part.scaling).to(b.dtype))
-            if gx is not None:
+            if gx is not None and part.dropout is None:
+                gx[part.start : part.end].addmm_(gh, a.to(g.dtype))
+            elif gx is not None:
                 gx[part.start : part.end] += part.drop(gh @ a.to(g.dtype))
         return gx, None, None, None, *results
