@@ -146,6 +146,7 @@ def test_a_job_on_bad_rows_fails_with_their_lines(client: Any, tmp_path: Path) -
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
         ({"method": {"type": "dpo"}}, "method"),
         ({"extra_body": {"loriner": {"base": "x"}}}, "loriner.base is decided by the server"),
+        ({"extra_body": {"loriner": {"x = 1\nbase": "y"}}}, "loriner"),
         ({"extra_body": {"colour": "red"}}, "colour"),
     ],
 )

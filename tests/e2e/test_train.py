@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import loriner
 from loriner.adapters import formats
 from loriner.adapters.pool import pack
 from loriner.adapters.store import Store
@@ -96,6 +97,16 @@ def test_a_trained_adapter_is_served_as_it_was_trained(
 
 def test_logits_of_trainer_and_server_are_the_same(base: Path, trained: Path) -> None:
     """The trainer's forward and the serving transformer over the same tokens, in fp32."""
+    assert_same_logits(base, trained, list(range(40, 70)))
+
+
+@pytest.mark.timeout(120)
+def test_logits_of_trainer_and_server_are_the_same_on_smollm2(smollm2: Path) -> None:
+    adapter = Path(loriner.__file__).parent / "data" / "adapters" / "pirate"
+    assert_same_logits(smollm2, adapter, list(range(5000, 5040)))
+
+
+def assert_same_logits(base: Path, trained: Path, prompt: list[int]) -> None:
     trainer = open_base(RunConfig(base=base, device="cpu"))
     folder_config = json.loads((trained / "adapter_config.json").read_text())
     lora = Lora(
@@ -104,7 +115,6 @@ def test_logits_of_trainer_and_server_are_the_same(base: Path, trained: Path) ->
         scaling=folder_config["lora_alpha"] / folder_config["r"],
     )
     lora.load(load_file(trained / "adapter_model.safetensors"))
-    prompt = list(range(40, 70))
     with torch.no_grad():
         hidden = trainer.hidden(
             trainer.embed(torch.tensor(prompt)),

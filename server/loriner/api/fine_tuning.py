@@ -37,6 +37,7 @@ SAVE_EVERY = 50  # steps
 MAX_PAGE = 100
 Auto = Literal["auto"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Key = Annotated[str, Field(pattern="^[a-z_]{1,32}$")]
 Setting = bool | int | float | Annotated[str, Field(max_length=4096)]
 
 
@@ -73,7 +74,7 @@ class CreateBody(Strict):
     seed: Seed | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     integrations: Annotated[list[Any], Field(max_length=0)] | None = None
-    loriner: Annotated[dict[str, Setting], Field(max_length=64)] = {}
+    loriner: Annotated[dict[Key, Setting], Field(max_length=64)] = {}
 
 
 # What the job itself decides; everything else in `loriner` is checked by `loriner train`.

@@ -93,7 +93,10 @@ def _train(
     base = open_base(preparation.settings.run)
     jobs = preparation.start(base)
     for job in jobs if args.resume else ():
-        console.print(f"Resuming {resume(job, base.digest)} at step {job.step}.")
+        if list_checkpoints(job.settings.folder) or len(jobs) == 1:
+            console.print(f"Resuming {resume(job, base.digest)} at step {job.step}.")
+        else:
+            console.print(f"{job.settings.name} has no checkpoint and starts anew.")
     with Screen(jobs, console) as screen:
         is_done = train(base, jobs, screen)
     if not is_done:

@@ -54,7 +54,7 @@ def save_checkpoint(job: Job, base_digest: str, base_name: str) -> Path:
     write_peft_folder(part, job.lora, job.settings, base_digest, base_name)
     torch.save(job.optimizer.state_dict(), part / OPTIMIZER)
     if job.best is not None:
-        save_file({n: t.contiguous().cpu() for n, t in job.best.items()}, part / BEST)
+        save_file(job.best, part / BEST)
     state = {**job.state(), "identity": _identity(job, base_digest)}
     (part / STATE).write_text(json.dumps(state), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
@@ -84,7 +84,7 @@ def resume(job: Job, base_digest: str) -> Path:
         saved = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
         job.optimizer.load_state_dict(saved)
         if (folder / BEST).is_file():
-            job.best = load_file(folder / BEST, device=device)
+            job.best = load_file(folder / BEST)
         job.restore(state)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise TrainError(f"{folder} cannot be resumed from: {error}") from error

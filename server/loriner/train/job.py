@@ -65,7 +65,7 @@ class Job:
         self.step = 0  # optimiser steps done
         self.steps: list[StepRecord] = []
         self.evals: list[EvalRecord] = []
-        self.best: dict[str, Tensor] | None = None  # weights of the lowest eval loss
+        self.best: dict[str, Tensor] | None = None  # weights of the lowest eval loss, on the host
         self.stopped_early = False
         self._passes: list[Share] = []
         self._losses: list[Tensor] = []
@@ -132,7 +132,8 @@ class Job:
         record = EvalRecord(self.step, loss)
         self.evals.append(record)
         if self.step and self.settings.keep_best and record == self.best_eval:
-            self.best = {name: t.clone() for name, t in self.lora.tensors().items()}
+            tensors = self.lora.tensors()
+            self.best = {name: t.to("cpu", copy=True) for name, t in tensors.items()}
         self.stopped_early = self._has_stalled()
         return record
 

@@ -115,7 +115,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def peak_memory() -> int:
     """Bytes: the GPU's peak where there is one, else this process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

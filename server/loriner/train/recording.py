@@ -13,15 +13,16 @@ from loriner.train.lora import Lora
 from loriner.train.masks import Masker
 
 NUM_TOKENS = 8
-MAX_PROMPT_TOKENS = 256
+MAX_TOKENS = 32_768  # of all prompts together, which bounds the file
 
 
 def record(
     base: Base, lora: Lora, masker: Masker, tokenizer: Any, prompts: Sequence[Prompt], count: int
 ) -> Canaries:
     """Answer up to `count` of the prompts, spread over them, and note what came out."""
-    usable = [(p, encode_prompt(p, masker, tokenizer)) for p in spread(prompts, count)]
-    usable = [(p, ids) for p, ids in usable if 0 < len(ids) <= MAX_PROMPT_TOKENS]
+    usable = _short(
+        base, [(p, encode_prompt(p, masker, tokenizer)) for p in spread(prompts, count * 4)]
+    )[:count]
     questions = [Question(ids, lora) for _, ids in usable]
     answers = answer(base, questions, NUM_TOKENS, ignore_eos=True) if questions else []
     made = [
@@ -35,6 +36,18 @@ def record(
         for (prompt, ids), given in zip(usable, answers, strict=True)
     ]
     return Canaries(base.digest, str(base.dtype).removeprefix("torch."), tuple(made))
+
+
+def _short(
+    base: Base, prompts: Sequence[tuple[Prompt, list[int]]]
+) -> list[tuple[Prompt, list[int]]]:
+    """The shortest first, as far as context and file hold them."""
+    kept, left = [], MAX_TOKENS
+    for prompt, ids in sorted(prompts, key=lambda pair: len(pair[1])):
+        left -= len(ids)
+        if ids and left >= 0 and len(ids) + NUM_TOKENS <= base.config.max_context:
+            kept.append((prompt, ids))
+    return kept
 
 
 def encode_prompt(prompt: Prompt, masker: Masker, tokenizer: Any) -> list[int]:
