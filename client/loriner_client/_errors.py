@@ -20,6 +20,9 @@ LorinerError
 │   └── AdapterStoreError       the store's disk failed; nothing was changed
 ├── PayloadTooLargeError        an upload or message passes the byte limit
 ├── OverloadedError             the queue is full; `retry_after_s` is a hint
+├── QuotaExceededError          the tenant has what it may have
+├── DataError                   training data is unreadable or bad
+├── ObjectNotFoundError         no training file or job has this id
 └── EngineError
     ├── EngineUnavailableError  starting, restarting or draining; the request was not run
     └── EngineFailedError       this request was lost to a fault in the engine
@@ -139,6 +142,14 @@ class QuotaExceededError(LorinerError):
     """The tenant has what it may have; `retry_after_s` is None where waiting does not help."""
 
 
+class DataError(LorinerError):
+    """Training data is unreadable or bad; the message has lines and reasons."""
+
+
+class ObjectNotFoundError(LorinerError):
+    """No training file or job has this id."""
+
+
 class EngineError(LorinerError):
     """Base of faults on the server's side."""
 
@@ -167,6 +178,8 @@ BY_CODE: dict[str, type[LorinerError]] = {
     "payload_too_large": PayloadTooLargeError,
     "queue_full": OverloadedError,
     "quota_exceeded": QuotaExceededError,
+    "invalid_training_data": DataError,
+    "not_found": ObjectNotFoundError,
     "engine_unavailable": EngineUnavailableError,
     "engine_failed": EngineFailedError,
 }

@@ -231,6 +231,10 @@ class FakeService:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [1] * add_special_tokens + [ord(char) for char in text]
 
+    @property
+    def vocab_size(self) -> int:
+        return 0x110000  # characters
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids)
 

@@ -16,7 +16,7 @@ from tests.api.conftest import Client
 from tests.api.fake_service import FakeService
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
-OPEN = ("/health", "/ready", "/ping", "/version")
+OPEN = ("/health", "/ready", "/ping", "/version", "/openapi.json")
 INFER = (
     "/v1/chat/completions",
     "/v1/completions",

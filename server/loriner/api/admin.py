@@ -18,7 +18,7 @@ from starlette.responses import Response
 from loriner.api import body, upload
 from loriner.api.access import Caller, Right
 from loriner.api.adapters import Placed
-from loriner.api.auth import GuardedRoute
+from loriner.api.auth import NOTHING, GuardedRoute, Told
 from loriner.api.responses import json_response
 from loriner.api.schema import MAX_NAME_CHARS, Body
 from loriner.api.shared import Shared
@@ -57,20 +57,38 @@ class AdminDoor:
 
     def routes(self) -> list[GuardedRoute]:
         def route(
-            path: str, method: str, right: Right, endpoint: Callable[..., Any]
+            path: str,
+            method: str,
+            right: Right,
+            endpoint: Callable[..., Any],
+            told: Told = NOTHING,
         ) -> GuardedRoute:
-            return GuardedRoute(path, endpoint, right=right, methods=[method])
+            return GuardedRoute(path, endpoint, right=right, methods=[method], told=told)
+
+        upload = Told(
+            PublishBody,
+            form=(
+                "name",
+                "expected_generation",
+                "adapter_config.json",
+                "adapter_model.safetensors",
+            ),
+            files=("adapter_config.json", "adapter_model.safetensors"),
+            statuses=(201,),
+        )
 
         one = "/admin/adapters/{name:path}"
         return [
-            route("/admin/adapters", "POST", Right.PUBLISH, self.publish),
+            route("/admin/adapters", "POST", Right.PUBLISH, self.publish, upload),
             route("/admin/adapters", "GET", Right.READ, self.list_adapters),
             route(f"{one}/pin", "POST", Right.ADMIN, self.pin),
             route(f"{one}/unpin", "POST", Right.ADMIN, self.unpin),
             route(f"{one}/evict", "POST", Right.PUBLISH, self.evict),
             route(one, "GET", Right.READ, self.inspect),
             route(one, "DELETE", Right.PUBLISH, self.delete),
-            route("/admin/aliases/{name:path}", "PUT", Right.PUBLISH, self.set_alias),
+            route(
+                "/admin/aliases/{name:path}", "PUT", Right.PUBLISH, self.set_alias, Told(AliasBody)
+            ),
             route("/admin/status", "GET", Right.ADMIN, self.status),
             route("/admin/drain", "POST", Right.ADMIN, self.drain),
         ]

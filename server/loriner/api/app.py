@@ -26,6 +26,7 @@ from loriner.api.fine_tuning import FineTuningDoor
 from loriner.api.keys import KeyDoor
 from loriner.api.metrics import CLIENT_CLOSED, Metrics
 from loriner.api.openai import OpenAIDoor
+from loriner.api.openapi import Document
 from loriner.api.probes import Probes
 from loriner.api.responses import error_response, http_error_response
 from loriner.api.shared import Shared, share
@@ -55,6 +56,7 @@ def build_app(service: Service, config: ServerConfig, shared: Shared | None = No
         *training.routes(),
         *Probes(service, metrics).routes(),
     ]
+    routes += Document(routes).routes
     app = Starlette(
         routes=routes,
         middleware=[

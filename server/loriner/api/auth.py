@@ -7,9 +7,11 @@ path without a route of its own still needs a key, whatever the method.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,14 +21,36 @@ from loriner.api.responses import error_response
 from loriner.errors import LorinerError, PermissionDeniedError
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the OpenAPI document tells of a route besides its path and its right."""
+
+    body: type[BaseModel] | None = None
+    form: tuple[str, ...] = ()  # fields of multipart/form-data, the required one first
+    files: tuple[str, ...] = ()  # of those
+    answer: type | None = None  # None: some object
+    statuses: tuple[int, ...] = (200,)
+    media: str = "application/json"
+    streams: bool = False
+
+
+NOTHING = Told()
+
+
 class GuardedRoute(Route):
     """A route that states the right it needs; there is no default."""
 
     def __init__(
-        self, path: str, endpoint: Callable[..., Any], *, right: Right, methods: Sequence[str]
+        self,
+        path: str,
+        endpoint: Callable[..., Any],
+        *,
+        right: Right,
+        methods: Sequence[str],
+        told: Told = NOTHING,
     ) -> None:
         super().__init__(path, endpoint, methods=list(methods))
-        self.right = right
+        self.right, self.told = right, told
 
 
 class Guard:

@@ -22,7 +22,7 @@ from starlette.responses import FileResponse, Response
 from loriner.adapters.names import DEFAULT_TENANT, parse_name
 from loriner.api import body
 from loriner.api.access import Right
-from loriner.api.auth import GuardedRoute
+from loriner.api.auth import NOTHING, GuardedRoute, Told
 from loriner.api.fine_tuning_shapes import checkpoint_shapes, event_shapes, job_shape
 from loriner.api.responses import json_response
 from loriner.api.shared import Shared
@@ -35,6 +35,7 @@ LEARNING_RATE = 2e-4  # what learning_rate_multiplier multiplies
 EPOCHS = 3  # where n_epochs is auto
 SAVE_EVERY = 50  # steps
 MAX_PAGE = 100
+BYTES = "application/octet-stream"
 Auto = Literal["auto"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Key = Annotated[str, Field(pattern="^[a-z_]{1,32}$")]
@@ -105,17 +106,20 @@ class FineTuningDoor:
         if self._jobs is None:
             return []
 
-        def route(method: str, path: str, endpoint: Callable[..., Any]) -> GuardedRoute:
-            return GuardedRoute(f"/v1/{path}", endpoint, right=Right.ADMIN, methods=[method])
+        def route(
+            method: str, path: str, endpoint: Callable[..., Any], told: Told = NOTHING
+        ) -> GuardedRoute:
+            admin = Right.ADMIN
+            return GuardedRoute(f"/v1/{path}", endpoint, right=admin, methods=[method], told=told)
 
         job = "fine_tuning/jobs/{job_id}"
         return [
-            route("POST", "files", self.add_file),
+            route("POST", "files", self.add_file, Told(form=("file", "purpose"), files=("file",))),
             route("GET", "files", self.list_files),
             route("GET", "files/{file_id}", self.get_file),
             route("DELETE", "files/{file_id}", self.delete_file),
-            route("GET", "files/{file_id}/content", self.read_file),
-            route("POST", "fine_tuning/jobs", self.create),
+            route("GET", "files/{file_id}/content", self.read_file, Told(media=BYTES)),
+            route("POST", "fine_tuning/jobs", self.create, Told(CreateBody)),
             route("GET", "fine_tuning/jobs", self.list_jobs),
             route("GET", job, self.get_job),
             route("POST", f"{job}/cancel", self.cancel),
@@ -153,7 +157,7 @@ class FineTuningDoor:
 
     async def read_file(self, request: Request) -> Response:
         path = self.files.path(request.path_params["file_id"])
-        return FileResponse(path, media_type="application/octet-stream")
+        return FileResponse(path, media_type=BYTES)
 
     async def delete_file(self, request: Request) -> Response:
         file_id = request.path_params["file_id"]

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from loriner.api import body
 from loriner.api.access import Right
-from loriner.api.auth import GuardedRoute
+from loriner.api.auth import GuardedRoute, Told
 from loriner.api.responses import json_response
 from loriner.api.schema import MAX_NAME_CHARS, Body
 from loriner.api.shared import Shared
@@ -56,11 +56,25 @@ class KeyDoor:
     def routes(self) -> list[GuardedRoute]:
         admin, quota = Right.ADMIN, "/admin/tenants/{tenant}/quota"
         return [
-            GuardedRoute("/admin/keys", self.create, right=admin, methods=["POST"]),
+            GuardedRoute(
+                "/admin/keys",
+                self.create,
+                right=admin,
+                methods=["POST"],
+                told=Told(body=KeyBody, statuses=(201,)),
+            ),
             GuardedRoute("/admin/keys", self.list_keys, right=admin, methods=["GET"]),
             GuardedRoute("/admin/keys/{id}", self.revoke, right=admin, methods=["DELETE"]),
-            GuardedRoute(quota, self.get_quota, right=admin, methods=["GET"]),
-            GuardedRoute(quota, self.set_quota, right=admin, methods=["PUT"]),
+            GuardedRoute(
+                quota, self.get_quota, right=admin, methods=["GET"], told=Told(answer=Quota)
+            ),
+            GuardedRoute(
+                quota,
+                self.set_quota,
+                right=admin,
+                methods=["PUT"],
+                told=Told(body=QuotaBody, answer=Quota),
+            ),
         ]
 
     async def create(self, request: Request) -> Response:

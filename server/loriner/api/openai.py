@@ -7,7 +7,8 @@ Invariant: every error is raised before the first byte or goes through `Answerin
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,11 +17,11 @@ from loriner.adapters.names import show
 from loriner.api import body, shapes
 from loriner.api.access import Caller, Right
 from loriner.api.answering import Answering, Look, Reply
-from loriner.api.auth import GuardedRoute
+from loriner.api.auth import GuardedRoute, Told
 from loriner.api.formats import ChatFormat, TextFormat
 from loriner.api.inference import chat_job, text_job
 from loriner.api.responses import json_response
-from loriner.api.schema import ChatBody, CompletionBody
+from loriner.api.schema import Body, ChatBody, CompletionBody
 from loriner.api.selection import choose, public_name
 from loriner.api.shared import Shared
 from loriner.errors import AdapterNotFoundError, ModelNotFoundError
@@ -38,12 +39,18 @@ class OpenAIDoor:
         self._max_body_bytes = shared.config.max_body_bytes
 
     def routes(self) -> list[GuardedRoute]:
-        infer = Right.INFER
+        def route(path: str, method: str, endpoint: Callable[..., Any], told: Told) -> GuardedRoute:
+            infer = Right.INFER
+            return GuardedRoute(f"/v1/{path}", endpoint, right=infer, methods=[method], told=told)
+
+        def of(asked: type[Body]) -> Told:
+            return Told(body=asked, answer=shapes.Answer, streams=True)
+
         return [
-            GuardedRoute("/v1/chat/completions", self.chat, right=infer, methods=["POST"]),
-            GuardedRoute("/v1/completions", self.complete, right=infer, methods=["POST"]),
-            GuardedRoute("/v1/models", self.list_models, right=infer, methods=["GET"]),
-            GuardedRoute("/v1/models/{name:path}", self.get_model, right=infer, methods=["GET"]),
+            route("chat/completions", "POST", self.chat, of(ChatBody)),
+            route("completions", "POST", self.complete, of(CompletionBody)),
+            route("models", "GET", self.list_models, Told(answer=shapes.ModelList)),
+            route("models/{name:path}", "GET", self.get_model, Told(answer=shapes.Model)),
         ]
 
     async def chat(self, request: Request) -> Reply:

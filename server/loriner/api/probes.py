@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from loriner import __version__
 from loriner.api.access import Right
-from loriner.api.auth import GuardedRoute
+from loriner.api.auth import GuardedRoute, Told
 from loriner.api.metrics import Metrics
 from loriner.api.responses import json_response
 
@@ -28,13 +28,16 @@ class Probes:
         self._metrics = metrics
 
     def routes(self) -> list[GuardedRoute]:
-        is_open = Right.OPEN
+        is_open, state = Right.OPEN, Told(statuses=(200, 503))
+        exposition = Told(media="text/plain")
         return [
-            GuardedRoute("/health", self.health, right=is_open, methods=["GET"]),
-            GuardedRoute("/ready", self.ready, right=is_open, methods=["GET"]),
-            GuardedRoute("/ping", self.health, right=is_open, methods=["GET", "POST"]),
+            GuardedRoute("/health", self.health, right=is_open, methods=["GET"], told=state),
+            GuardedRoute("/ready", self.ready, right=is_open, methods=["GET"], told=state),
+            GuardedRoute("/ping", self.health, right=is_open, methods=["GET", "POST"], told=state),
             GuardedRoute("/version", self.version, right=is_open, methods=["GET"]),
-            GuardedRoute("/metrics", self.metrics, right=Right.METRICS, methods=["GET"]),
+            GuardedRoute(
+                "/metrics", self.metrics, right=Right.METRICS, methods=["GET"], told=exposition
+            ),
         ]
 
     async def health(self, request: Request) -> Response:

@@ -125,9 +125,9 @@ def _encode(service: Service, entries: list[str | list[int]], body: CompletionBo
     return prompts
 
 
-def check_ids(ids: list[int], param: str = "prompt") -> None:
-    """A first bound, before the detokenizer sees them; the Service knows the exact one."""
-    if ids and (min(ids) < 0 or max(ids) >= 2**31):
+def check_ids(ids: list[int], param: str = "prompt", vocab_size: int = 2**31) -> None:
+    """Before the detokenizer sees them; of prompts the Service knows the exact bound."""
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         raise InvalidRequestError(f"{param} holds a token id outside the vocabulary.", param)
 
 

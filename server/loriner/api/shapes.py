@@ -127,3 +127,16 @@ class Model(Struct):
 class ModelList(Struct):
     data: list[Model]
     object: str = "list"
+
+
+class Error(Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Refusal(Struct):
+    """The body of every error, as `status.error_body` makes it."""
+
+    error: Error

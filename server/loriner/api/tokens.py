@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from loriner.api import body, prompts
 from loriner.api.access import Right
-from loriner.api.auth import GuardedRoute
+from loriner.api.auth import GuardedRoute, Told
 from loriner.api.responses import json_response
 from loriner.api.schema import DetokenizeBody, TokenizeBody
 from loriner.api.shared import Shared
@@ -28,11 +28,13 @@ class TokenDoor:
 
     def routes(self) -> list[GuardedRoute]:
         return [
-            GuardedRoute(prefix + path, endpoint, right=Right.INFER, methods=["POST"])
+            GuardedRoute(
+                prefix + path, endpoint, right=Right.INFER, methods=["POST"], told=Told(body=asked)
+            )
             for prefix in ("", "/v1")
-            for path, endpoint in (
-                ("/tokenize", self.tokenize),
-                ("/detokenize", self.detokenize),
+            for path, endpoint, asked in (
+                ("/tokenize", self.tokenize, TokenizeBody),
+                ("/detokenize", self.detokenize, DetokenizeBody),
             )
         ]
 
@@ -52,7 +54,7 @@ class TokenDoor:
 
     async def detokenize(self, request: Request) -> Response:
         asked = await body.parse(request, DetokenizeBody, self._max_body_bytes)
-        prompts.check_ids(asked.tokens, "tokens")
+        prompts.check_ids(asked.tokens, "tokens", self._service.vocab_size)
         text = await asyncio.to_thread(self._service.decode, asked.tokens)
         return json_response({"prompt": text})
 

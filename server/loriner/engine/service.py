@@ -123,6 +123,10 @@ class Service:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._chat.encode(text, add_special_tokens)
 
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.vocab_size
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._chat.decode(ids)
 
