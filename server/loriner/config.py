@@ -89,6 +89,9 @@ class ServerConfig:
     adapter_root: Path | None = setting(None, "folder inside which uploads may name a path")
     max_upload_bytes: int = setting(2 * GIB, "largest upload", low=1)
     max_body_bytes: int = setting(8 * MIB, "largest JSON body", low=1)
+    tenant_share: float = setting(
+        0.5, "of the queue, the most that one tenant without a quota may fill", low=0, high=1
+    )
     shutdown_s: float = setting(30.0, "grace for running requests at shutdown", low=0)
     training: Path | None = setting(None, "folder of files and jobs of training over HTTP")
     training_device: str = setting("cpu", "where such jobs train: auto, cpu or cuda")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loriner.adapters.names import parse_name, parse_ref
+from loriner.config import EngineConfig
 from loriner.core import (
     EngineStats,
     Event,
@@ -193,6 +194,7 @@ class FakeService:
         self.state = "ready"
         self.healthy = True
         self.num_restarts = 0
+        self.engine_config = EngineConfig()
         self.store = FakeStore(root)
         self.calls: list[dict[str, Any]] = []
         self.closed: list[str] = []

@@ -42,7 +42,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def quotas(tenants: Tenants, clock: Clock) -> Quotas:
-    return Quotas(tenants, clock)
+    return Quotas(tenants, now=clock)
 
 
 def test_without_a_quota_nothing_is_bounded(quotas: Quotas) -> None:
@@ -65,6 +65,17 @@ def test_sequences_are_counted_and_given_back(quotas: Quotas, tenants: Tenants) 
     with pytest.raises(QuotaExceededError) as caught, quotas.running("a", 4):
         pass
     assert caught.value.retry_after_s is None, "waiting does not help"
+
+
+def test_no_tenant_fills_the_queue_unless_its_quota_says_so(tenants: Tenants) -> None:
+    quotas = Quotas(tenants, share=4)
+    with quotas.running("a", 4), pytest.raises(QuotaExceededError), quotas.running("a", 1):
+        pass
+    with quotas.running("default", 100):
+        pass
+    tenants.set_quota("a", Quota(max_sequences=9))
+    with quotas.running("a", 9):
+        pass
 
 
 def test_tokens_come_back_with_time(quotas: Quotas, tenants: Tenants, clock: Clock) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from loriner.adapters.names import DEFAULT_TENANT
 from loriner.api.tenants import Quota, Tenants
 from loriner.errors import QuotaExceededError
 
@@ -37,10 +38,17 @@ class Usage:
 
 
 class Quotas:
-    """`now` is a monotonic clock in seconds."""
+    """`share`: most sequences of a tenant that has no bound of its own, so that none fills the
+    queue; the operator's own tenant is exempt. `now` is a monotonic clock in seconds."""
 
-    def __init__(self, tenants: Tenants, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        tenants: Tenants,
+        share: int | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._tenants = tenants
+        self._share = share
         self._now = now
         self._usage: defaultdict[str, Usage] = defaultdict(Usage)
         self._publishing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -54,6 +62,8 @@ class Quotas:
         quota, usage = self._tenants.quota(tenant), self._usage[tenant]
         self._check_tokens(quota, usage)
         limit = quota.max_sequences
+        if limit is None and tenant != DEFAULT_TENANT:
+            limit = self._share
         if limit is not None and num_sequences > limit:
             raise QuotaExceededError(f"The tenant may run {limit} sequences at once.")
         if limit is not None and usage.num_sequences + num_sequences > limit:

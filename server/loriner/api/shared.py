@@ -34,7 +34,9 @@ def share(service: Service, config: ServerConfig) -> Shared:
     """Raises ConfigError when `config` would serve a network without a key."""
     check_binding(config)
     metrics, tenants = Metrics(service), Tenants(config.store)
-    quotas = Quotas(tenants)
+    engine = service.engine_config
+    places = engine.max_waiting + engine.max_sequences
+    quotas = Quotas(tenants, max(1, int(places * config.tenant_share)))
     return Shared(
         service,
         config,
