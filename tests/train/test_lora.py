@@ -13,7 +13,7 @@ from loriner.train.lora import Lora
 from loriner.train.masks import Document
 from loriner.train.passes import Share, mean_loss, run_pass
 from loriner.train.settings import ALL_LINEAR, RunConfig
-from tests.tiny import write_tiny_base
+from tests.tiny import write_tiny_base, write_tiny_dense
 from tests.train.peft_oracle import dense_model, with_lora
 
 LENGTHS = (13, 5, 29, 6, 30)
@@ -96,6 +96,14 @@ def test_loss_and_gradients_are_those_of_peft(family: str, tmp_path: Path) -> No
 
     assert total.item() == pytest.approx(loss.item(), rel=1e-5)
     assert_close(theirs, ours)
+
+
+def test_a_dense_base_is_trained_on_as_it_is(tmp_path: Path) -> None:
+    base = open_base(RunConfig(base=write_tiny_dense(tmp_path / "dense"), device="cpu"))
+    lora = make_lora(base)
+    (grads,) = gradients(base, Share(documents(*LENGTHS), lora, weight=0.01))
+
+    assert all(grad.abs().max() > 0 for grad in grads.values())
 
 
 def test_dropped_inputs_have_the_gradient_of_what_was_computed(base: Base) -> None:

@@ -147,26 +147,31 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     loaded = torch.cuda.memory_allocated() if on_gpu else peak_memory()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    clock = train(wrapped, job)
+    return {
+        "jobs": 1,
+        "tokens_per_step": job["batch"] * job["length"],
+        "step_s": clock.times[WARM_UP:],
+        "losses": clock.losses,
+        "loaded_bytes": loaded,
+        "peak_bytes": peak_memory(),
+    }
+
+
+def train(model: Any, job: dict[str, Any]) -> Clock:
     draw, clock = random.Random(0), Clock()
     vocab, length = job["config"]["vocab_size"], job["length"]
     rows = [[draw.randrange(vocab) for _ in range(length)] for _ in range(64)]
     data: Any = [{"input_ids": row, "labels": row} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
-            model=wrapped,
+            model=model,
             args=arguments(job, folder),
             train_dataset=data,
             data_collator=collate,
             callbacks=[clock],
         ).train()
-    return {
-        "jobs": 1,
-        "tokens_per_step": job["batch"] * length,
-        "step_s": clock.times[WARM_UP:],
-        "losses": clock.losses,
-        "loaded_bytes": loaded,
-        "peak_bytes": peak_memory(),
-    }
+    return clock
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

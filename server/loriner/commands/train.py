@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from loriner.train.save import Finished
 
 INTERRUPTED = 130
+PACKAGES = ("bitsandbytes", "matplotlib")
 
 _EXAMPLES = """examples:
   loriner train --name pirate --data pirate.jsonl --steps 60 --learning-rate 1e-3
@@ -138,9 +140,8 @@ def _command(*, resume: bool) -> str:
 
 
 def _require_packages() -> None:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
         raise TrainError(
-            "training needs bitsandbytes: install Loriner with its `train` extra."
-        ) from None
+            f"training needs {', '.join(missing)}: install Loriner with its `train` extra."
+        )

@@ -72,24 +72,26 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, T, D], key and value [1, kv heads, T, D]
     -> [1, T, heads, D]."""
-    states = (query[0], key[0], value[0])  # [heads, T, D]
-
-    def attend_rows(*states: Tensor) -> Tensor:
-        """[heads, documents, longest, D] of each -> [documents * longest, heads, D]."""
-        q, k, v = (x.transpose(0, 1) for x in states)
-        y = scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True
-        )  # [documents, heads, longest, D]
-        return y.transpose(1, 2).reshape(-1, y.shape[1], y.shape[3])
-
+    states = (query[0], key[0], value[0])
     if plan.length:
         split = (-1, plan.length)
-        return attend_rows(*(x.view(x.shape[0], *split, x.shape[2]) for x in states))[None], None
+        parts = (x.view(x.shape[0], *split, x.shape[2]) for x in states)
+        return _attend_group(scaling, dropout, *parts).unsqueeze(0), None
     outputs = []
     for rows in plan.groups:
         taken = (x.index_select(1, rows.flatten()) for x in states)
-        outputs.append(attend_rows(*(x.view(x.shape[0], *rows.shape, -1) for x in taken)))
+        parts = (x.view(x.shape[0], *rows.shape, -1) for x in taken)
+        outputs.append(_attend_group(scaling, dropout, *parts))
     return torch.cat(outputs).index_select(0, plan.places).unsqueeze(0), None
+
+
+def _attend_group(scaling: float | None, dropout: float, *states: Tensor) -> Tensor:
+    """[heads, documents, longest, D] of each -> [documents * longest, heads, D]."""
+    q, k, v = (x.transpose(0, 1) for x in states)
+    y = scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True
+    )  # [documents, heads, longest, D]
+    return y.transpose(1, 2).reshape(-1, y.shape[1], y.shape[3])
 
 
 def register() -> None:

@@ -45,13 +45,8 @@ def load_settings(
     path = jobs or config
     table = read_table(path) if path else {}
     tables = _job_tables(table, jobs) if jobs else [{}]
-    ignored: list[str] = []
-    if is_axolotl(table):
-        table, ignored = translate(table)
-    for part in (table, *tables):
-        ignored += [key for key in part if key not in RUN_KEYS | JOB_KEYS]
-    for part in tables:
-        ignored += [f"jobs.{key}" for key in part if key in RUN_KEYS]
+    table, ignored = translate(table) if is_axolotl(table) else (table, [])
+    ignored += _unknown(table, tables)
     if ignored and not ignore_unknown:
         raise ConfigError(
             f"{path}: cannot honour {', '.join(dict.fromkeys(ignored))}; remove them, or give "
@@ -61,6 +56,13 @@ def load_settings(
     made = tuple(load(JobConfig, flags, table=_flat({**table, **part})) for part in tables)
     _check_distinct(made)
     return Settings(run, made, tuple(dict.fromkeys(ignored)))
+
+
+def _unknown(table: dict[str, Any], tables: list[dict[str, Any]]) -> list[str]:
+    """Keys that no setting honours, and keys of the run that stand in a job."""
+    everywhere = [key for part in (table, *tables) for key in part]
+    misplaced = [f"jobs.{key}" for part in tables for key in part if key in RUN_KEYS]
+    return [key for key in everywhere if key not in RUN_KEYS | JOB_KEYS] + misplaced
 
 
 def read_table(path: Path) -> dict[str, Any]:
