@@ -183,6 +183,17 @@ def test_the_best_evaluation_is_kept_and_a_stalled_run_stops(make: Make, base: B
     assert again.eval_loss == pytest.approx(best.eval_loss, rel=1e-6)
 
 
+def test_evaluations_and_checkpoints_may_be_counted_by_the_epoch(make: Make, base: Base) -> None:
+    job = make(steps=8, batch=3, eval_split=0.5, eval_rows=4, evals_per_epoch=2, saves_per_epoch=1)
+    train(base, [job], Silent())
+
+    assert job.feed.steps_per_epoch == 4
+    assert [record.step for record in job.evals] == [0, 2, 4, 6, 8]
+    assert job.held is not None and len(job.held.entries) == 4
+    names = [path.name for path in list_checkpoints(job.settings.folder)]
+    assert names == ["step-000004", "step-000008"]
+
+
 def test_only_the_newest_checkpoints_are_kept(make: Make, base: Base) -> None:
     job = make(steps=8, save_every=1)
     train(base, [job], Silent())

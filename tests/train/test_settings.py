@@ -40,7 +40,12 @@ gradient_checkpointing: true
 logging_steps: 1
 weight_decay: 0.0
 wandb_project:
+dataset_prepared_path: last_run_prepared
+evals_per_epoch: 4
+saves_per_epoch: 1
+eval_sample_packing: true
 special_tokens:
+  pad_token: "<|end_of_text|>"
 """
 
 
@@ -111,6 +116,7 @@ def test_a_wrong_file_is_refused_by_key(text: str, message: str, tmp_path: Path)
         ({"target_modules": "lm_head"}, "target_modules: 'lm_head' is not one of all-linear"),
         ({"eval_data": "e", "eval_split": 0.1}, "exclude each other"),
         ({"early_stopping": 3}, "early_stopping needs eval_data"),
+        ({"eval_every": 3, "evals_per_epoch": 2}, "eval_every and evals_per_epoch exclude"),
     ],
 )
 def test_each_setting_has_its_limits(changes: dict[str, Any], message: str) -> None:
@@ -133,6 +139,7 @@ def test_axolotl_qlora_yaml_is_taken_as_it_is(tmp_path: Path) -> None:
     assert (job.max_length, job.packing, job.batch, job.accumulation) == (512, True, 4, 2)
     assert (job.epochs, job.schedule, job.warmup, job.eval_split) == (3.0, "cosine", 10.0, 0.1)
     assert (job.optimizer, job.learning_rate) == ("paged_adamw_8bit", 2e-4)
+    assert (job.evals_per_epoch, job.saves_per_epoch) == (4, 1)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +150,8 @@ def test_axolotl_qlora_yaml_is_taken_as_it_is(tmp_path: Path) -> None:
         ("adapter: lora", "adapter: lora"),
         ("optimizer: lion_8bit", "optimizer: lion_8bit"),
         ("val_set_size: 100", "val_set_size: 100"),
+        ("loss_watchdog_threshold: 5.0", "loss_watchdog_threshold"),
+        ("special_tokens: {eos_token: x}", "special_tokens.eos_token"),
         ("train_on_inputs: true", "train_on_inputs: True"),
         ("datasets: [{path: a.jsonl, type: alpaca, shards: 3}]", "datasets.shards"),
     ],
@@ -151,8 +160,9 @@ def test_an_axolotl_key_that_cannot_be_honoured_is_named(
     line: str, named: str, tmp_path: Path
 ) -> None:
     kept = [row for row in AXOLOTL.splitlines() if row.split(":")[0] != line.split(":")[0]]
-    if line.startswith("datasets"):
-        kept = [row for row in kept if not row.startswith("  ")]
+    if line.startswith(("datasets", "special_tokens")):
+        nested = ("  - path", "    type") if line.startswith("datasets") else ("  pad_token",)
+        kept = [row for row in kept if not row.startswith(nested)]
     path = write(tmp_path / "qlora.yml", "\n".join([*kept, line]))
 
     with pytest.raises(ConfigError, match=rf"cannot honour .*{named}"):

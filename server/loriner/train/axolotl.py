@@ -41,6 +41,8 @@ _RENAMED = {
     "warmup_ratio": "warmup",
     "save_steps": "save_every",
     "eval_steps": "eval_every",
+    "evals_per_epoch": "evals_per_epoch",
+    "saves_per_epoch": "saves_per_epoch",
     "early_stopping_patience": "early_stopping",
     "seed": "seed",
 }
@@ -57,7 +59,7 @@ _DONE_ANYWAY: Mapping[str, tuple[object, ...]] = {
     "train_on_inputs": (False, None),
     "group_by_length": (False, None),
     "pad_to_sequence_len": (True, False, None),  # rows are never padded
-    "eval_sample_packing": (False, None),
+    "eval_sample_packing": (True, False, None),  # documents never see each other
     "flash_attention": (True, False, None),  # chooses a kernel, not a result
     "sdp_attention": (True, False, None),
     "xformers_attention": (False, None),
@@ -159,6 +161,18 @@ def _held_out(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
         ours["eval_split"] = value
 
 
+def _prepared_path(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
+    """Where Axolotl keeps tokenised data; there is nothing to keep here."""
+
+
+def _special_tokens(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
+    """A padding token is never needed; others would change the base's tokenizer."""
+    names = value if isinstance(value, dict) else {}
+    unknown += [
+        f"special_tokens.{name}" for name, token in names.items() if token and name != "pad_token"
+    ]
+
+
 def _checkpointing(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
     ours["gradient_checkpointing"] = value in (True, "true")
     if value not in (True, False, None, "true", "false"):
@@ -173,5 +187,7 @@ _SPECIAL: Mapping[str, Callable[[Any, dict[str, Any], list[str]], None]] = {
     "optimizer": _optimizer,
     "lr_scheduler": _scheduler,
     "val_set_size": _held_out,
+    "dataset_prepared_path": _prepared_path,
+    "special_tokens": _special_tokens,
     "gradient_checkpointing": _checkpointing,
 }

@@ -31,6 +31,8 @@ _FREE = frozenset(
         "eval_data",
         "out",
         "eval_every",
+        "evals_per_epoch",
+        "saves_per_epoch",
         "save_every",
         "samples",
         "canaries",

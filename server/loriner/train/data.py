@@ -73,6 +73,13 @@ class DataSet:
         kept = [e for i, e in enumerate(self.entries) if i in held]
         return replace(self, entries=tuple(train)), replace(self, entries=tuple(kept))
 
+    def limited(self, count: int) -> DataSet:
+        """`count` of the rows at even distances (0: all)."""
+        total = len(self.entries)
+        if not 0 < count < total:
+            return self
+        return replace(self, entries=tuple(self.entries[i * total // count] for i in range(count)))
+
     def summary(self) -> str:
         """Rows, lengths and truncation, in lines for a terminal."""
         lengths = sorted(len(document.token_ids) for document in self.documents)

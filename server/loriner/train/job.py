@@ -77,7 +77,16 @@ class Job:
 
     @property
     def eval_every(self) -> int:
+        if self.settings.evals_per_epoch:
+            return max(1, self.feed.steps_per_epoch // self.settings.evals_per_epoch)
         return self.settings.eval_every or max(1, self.num_steps // EVALS)
+
+    @property
+    def save_every(self) -> int:
+        """0: only the last step."""
+        if self.settings.saves_per_epoch:
+            return max(1, self.feed.steps_per_epoch // self.settings.saves_per_epoch)
+        return self.settings.save_every
 
     @property
     def best_eval(self) -> EvalRecord | None:
@@ -138,7 +147,7 @@ class Job:
         return record
 
     def is_save_due(self) -> bool:
-        every = self.settings.save_every
+        every = self.save_every
         return self.is_done or bool(every and self.step and self.step % every == 0)
 
     def keep_best(self) -> int:

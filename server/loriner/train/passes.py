@@ -55,7 +55,9 @@ def run_pass(base: Base, shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]
     weights = torch.tensor([s.weight for s in shares]).repeat_interleave(torch.tensor(counts))
     embedded = _with_noise(base.embed(ids), shares)
     hidden = base.hidden(embedded, positions, Plan.of(lengths, device), _segments(shares))
-    total, losses = head_loss(hidden[rows - 1], base.head, ids[rows], weights.to(device))
+    total, losses = head_loss(
+        hidden.index_select(0, rows - 1), base.head, ids[rows], weights.to(device)
+    )
     return total, list(torch.split(losses, counts))
 
 

@@ -78,7 +78,8 @@ def _prepare_job(job: JobConfig, masker: Masker, config: ModelConfig) -> Prepare
 
     data = load(job.data_path)
     if job.eval_data is not None:
-        return Prepared(job, data, load(job.eval_data))
+        return Prepared(job, data, load(job.eval_data).limited(job.eval_rows))
     if job.eval_split:
-        return Prepared(job, *data.split(job.eval_split, job.seed))
+        train, held = data.split(job.eval_split, job.seed)
+        return Prepared(job, train, held.limited(job.eval_rows))
     return Prepared(job, data, None)

@@ -72,7 +72,10 @@ class JobConfig:
     seed: int = setting(0, "of all random numbers", low=0, high=2**31 - 1)
 
     eval_every: int = setting(0, "steps between evaluations (0: ten in a run)", low=0)
+    evals_per_epoch: int = setting(0, "evaluations in an epoch, instead of eval_every", low=0)
+    eval_rows: int = setting(0, "held-out rows that are used (0: all)", low=0)
     save_every: int = setting(0, "steps between checkpoints (0: only the last)", low=0)
+    saves_per_epoch: int = setting(0, "checkpoints in an epoch, instead of save_every", low=0)
     keep_best: bool = setting(True, "the adapter with the lowest eval loss is the result")
     early_stopping: int = setting(0, "stop after so many evaluations without gain (0: no)", low=0)
     samples: int = setting(3, "answers of base and adapter to show", low=0, high=64)
@@ -97,6 +100,9 @@ class JobConfig:
             raise ConfigError(f"data is missing for {self.name}.")
         if self.eval_data is not None and self.eval_split:
             raise ConfigError("eval_data and eval_split exclude each other.")
+        for name in ("eval", "save"):
+            if getattr(self, f"{name}_every") and getattr(self, f"{name}s_per_epoch"):
+                raise ConfigError(f"{name}_every and {name}s_per_epoch exclude each other.")
         if self.early_stopping and not self.has_eval:
             raise ConfigError("early_stopping needs eval_data or eval_split.")
         self.targets()

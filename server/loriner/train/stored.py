@@ -6,11 +6,14 @@ Runs `engine.service.Service` for as long as the block lasts. Knows no HTTP.
 from __future__ import annotations
 
 import asyncio
+import gc
 import uuid
 from collections.abc import Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+
+import torch
 
 from loriner.config import EngineConfig, ServerConfig
 from loriner.core import SamplingParams
@@ -26,8 +29,7 @@ class StoreServed:
     """Use it in a `with` block; the engine's process ends with it."""
 
     def __init__(self, run: RunConfig, store: Path) -> None:
-        import torch
-
+        gc.collect()  # the base that was trained on, if it was on this GPU
         torch.cuda.empty_cache()
         engine = EngineConfig(model=run.base, device=device_of(run).type)
         self._service = Service(engine, ServerConfig(store=store))
