@@ -63,27 +63,31 @@ def test_a_run_leaves_an_adapter_metrics_and_a_checkpoint(
 
 
 @pytest.mark.timeout(90)
-def test_ctrl_c_saves_says_how_to_go_on_and_going_on_is_exact(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_goes_on_exactly_and_says_how_if_it_can(
+    number: signal.Signals, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    steps = ["--steps", "40", "--dropout", "0.1"]
+    steps = ["--steps", "100", "--dropout", "0.1", "--save-every", "4"]
     assert main(arguments(tiny, whole, *steps)) == 0
 
     command = [sys.executable, "-m", "loriner", *arguments(tiny, stopped, *steps)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
     deadline = time.monotonic() + 60
-    while not ((stopped / "metrics.jsonl").exists() and len(metrics(stopped)) > 2):
+    while not ((stopped / "metrics.jsonl").exists() and len(metrics(stopped)) > 4):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     shown, _ = process.communicate(timeout=60)
 
-    assert process.returncode == 130
-    assert "To go on: loriner train" in shown
-    assert "--resume" in shown
-    assert 2 < len(metrics(stopped)) < 40
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert "To go on: loriner train" in shown
+        assert "--resume" in shown
+    assert 4 < len((stopped / "metrics.jsonl").read_text().splitlines()) < 100
     capsys.readouterr()
     assert main(arguments(tiny, stopped, *steps, "--resume")) == 0
     assert "Resuming" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """What a run shows and writes while it runs: a bar for each job, and OUT/metrics.jsonl.
 
-The first Ctrl-C asks the loop to stop after its turn, the second is Python's own. Invariant: the
-metrics file holds each step of the run once, also after it was resumed.
+The first Ctrl-C or SIGTERM asks the loop to stop after its turn, a second one ends it at once.
+Invariant: the metrics file holds each step of the run once, also after it was resumed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from loriner.train.job import EvalRecord, Job, StepRecord
 
 METRICS = "metrics.jsonl"
 GIB = 1 << 30
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LINES = 10  # in a run, where there is no terminal to draw on
 
 
@@ -52,13 +53,14 @@ class Screen:
             rewrite_metrics(job)
 
     def __enter__(self) -> Screen:
-        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        self._before = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def on_step(self, job: Job, record: StepRecord) -> None:
         append_metrics(job, {"event": "step", **asdict(record), "memory_bytes": peak_memory()})
