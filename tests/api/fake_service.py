@@ -138,7 +138,8 @@ class FakeStore:
 
     def _expect(self, name: str, expected: str | None) -> None:
         record = self.records.get(str(parse_name(name)))
-        if expected is not None and (record is None or record.generation != expected):
+        current = "" if record is None else record.generation
+        if expected is not None and expected != current:
             raise AdapterConflictError(f"`{name}` does not point at {expected}.")
 
 

@@ -41,6 +41,10 @@ ADMIN = (
     "/admin/keys",
     "/admin/keys/0123",
     "/admin/tenants/acme/quota",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/load_lora_adapter",
+    "/unload_lora_adapter",
 )
 NOWHERE = ("/", "/v1", "/admin", "/nope", "//admin/adapters", "/admin/../v1/models", "/V1/models")
 

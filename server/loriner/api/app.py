@@ -27,6 +27,7 @@ from loriner.api.keys import KeyDoor
 from loriner.api.metrics import CLIENT_CLOSED, Metrics
 from loriner.api.openai import OpenAIDoor
 from loriner.api.openapi import Document
+from loriner.api.other_servers import OtherServers
 from loriner.api.probes import Probes
 from loriner.api.responses import error_response, http_error_response
 from loriner.api.shared import Shared, share
@@ -53,6 +54,7 @@ def build_app(service: Service, config: ServerConfig, shared: Shared | None = No
         *TokenDoor(shared).routes(),
         *AdminDoor(shared).routes(),
         *KeyDoor(shared).routes(),
+        *OtherServers(shared).routes(),
         *training.routes(),
         *Probes(service, metrics).routes(),
     ]
