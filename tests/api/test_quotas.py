@@ -46,9 +46,18 @@ def quotas(tenants: Tenants, clock: Clock) -> Quotas:
 
 
 def test_without_a_quota_nothing_is_bounded(quotas: Quotas) -> None:
-    with quotas.running("a", 10**6) as spend, quotas.uploading("a"), quotas.uploading("a"):
+    with quotas.running("a", 10**6) as spend, quotas.uploading("default"):
         spend(10**9)
     assert not quotas._usage
+
+
+def test_no_tenant_takes_every_place_for_uploads(quotas: Quotas, tenants: Tenants) -> None:
+    uploading = quotas.uploading
+    with uploading("a"), uploading("a"), pytest.raises(QuotaExceededError), uploading("a"):
+        pass
+    tenants.set_quota("a", Quota(max_uploads=3))
+    with uploading("a"), uploading("a"), uploading("a"):
+        pass
 
 
 def test_sequences_are_counted_and_given_back(quotas: Quotas, tenants: Tenants) -> None:

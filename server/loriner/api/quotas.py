@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Spend = Callable[[int], None]  # of tokens
 RETRY_AFTER_S = 1.0
+UPLOADS_EACH = 2  # in flight, of a tenant that has no bound of its own
 
 
 @dataclass(slots=True)
@@ -92,6 +93,8 @@ class Quotas:
     def uploading(self, tenant: str) -> Iterator[None]:
         """An upload in flight. Raises QuotaExceededError."""
         limit, usage = self._tenants.quota(tenant).max_uploads, self._usage[tenant]
+        if limit is None and tenant != DEFAULT_TENANT:
+            limit = UPLOADS_EACH
         if limit is not None and usage.num_uploads >= limit:
             raise QuotaExceededError(
                 f"The tenant has {usage.num_uploads} uploads in flight and may have {limit}.",
