@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -91,6 +92,13 @@ class SamplingParams:
         return bool(
             self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
         )
+
+
+class Scaled(NamedTuple):
+    """An adapter by name, and what its delta is multiplied with."""
+
+    name: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

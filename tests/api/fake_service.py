@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loriner.adapters.mixture import Mixture
 from loriner.adapters.names import parse_name, parse_ref
 from loriner.config import EngineConfig
 from loriner.core import (
@@ -24,6 +25,7 @@ from loriner.core import (
     FinishReason,
     GenerationStats,
     SamplingParams,
+    Scaled,
     TokenLogprob,
     Turn,
 )
@@ -265,7 +267,7 @@ class FakeService:
         prompt_ids: Sequence[int],
         sampling: SamplingParams,
         *,
-        adapter: str | None,
+        adapter: str | Sequence[Scaled] | None,
         request_id: str,
         tenant: str = "default",
         turn: Turn = NO_TURN,
@@ -275,9 +277,16 @@ class FakeService:
             raise EngineUnavailableError("The server is shutting down.")
         if self.refuse is not None:
             raise self.refuse
-        record = self.store.resolve(adapter) if adapter else None
+        record: Any = None
+        if isinstance(adapter, str) or not adapter:
+            record = self.store.resolve(adapter) if adapter else None
+        else:
+            records = tuple(self.store.resolve(name) for name, _ in adapter)
+            record = records[0]
+            if [scale for _, scale in adapter] != [1.0]:
+                record = Mixture(records, tuple(scale for _, scale in adapter))  # type: ignore[arg-type]
         self.calls.append(
-            {"prompt_ids": list(prompt_ids), "sampling": sampling, "adapter": adapter}
+            {"prompt_ids": list(prompt_ids), "sampling": sampling, "adapter": _plain(adapter)}
             | {"request_id": request_id, "tenant": tenant, "prompt_param": prompt_param}
             | {"turn": turn}
         )
@@ -310,15 +319,15 @@ class FakeService:
         self.store.set_pinned(name, pinned)
 
 
-def words_of(record: FakeRecord | None, index: int) -> list[str]:
+def words_of(record: FakeRecord | Mixture | None, index: int) -> list[str]:
     """What choice `index` says when it may say everything."""
-    name = "base" if record is None else record.short_name
+    name = "base" if record is None else getattr(record, "short_name", record.name)
     return [f"{name}", " answers", " you", f" ({index})", " ünï", "."]
 
 
 def script(
     request_id: str,
-    record: FakeRecord | None,
+    record: FakeRecord | Mixture | None,
     num_prompt: int,
     sampling: SamplingParams,
     cold_start: bool,
@@ -358,3 +367,12 @@ def _logprobs(word: str, num_top: int | None) -> tuple[TokenLogprob, ...]:
 def resident(generation: str, tier: str = "gpu", **counts: int) -> GenerationStats:
     values = {"num_running": 0, "num_waiting": 0, "num_bytes": 10, "num_loads": 1} | counts
     return GenerationStats(generation, tier, False, last_load_s=0.01, **values)
+
+
+def _plain(adapter: str | Sequence[Scaled] | None) -> object:
+    """One adapter as it is, by name, as most tests want to see it."""
+    if adapter is None or isinstance(adapter, str):
+        return adapter
+    if not adapter:
+        return None
+    return adapter[0].name if [s for _, s in adapter] == [1.0] else list(adapter)

@@ -207,7 +207,7 @@ def test_top_k_minus_one_is_all_and_stop_may_be_one_string(
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         ({"model": "x" * 257}, "model"),
-        ({"adapter": ["pirate"]}, "adapter"),
+        ({"adapter": ["pirate"]}, "adapter[0]"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": None}, "messages"),

@@ -6,11 +6,12 @@ reuse: an oracle that shares no state with a server.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
 from loriner.adapters import formats
+from loriner.adapters.mixture import combine
 from loriner.adapters.pool import SeatWeights, pack
 from loriner.engine.cpu_runner import CpuRunner
 from loriner.model.config import ModelConfig
@@ -35,6 +36,13 @@ class Kit:
         self.alone = cache(self._alone)
         self._runner = CpuRunner(engine_config(self.base))
 
+    def mixed(self, prompt: str, parts: Mapping[str, float], max_tokens: int = 16) -> list[int]:
+        """What these adapters, each times its scale, answer together."""
+        loaded = [formats.load(self.adapters[name], self.modules) for name in parts]
+        adapter = combine("mix", list(zip(loaded, parts.values(), strict=True)))
+        seat = pack(adapter, layout(self._runner.model_config), self._runner.dtype)
+        return self._answer(prompt, "mix", {"mix": seat}, max_tokens)
+
     def expected(self, cases: Iterable[Case]) -> dict[Case, list[int]]:
         return {case: self.alone(*case) for case in cases}
 
@@ -45,6 +53,11 @@ class Kit:
 
     def _alone(self, prompt: str, adapter: str | None, max_tokens: int = 16) -> list[int]:
         weights = {adapter: self._seat(adapter)} if adapter else {}
+        return self._answer(prompt, adapter, weights, max_tokens)
+
+    def _answer(
+        self, prompt: str, adapter: str | None, weights: Mapping[str, SeatWeights], max_tokens: int
+    ) -> list[int]:
         settings = engine_config(self.base, prefix_cache=False)
         engine = build_engine(settings, weights, self._runner)
         request = make_request(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from loriner.adapters import formats
+from loriner.adapters.mixture import combine
 from loriner.adapters.pool import SeatWeights, pack
 from loriner.core import Request
 from loriner.model.transformer import layout
@@ -155,6 +156,37 @@ def test_every_adapter_equals_peft(
     model = PeftModel.from_pretrained(oracle, ADAPTERS / name)
     try:
         check_against(model.eval(), alone, name, prompts)
+    finally:
+        model.unload()
+
+
+def test_adapters_of_one_request_add_up_as_in_peft(
+    runner: RecordingRunner, oracle: Any, prompts: list[list[int]]
+) -> None:
+    from peft import PeftModel
+
+    parts = {"all-r16-bf16": 0.5, "rslora-r32": 1.5, "attn-r4": -1.0}
+    placed, modules = layout(runner.model_config), runner.model_config.modules()
+    loaded = [formats.load(ADAPTERS / name, modules) for name in parts]
+    mixed = combine("mix", list(zip(loaded, parts.values(), strict=True)))
+    weights = {"mix": pack(mixed, placed, torch.float32)}
+    engine = build_engine(
+        engine_config(runner.checkpoint.path, prefix_cache=False), weights, runner
+    )
+    for request in canary_requests(prompts, ["mix"]):
+        engine.run_all([request])
+
+    first, *others = parts
+    model = PeftModel.from_pretrained(oracle, ADAPTERS / first, adapter_name=first)
+    try:
+        for name in others:
+            model.load_adapter(ADAPTERS / name, adapter_name=name)
+        model.base_model.set_adapter([first, *others])
+        for module in model.modules():
+            if hasattr(module, "set_scale"):
+                for name, scale in parts.items():
+                    module.set_scale(name, scale)
+        check_against(model.eval(), engine, "mix", prompts)
     finally:
         model.unload()
 

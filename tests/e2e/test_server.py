@@ -96,6 +96,23 @@ def test_traffic_beside_uploads_is_answered_as_alone(server: ServerProcess, kit:
         assert server.ask(HI, "a4").token_ids == kit.alone(HI, "a4")
 
 
+def test_adapters_of_one_request_add_up_beside_others(server: ServerProcess, kit: Kit) -> None:
+    parts = {"a1": 0.5, "a2": 1.5}
+    for name in parts:
+        server.publish(kit.adapters[name], name)
+    asked = [{"name": name, "scale": scale} for name, scale in parts.items()]
+    expected = kit.mixed(HI, parts)
+
+    assert expected not in (kit.alone(HI, "a1"), kit.alone(HI, "a2"), kit.alone(HI, None))
+    with Traffic(server, kit.expected(CASES)) as traffic:
+        traffic.wait_for_more()
+        for order in (asked, asked[::-1]):
+            assert server.ask(HI, adapter=order).token_ids == expected  # type: ignore[arg-type]
+        traffic.wait_for_more()
+    for name in parts:
+        assert server.ask(HI, name).token_ids == kit.alone(HI, name)
+
+
 def test_bad_uploads_beside_traffic_are_refused_and_leave_nothing(
     server: ServerProcess, kit: Kit
 ) -> None:

@@ -42,7 +42,7 @@ class Job:
 async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id: str) -> Job:
     """Raises InvalidRequestError, ModelNotFoundError."""
     sampling = body.sampling()
-    choice = choose(body.model, body.adapter, service.model_name)
+    choice = choose(body.model, body.adapters(), service.model_name)
     prompt = await prompts.from_chat(service, body)
     return Job(
         "chatcmpl", [prompt], "messages", sampling, choice, caller, request_id, body.priority
@@ -52,6 +52,6 @@ async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id:
 async def text_job(service: Service, body: CompletionBody, caller: Caller, request_id: str) -> Job:
     """Raises InvalidRequestError, ModelNotFoundError."""
     sampling = body.sampling()
-    choice = choose(body.model, body.adapter, service.model_name)
+    choice = choose(body.model, body.adapters(), service.model_name)
     entries = await prompts.from_completion(service, body)
     return Job("cmpl", entries, "prompt", sampling, choice, caller, request_id, body.priority)

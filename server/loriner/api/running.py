@@ -19,11 +19,11 @@ from loriner.api.metrics import Metrics, RequestMeter
 from loriner.api.prompts import Prompt
 from loriner.api.quotas import Quotas, Spend
 from loriner.api.selection import public_name
-from loriner.core import Event, FinishReason, Turn
+from loriner.core import Event, FinishReason, Scaled, Turn
 from loriner.errors import AdapterNotFoundError, EngineFailedError, EngineUnavailableError
 
 if TYPE_CHECKING:
-    from loriner.adapters.records import AdapterRecord
+    from loriner.adapters.mixture import Served
     from loriner.engine.generation import Generation
     from loriner.engine.service import Service
 
@@ -61,19 +61,19 @@ class Runner:
                 yield Run(job, answer_id, record, first, events, meter, spend)
 
     async def _admit(self, job: Job, prompt: Prompt, request_id: str) -> Generation:
-        name = job.choice.name
+        caller, asked = job.caller, job.choice.named()
         try:
             return await self._service.generate(
                 prompt.ids,
                 job.sampling,
-                adapter=None if name is None else job.caller.reach(name),
+                adapter=[Scaled(caller.reach(name), scale) for name, scale in asked],
                 request_id=request_id,
                 tenant=job.caller.tenant,
                 turn=Turn(self._quotas.weight(job.caller.tenant), job.priority),
                 prompt_param=job.prompt_param,
             )
-        except AdapterNotFoundError:
-            raise job.choice.not_found() from None
+        except AdapterNotFoundError as error:
+            raise job.choice.not_found(error.name) from None
 
 
 class Run:
@@ -83,7 +83,7 @@ class Run:
         self,
         job: Job,
         answer_id: str,
-        record: AdapterRecord | None,
+        record: Served | None,
         first: Numbered,
         events: AsyncGenerator[Numbered, None],
         meter: RequestMeter,
@@ -135,9 +135,7 @@ class Run:
         return index, event
 
 
-def _count_prompts(
-    job: Job, record: AdapterRecord | None, meter: RequestMeter, spend: Spend
-) -> None:
+def _count_prompts(job: Job, record: Served | None, meter: RequestMeter, spend: Spend) -> None:
     num_tokens = sum(len(prompt.ids) for prompt in job.prompts)
     name = "" if record is None else public_name(record)
     meter.admitted(name, "" if record is None else record.generation, num_tokens)

@@ -12,8 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from loriner.adapters.mixture import MAX_MIXED
 from loriner.api.unserved import CHAT, COMPLETION, TOKENIZE, refuse_unserved
-from loriner.core import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
+from loriner.core import MAX_CHOICES, MAX_LOGPROBS, SamplingParams, Scaled
 from loriner.errors import InvalidRequestError
 
 MAX_MESSAGES = 4096
@@ -22,6 +23,7 @@ MAX_TOKENS = 1 << 20
 MAX_NAME_CHARS = 256
 MAX_TEMPLATE_KWARGS = 16
 MAX_PRIORITY = 1000
+MAX_SCALE = 100.0
 MAX_TEMPLATE_KWARG_CHARS = 256
 
 TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_TEMPLATE_KWARG_CHARS)]
@@ -35,10 +37,23 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, hide_input_in_errors=True)
 
 
+AdapterName = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM
     include_obfuscation: Literal[False] | None = None
+
+
+class ScaledAdapter(Body):
+    """One of several adapters whose deltas add up."""
+
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+    scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE, allow_inf_nan=False)] = 1.0
+
+
+ScaledAdapters = Annotated[list[ScaledAdapter], Field(min_length=1, max_length=MAX_MIXED)]
 
 
 class SamplingBody(Body):
@@ -47,7 +62,7 @@ class SamplingBody(Body):
     UNSERVED: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
     model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
-    adapter: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
+    adapter: AdapterName | ScaledAdapter | ScaledAdapters | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = 1
@@ -74,6 +89,14 @@ class SamplingBody(Body):
     def _refuse_unserved(cls, data: Any) -> Any:
         refuse_unserved(data, cls.UNSERVED)
         return data
+
+    def adapters(self) -> str | tuple[Scaled, ...] | None:
+        """One by name, or several, or one, with scales."""
+        given = self.adapter
+        if given is None or isinstance(given, str):
+            return given
+        parts = [given] if isinstance(given, ScaledAdapter) else given
+        return tuple(Scaled(part.name, part.scale) for part in parts)
 
     def sampling(self) -> SamplingParams:
         """Raises InvalidRequestError naming the field as the caller wrote it."""

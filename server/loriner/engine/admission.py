@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from loriner import errors
+from loriner.adapters.mixture import MAX_RANK
+from loriner.adapters.records import AdapterRecord
 from loriner.core import SamplingParams
 
 MAX_LOGPROBS_PER_REQUEST = 1 << 20
@@ -51,3 +53,12 @@ def check_ids(prompt: Sequence[int], sampling: SamplingParams, vocab_size: int, 
     ):
         if any(not 0 <= i < vocab_size for i in ids):
             raise errors.InvalidRequestError(f"{name}: token ids are 0 to {vocab_size - 1}.", name)
+
+
+def check_mixture(records: Sequence[AdapterRecord]) -> None:
+    """Raises InvalidRequestError when the ranks together pass what a seat may have."""
+    total = sum(max(record.ranks) for record in records)
+    if total > MAX_RANK:
+        raise errors.InvalidRequestError(
+            f"The adapters' ranks add up to {total}, at most {MAX_RANK}.", "adapter"
+        )

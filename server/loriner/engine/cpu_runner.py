@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loriner import kernels
+from loriner.adapters import mixture
 from loriner.adapters.adapter import Adapter
 from loriner.adapters.pool import Pool, SeatWeights, pack
 from loriner.adapters.store import Store
@@ -93,7 +94,7 @@ class CpuRunner:
         return pack(adapter, self._layout, self.dtype)
 
     def source(self, store: Store) -> Callable[[str], SeatWeights]:
-        return lambda generation: self.pack(store.load(generation))
+        return lambda generation: self.pack(mixture.load(generation, store.load))
 
     def needs_host(self, params: SamplingParams) -> bool:
         return False

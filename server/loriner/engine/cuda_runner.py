@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loriner import kernels
+from loriner.adapters import mixture
 from loriner.adapters.adapter import Adapter
 from loriner.adapters.cuda_copies import cuda_seats, pinned_host
 from loriner.adapters.gpu_pool import DeviceSeats
@@ -159,7 +160,14 @@ class CudaRunner:
         return pack_image(adapter, self._images, self._host.allocate)
 
     def source(self, store: Store) -> Callable[[str], Weights]:
-        return ImageSource(store, self.model_config.modules(), self._images, self._host.allocate)
+        of_file = ImageSource(store, self.model_config.modules(), self._images, self._host.allocate)
+
+        def read(generation: str) -> Weights:
+            if generation.startswith(mixture.MARK):
+                return self.pack(mixture.load(generation, store.load))
+            return of_file(generation)
+
+        return read
 
     def needs_host(self, params: SamplingParams) -> bool:
         return params.looks_back  # the GPU keeps no count of a sequence's tokens

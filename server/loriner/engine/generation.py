@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from loriner import errors
-from loriner.adapters.records import AdapterRecord
+from loriner.adapters.mixture import Mixture, Served
 from loriner.core import Event, FinishReason, Request
 
 
@@ -18,7 +18,7 @@ class Generation:
     def __init__(
         self,
         request: Request,
-        record: AdapterRecord | None,
+        record: Served | None,
         on_close: Callable[[Generation], None],
     ) -> None:
         self.request_id = request.request_id
@@ -53,6 +53,13 @@ class Generation:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The generations that are held for it."""
+        if isinstance(self.record, Mixture):
+            return tuple(record.generation for record in self.record.records)
+        return () if self.record is None else (self.record.generation,)
 
     @property
     def finished(self) -> bool:

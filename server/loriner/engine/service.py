@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from loriner import errors
+from loriner.adapters.mixture import Mixture, Served
 from loriner.adapters.records import AdapterRecord, PublishReport
 from loriner.adapters.store import Store
 from loriner.config import EngineConfig, ServerConfig
-from loriner.core import EngineStats, Event, FinishReason, Request, SamplingParams, Turn
-from loriner.engine.admission import check_ids, fit
+from loriner.core import EngineStats, Event, FinishReason, Request, SamplingParams, Scaled, Turn
+from loriner.engine.admission import check_ids, check_mixture, fit
 from loriner.engine.chat import ChatTokenizer
 from loriner.engine.generation import Generation
 from loriner.engine.messages import Abort, Evict, Submit
@@ -154,14 +155,14 @@ class Service:
         prompt_ids: Sequence[int],
         sampling: SamplingParams,
         *,
-        adapter: str | None,
+        adapter: str | Sequence[Scaled] | None,
         request_id: str,
         tenant: str = "default",
         turn: Turn = NO_TURN,
         prompt_param: str = "messages",
     ) -> Generation:
         """Admit one request. Raises before anything is queued: InvalidRequestError,
-        AdapterNotFoundError, OverloadedError, EngineUnavailableError."""
+        AdapterNotFoundError, OverloadedError, EngineUnavailableError. Several adapters add up."""
         self._check_up()
         sampling = fit(sampling, len(prompt_ids), self.max_model_len, prompt_param)
         check_ids(prompt_ids, sampling, self.model_config.vocab_size, prompt_param)
@@ -174,7 +175,7 @@ class Service:
             raise errors.OverloadedError(f"The queue is full ({limit} sequences).")
         self._num_sequences += sampling.n
         try:
-            record = await self._acquire(adapter) if adapter else None
+            record = await self._acquire_all(adapter) if adapter else None
         except BaseException:
             self._num_sequences -= sampling.n
             raise
@@ -239,6 +240,23 @@ class Service:
         """Keep the adapter in memory whatever comes, or let it go when room is needed."""
         await self._pins.set(name, pinned)
 
+    async def _acquire_all(self, adapters: str | Sequence[Scaled]) -> Served:
+        """Each is held, or none is."""
+        if isinstance(adapters, str):
+            return await self._acquire(adapters)
+        records: list[AdapterRecord] = []
+        try:
+            for name, _ in adapters:
+                records.append(await self._acquire(name))
+            check_mixture(records)
+        except BaseException:
+            for record in records:
+                self._release(record.generation)
+            raise
+        if [scale for _, scale in adapters] == [1.0]:
+            return records[0]
+        return Mixture(tuple(records), tuple(scale for _, scale in adapters))
+
     async def _acquire(self, adapter: str) -> AdapterRecord:
         """Resolve and hold. A caller that leaves meanwhile leaves no hold behind."""
         task = asyncio.create_task(asyncio.to_thread(self.store.acquire, adapter))
@@ -275,8 +293,8 @@ class Service:
         self._num_sequences -= generation.num_sequences
         if not generation.finished:
             self._engine.send(Abort(generation.request_id))
-        if generation.record is not None:
-            self._release(generation.record.generation)
+        for held in generation.held:
+            self._release(held)
 
     def _on_event(self, event: Event) -> None:
         generation = self._open.get(event.request_id)
