@@ -96,6 +96,12 @@ class ServerConfig:
     training: Path | None = setting(None, "folder of files and jobs of training over HTTP")
     training_device: str = setting("cpu", "where such jobs train: auto, cpu or cuda")
     training_threads: int = setting(0, "CPU threads of such a job (0: half of the cores)", low=0)
+    training_memory_fraction: float = setting(
+        0.1, "most of the GPU's memory that one such job takes", low=0.01, high=1
+    )
+    training_duty: float = setting(
+        0.5, "share of the time that such a job computes on a GPU", low=0.01, high=1
+    )
     max_training_jobs: int = setting(1, "such jobs at a time; more wait", low=1, high=64)
 
     def __post_init__(self) -> None:

@@ -79,7 +79,21 @@ class CreateBody(Strict):
 
 
 # What the job itself decides; everything else in `loriner` is checked by `loriner train`.
-OURS = frozenset(("base", "device", "num_threads", "name", "data", "eval_data", "out", "seed"))
+OURS = frozenset(
+    [
+        "base",
+        "device",
+        "dtype",
+        "num_threads",
+        "memory_fraction",
+        "duty",
+        "name",
+        "data",
+        "eval_data",
+        "out",
+        "seed",
+    ]
+)
 T = TypeVar("T")
 
 
@@ -236,6 +250,8 @@ class FineTuningDoor:
             "base": str(self._service.engine_config.model.resolve()),
             "device": self._config.training_device,
             "num_threads": self._config.training_threads or _half_the_cores(),
+            "memory_fraction": self._config.training_memory_fraction,
+            "duty": 1.0 if self._config.training_device == "cpu" else self._config.training_duty,
             "name": name,
             "data": str(data.resolve()),
             "out": str((self._config.training / "jobs" / job_id / "run").resolve()),

@@ -100,7 +100,7 @@ def _train(
         else:
             console.print(f"{job.settings.name} has no checkpoint and starts anew.")
     with Screen(jobs, console) as screen:
-        is_done = train(base, jobs, screen)
+        is_done = train(base, jobs, screen, preparation.settings.run.duty)
     if not is_done:
         console.print(f"Saved. To go on: {_command(resume=True)}", markup=False)
         return None

@@ -1,5 +1,7 @@
 """Axolotl's YAML, the QLoRA subset, as our settings. Knows names and values, no files.
 
+Rows of `type: alpaca` become chats of the base's own template, as all such rows do here.
+
 Invariant: a key comes out translated, or checked to ask for what is done anyway, or by name in the
 list of those that cannot be honoured.
 """

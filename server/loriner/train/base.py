@@ -91,6 +91,8 @@ def open_base(run: RunConfig) -> Base:
     dtype = dtype_of(run, device)
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
+    if device.type == "cuda" and run.memory_fraction < 1:
+        torch.cuda.set_per_process_memory_fraction(run.memory_fraction)
     weights = Checkpoint.open(run.base)
     raw = read_json(run.base / "config.json")
     checkpointing = run.gradient_checkpointing

@@ -29,6 +29,8 @@ class RunConfig:
     dtype: str = setting("auto", "of activations: auto, float32 or bfloat16")
     gradient_checkpointing: bool = setting(False, "keep one activation a layer, compute the rest")
     num_threads: int = setting(0, "CPU threads (0: all cores)", low=0)
+    memory_fraction: float = setting(1.0, "most of the GPU's memory to take", low=0.01, high=1)
+    duty: float = setting(1.0, "share of the time to compute; the rest is idle", low=0.01, high=1)
 
     def __post_init__(self) -> None:
         check_limits(self)
