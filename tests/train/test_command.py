@@ -106,6 +106,7 @@ def test_jobs_share_a_run(
         f'[[jobs]]\nname = "acme/b"\ndata = "{PIRATE}"\nrank = 4\nsteps = 5\n'
     )
 
+    assert main(["train", "--jobs", str(jobs), "--store", "s", "--promote", "prod"]) == 2
     assert main(["train", "--jobs", str(jobs)]) == 0
     assert len(metrics(tmp_path / "runs" / "a")) == 3
     assert len(metrics(tmp_path / "runs" / "acme--b")) == 5

@@ -97,11 +97,15 @@ def add_tolerance(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace, num_jobs: int) -> None:
     if args.publish and args.store:
         raise ConfigError("--publish and --store exclude each other.")
     if args.promote and not (args.publish or args.store):
         raise ConfigError("--promote needs --publish or --store.")
+    if args.promote and num_jobs > 1:
+        raise ConfigError(
+            "--promote is for one adapter; with --jobs, use `loriner adapters alias`."
+        )
     if args.promote:
         parse_name(args.promote, param="promote")
 

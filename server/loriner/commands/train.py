@@ -61,7 +61,7 @@ def add_command(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     settings = load_settings(vars(args), args.config, args.jobs, ignore_unknown=args.ignore_unknown)
-    publish.check_flags(args)
+    publish.check_flags(args, len(settings.jobs))
     for key in settings.ignored:
         console.print(f"ignored: {key}", markup=False)
     _require_packages()
