@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -55,6 +55,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
+    grammar: str | None = None  # of the whole output, as `engine/grammars.py` compiles it
 
     def __post_init__(self) -> None:
         _check_range("max_tokens", self.max_tokens, 1, 2**31)
@@ -81,6 +82,12 @@ class SamplingParams:
                     f"each stop string must have 1 to {MAX_STOP_CHARS} characters.", "stop"
                 )
         _check_length("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        if self.grammar is not None and (self.ignore_eos or self.min_tokens):
+            raise InvalidRequestError(
+                "a structured output ends where its grammar does: ignore_eos and min_tokens cannot "
+                "be kept.",
+                "ignore_eos" if self.ignore_eos else "min_tokens",
+            )
 
     @property
     def greedy(self) -> bool:
@@ -122,6 +129,20 @@ class Request:
     turn: Turn = Turn()
 
 
+class Guide(Protocol):
+    """Where a sequence is in its grammar; `engine/guides.py` has the one there is."""
+
+    def allowed(self) -> Any:
+        """Ids of the tokens that may come next, ascending, at least one: an array [A] i64."""
+
+    def accept(self, token_id: int) -> None:
+        """Walk over the chosen token. Raises InvalidRequestError when the way is too hard."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow but the end."""
+
+
 class Sequence:
     """One running generation of tokens: a request has `n` of them. Owned by the engine's loop.
 
@@ -133,6 +154,7 @@ class Sequence:
         "cold_start",
         "done",
         "generation",
+        "guide",
         "hashes",
         "index",
         "limit",
@@ -178,6 +200,7 @@ class Sequence:
         self.source = -1  # its place among the tokens that the last step chose; set by the engine
         self.needs_host = False  # its next step needs the last one's token; set by the engine
         self.looks_back = request.sampling.looks_back
+        self.guide: Guide | None = None  # of a constrained one; set by the engine
         self.memo: dict[str, object] = {}  # what a runner makes of `sampling` and `seed` once
         self.seated = False  # holds a pin on its adapter's seat; set by the scheduler
         self.cold_start = False  # waited for its adapter to be loaded; set by the scheduler

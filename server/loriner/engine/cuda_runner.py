@@ -170,7 +170,8 @@ class CudaRunner:
         return read
 
     def needs_host(self, params: SamplingParams) -> bool:
-        return params.looks_back  # the GPU keeps no count of a sequence's tokens
+        # The GPU keeps no count of a sequence's tokens and knows no grammar.
+        return params.looks_back or params.grammar is not None
 
     def launch(self, step: StepInput) -> PendingStep:
         pending = self._steps.launch(step)

@@ -25,6 +25,7 @@ from loriner.config import EngineConfig
 from loriner.core import UNKNOWN, Event, FinishReason, Request, Sequence, TokenLogprob
 from loriner.engine.batch import BatchBuilder
 from loriner.engine.detokenizer import Detokenizer
+from loriner.engine.guides import Guides
 from loriner.engine.kv_cache import BlockManager
 from loriner.engine.runner import Pending, Runner
 from loriner.engine.sampler import Sampled
@@ -58,6 +59,9 @@ class Engine:
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
+        self._eos = runner.model_config.eos_token_ids
+        vocab_size = runner.model_config.vocab_size
+        self.guides = Guides(tokenizer.to_str(), vocab_size, self._eos, on_loaded)
         self.pool = runner.make_pool(config.max_seats, on_loaded)
         self.registry = Registry(source, self.pool, config.host_bytes, on_loaded)
         self.blocks = BlockManager(runner.num_blocks, config.block_size, config.prefix_cache)
@@ -72,7 +76,6 @@ class Engine:
         self._builder = BatchBuilder(self.blocks)
         self._flights: deque[Flight] = deque()  # launched, oldest first; their results not read
         self._depth = 1 if runner.is_async else 0  # of them after a step
-        self._eos = runner.model_config.eos_token_ids
         self._sequences: dict[str, dict[int, Sequence]] = {}  # request id -> choice -> sequence
         self._text: dict[Sequence, Detokenizer] = {}
         self._alone: dict[int, str] = {}  # the text of a token alone; at most the vocabulary
@@ -96,6 +99,11 @@ class Engine:
             self._text[sequence] = Detokenizer(
                 self.tokenizer, params.stop, params.include_stop_str_in_output, self._alone
             )
+        sequences = list(self._sequences[request.request_id].values())
+        if params.grammar is not None:
+            self.guides.want(sequences)  # they join when it is compiled
+            return
+        for sequence in sequences:
             self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> list[Event]:
@@ -112,8 +120,9 @@ class Engine:
         """Launch one batch, and read the results of the one before (of the same one, on a
         synchronous runner). Returns what to publish."""
         self.registry.poll()
+        events = self._take_guided()
         runs = self.scheduler.schedule()
-        events = [self._fail(s, error) for s, error in self.scheduler.failed]
+        events += [self._fail(s, error) for s, error in self.scheduler.failed]
         self.scheduler.failed.clear()
         self.ran = bool(runs or self._flights)
         if runs:
@@ -132,6 +141,7 @@ class Engine:
 
     def close(self) -> None:
         self._read(0)
+        self.guides.close()
         self.registry.close()
 
     def _load_of(self, generation: str) -> float:
@@ -140,8 +150,22 @@ class Engine:
         share = max(self.runner.operand_bytes, 1) / LOAD_ROWS
         return 1.0 + self.registry.known(generation).num_bytes / share
 
+    def _take_guided(self) -> list[Event]:
+        """Queue the sequences whose grammars have been compiled."""
+        events = []
+        for compiled in self.guides.take():
+            for sequence in compiled.sequences:
+                if sequence.done:
+                    continue
+                if compiled.error is not None:
+                    events.append(self._fail(sequence, compiled.error))
+                else:
+                    self.scheduler.add(sequence)
+        return events
+
     def _launch(self, runs: list[Run]) -> None:
         batch = self._builder.build(runs)
+        self.guides.begin([run.sequence.guide for run in batch.sampled])
         pending = self.runner.launch(batch.step)
         for run in runs:
             run.sequence.num_computed = run.start + run.num_rows
@@ -201,6 +225,8 @@ class Engine:
         self.counters.num_output_tokens += 1
         params, token_id = sequence.request.sampling, choice.token_id
         sequence.learn(place, token_id)
+        if (guide := sequence.guide) is not None:
+            guide.accept(token_id)
         stops = token_id in params.stop_token_ids
         if stops or (token_id in self._eos and not params.ignore_eos):
             stop_reason = token_id if stops else None
@@ -208,6 +234,8 @@ class Engine:
         text, stop = self._text[sequence].push(token_id, can_stop=num_output > params.min_tokens)
         if stop is not None:
             return self._end(sequence, FinishReason.STOP, stop, choice, text, flush=False)
+        if guide is not None and guide.finished:
+            return self._end(sequence, FinishReason.STOP, None, choice, text)
         if sequence.num_known >= sequence.limit:
             return self._end(sequence, FinishReason.LENGTH, None, choice, text)
         return self._event(sequence, choice, text)

@@ -2,7 +2,7 @@
 
 Noise is a counter-based hash of (seed, position), so a sequence draws the same tokens whatever runs
 beside it, after a preemption, and on every machine with equal logits. Log-probabilities are of the
-model's own distribution: before penalties, bias and temperature.
+model's own distribution: before penalties, bias, grammar and temperature.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def sample(logits: Tensor, draws: Seq[Draw], eos_ids: tuple[int, ...]) -> list[S
             continue
         token_id = greedy_ids[row]
         if not draw.params.greedy or _adjusts(draw):
-            adjusted = _adjust(logits[row], draw, eos_ids)
-            token_id = int(adjusted.argmax()) if draw.params.greedy else _draw(adjusted, draw)
+            token_id = _choose(_adjust(logits[row], draw, eos_ids), draw)
         chosen.append(_with_logprobs(logits[row], token_id, draw.params))
     return chosen
 
@@ -57,13 +56,20 @@ def uniform(seed: int, position: int) -> float:
 
 def needs_host(params: SamplingParams) -> bool:
     """Whether logits must be adjusted before the choice, which only the host does."""
-    return bool(params.looks_back or params.logit_bias or params.min_tokens)
+    return bool(
+        params.looks_back or params.logit_bias or params.min_tokens or params.grammar is not None
+    )
 
 
 def _adjusts(draw: Draw) -> bool:
     """Whether a greedy choice needs more than the raw logits."""
     params = draw.params
-    return bool(params.logit_bias or params.looks_back or draw.place < params.min_tokens)
+    return bool(
+        params.logit_bias
+        or params.looks_back
+        or draw.place < params.min_tokens
+        or draw.guide is not None
+    )
 
 
 def _adjust(row: Tensor, draw: Draw, eos_ids: tuple[int, ...]) -> Tensor:
@@ -84,6 +90,16 @@ def _adjust(row: Tensor, draw: Draw, eos_ids: tuple[int, ...]) -> Tensor:
     if draw.place < params.min_tokens:
         row[list({*eos_ids, *params.stop_token_ids})] = -torch.inf
     return row
+
+
+def _choose(row: Tensor, draw: Draw) -> int:
+    """The likeliest or a drawn token of `row` [V]; of those that the grammar allows alone."""
+    ids: Tensor | None = None
+    if draw.guide is not None:
+        ids = torch.from_numpy(draw.guide.allowed())
+        row = row[ids]
+    place = int(row.argmax()) if draw.params.greedy else _draw(row, draw)
+    return place if ids is None else int(ids[place])
 
 
 def _draw(row: Tensor, draw: Draw) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from loriner.core import SamplingParams, Sequence
+from loriner.core import Guide, SamplingParams, Sequence
 
 Ints = NDArray[np.int32]
 
@@ -36,15 +36,23 @@ class Draw(NamedTuple):
     token_ids: Seq[int]  # prompt and output so far when `params.looks_back`, else empty
     needs_host: bool  # a device leaves the choice to the host
     memo: dict[str, object]  # kept as long as the sequence: what a runner makes of it once
+    guide: Guide | None = None  # waits for the step's masks when it is asked
 
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int) -> Draw:
         """For the token that follows the first `num_tokens` of `sequence`."""
         num_prompt = sequence.num_prompt
         tokens = sequence.token_ids[:num_tokens] if sequence.looks_back else ()
-        params = sequence.request.sampling
-        place, needs_host = num_tokens - num_prompt, sequence.needs_host
-        return cls(params, sequence.seed, place, num_prompt, tokens, needs_host, sequence.memo)
+        return cls(
+            sequence.request.sampling,
+            sequence.seed,
+            num_tokens - num_prompt,
+            num_prompt,
+            tokens,
+            sequence.needs_host,
+            sequence.memo,
+            sequence.guide,
+        )
 
 
 @dataclass(frozen=True, slots=True)

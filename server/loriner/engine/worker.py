@@ -81,6 +81,7 @@ def _serve(channel: _Channel, start: Start) -> None:
     """The engine's loop: take in what came, step, publish."""
     began = time.monotonic()
     engine = _build(start, lambda: channel.inbox.put(None))
+    engine.guides.wait()
     snapshots = Snapshots(engine)
     channel.send(Stats(snapshots.take()))
     channel.send(Ready(engine.runner.max_len, time.monotonic() - began))
