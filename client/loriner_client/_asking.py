@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from loriner_client._config import Retry, Settings, Tls
-from loriner_client._models import Chat, Message, Sampling, TemplateValue
+from loriner_client._models import (
+    Chat,
+    Message,
+    Sampling,
+    StructuredOutputs,
+    TemplateValue,
+)
 from loriner_client._transport import AsyncTransport, Transport
 
 Turns = str | Sequence[Message | Mapping[str, str]]
@@ -47,12 +53,13 @@ def chat_query(
     model: str | None,
     priority: int | None,
     template: Mapping[str, TemplateValue] | None,
+    structured_outputs: StructuredOutputs | None,
     sampling: Sampling,
 ) -> Chat:
     """A text is one user's turn; a mapping has the fields of a Message."""
     turns = [Message("user", messages)] if isinstance(messages, str) else messages
     made = [turn if isinstance(turn, Message) else _message(turn) for turn in turns]
-    return Chat(made, adapter, model, sampling, priority, template or {})
+    return Chat(made, adapter, model, sampling, priority, template or {}, structured_outputs)
 
 
 def _message(turn: Mapping[str, str]) -> Message:

@@ -59,11 +59,14 @@ class AsyncClient:
         model: str | None = None,
         priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
+        structured_outputs: m.StructuredOutputs | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> m.Completion:
         """Answer a conversation, or one user's text. `priority`: lower runs earlier, inside the
         tenant."""
-        query = chat_query(messages, adapter, model, priority, template, sampling)
+        query = chat_query(
+            messages, adapter, model, priority, template, structured_outputs, sampling
+        )
         return await self._transport.call(query, self._timeout_s)
 
     def stream_chat(
@@ -74,10 +77,13 @@ class AsyncClient:
         model: str | None = None,
         priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
+        structured_outputs: m.StructuredOutputs | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> AsyncStream:
         """The same, token by token: `async with client.stream_chat(...) as stream`."""
-        query = chat_query(messages, adapter, model, priority, template, sampling)
+        query = chat_query(
+            messages, adapter, model, priority, template, structured_outputs, sampling
+        )
         return AsyncStream(self._transport.stream(query, self._timeout_s))
 
     async def generate(
@@ -87,12 +93,19 @@ class AsyncClient:
         adapter: str | None = None,
         model: str | None = None,
         priority: int | None = None,
+        structured_outputs: m.StructuredOutputs | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> m.Completion:
         """Continue a text or a list of token ids."""
-        async with self.stream_generate(
-            prompt, adapter=adapter, model=model, priority=priority, **sampling
-        ) as stream:
+        stream_generate = self.stream_generate(
+            prompt,
+            adapter=adapter,
+            model=model,
+            priority=priority,
+            structured_outputs=structured_outputs,
+            **sampling,
+        )
+        async with stream_generate as stream:
             return await stream.completion()
 
     def stream_generate(
@@ -102,10 +115,11 @@ class AsyncClient:
         adapter: str | None = None,
         model: str | None = None,
         priority: int | None = None,
+        structured_outputs: m.StructuredOutputs | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> AsyncStream:
         """The same, token by token."""
-        query = m.Generate(prompt, adapter, model, sampling, priority)
+        query = m.Generate(prompt, adapter, model, sampling, priority, structured_outputs)
         return AsyncStream(self._transport.stream(query, self._timeout_s))
 
     async def tokenize(

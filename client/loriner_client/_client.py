@@ -62,11 +62,14 @@ class Client:
         model: str | None = None,
         priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
+        structured_outputs: m.StructuredOutputs | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> m.Completion:
         """Answer a conversation, or one user's text. `priority`: lower runs earlier, inside the
         tenant."""
-        query = chat_query(messages, adapter, model, priority, template, sampling)
+        query = chat_query(
+            messages, adapter, model, priority, template, structured_outputs, sampling
+        )
         return self._transport.call(query, self._timeout_s)
 
     def stream_chat(
@@ -77,10 +80,13 @@ class Client:
         model: str | None = None,
         priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
+        structured_outputs: m.StructuredOutputs | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> Stream:
         """The same, token by token: `with client.stream_chat(...) as stream`."""
-        query = chat_query(messages, adapter, model, priority, template, sampling)
+        query = chat_query(
+            messages, adapter, model, priority, template, structured_outputs, sampling
+        )
         return Stream(self._transport.stream(query, self._timeout_s))
 
     def generate(
@@ -90,12 +96,19 @@ class Client:
         adapter: str | None = None,
         model: str | None = None,
         priority: int | None = None,
+        structured_outputs: m.StructuredOutputs | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> m.Completion:
         """Continue a text or a list of token ids."""
-        with self.stream_generate(
-            prompt, adapter=adapter, model=model, priority=priority, **sampling
-        ) as stream:
+        stream_generate = self.stream_generate(
+            prompt,
+            adapter=adapter,
+            model=model,
+            priority=priority,
+            structured_outputs=structured_outputs,
+            **sampling,
+        )
+        with stream_generate as stream:
             return stream.completion()
 
     def stream_generate(
@@ -105,10 +118,11 @@ class Client:
         adapter: str | None = None,
         model: str | None = None,
         priority: int | None = None,
+        structured_outputs: m.StructuredOutputs | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> Stream:
         """The same, token by token."""
-        query = m.Generate(prompt, adapter, model, sampling, priority)
+        query = m.Generate(prompt, adapter, model, sampling, priority, structured_outputs)
         return Stream(self._transport.stream(query, self._timeout_s))
 
     def tokenize(

@@ -49,7 +49,12 @@ def _body(query: m.StreamQuery) -> Json:
     for name in ("stop", "stop_token_ids"):
         if name in body:
             body[name] = list(body[name])
-    chosen = {"model": query.model, "adapter": query.adapter, "priority": query.priority}
+    chosen = {
+        "model": query.model,
+        "adapter": query.adapter,
+        "priority": query.priority,
+        "structured_outputs": query.structured_outputs,
+    }
     return body | {key: value for key, value in chosen.items() if value is not None}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypedDict, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 A = TypeVar("A")
 TemplateValue = bool | int | float | str
@@ -34,6 +34,16 @@ class Sampling(TypedDict, total=False):
     ignore_eos: bool
     n: int
     logprobs: int  # that many alternatives with each token
+
+
+class StructuredOutputs(TypedDict, total=False):
+    """What the whole answer must match: one of these."""
+
+    json: str | Mapping[str, Any]  # a JSON schema
+    regex: str
+    choice: Sequence[str]  # one of these texts
+    grammar: str  # Lark, or GBNF
+    json_object: bool  # True: any JSON object
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +199,7 @@ class Chat(Query[Completion]):
     sampling: Sampling = field(default_factory=Sampling)
     priority: int | None = None
     template: Mapping[str, TemplateValue] = field(default_factory=dict)
+    structured_outputs: StructuredOutputs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +209,7 @@ class Generate(Query[Completion]):
     model: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     priority: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,7 @@ def _chat(query: m.Chat) -> inf.ChatRequest:
         sampling=_sampling(query.sampling),
         priority=query.priority,
         chat_template_kwargs={key: _template(value) for key, value in query.template.items()},
+        structured_outputs=_structured(query.structured_outputs),
     )
 
 
@@ -74,6 +76,7 @@ def _generate(query: m.Generate) -> inf.GenerateRequest:
         token_ids=ids,
         sampling=_sampling(query.sampling),
         priority=query.priority,
+        structured_outputs=_structured(query.structured_outputs),
     )
 
 
@@ -85,6 +88,20 @@ def _tokenize(query: m.Tokenize) -> inf.TokenizeRequest:
 
 def _sampling(sampling: m.Sampling) -> inf.SamplingParams:
     return inf.SamplingParams(**sampling)
+
+
+def _structured(asked: m.StructuredOutputs | None) -> inf.StructuredOutputs | None:
+    """Raises TypeError for what names more than one."""
+    if asked is None:
+        return None
+    if len(asked) > 1:
+        raise TypeError(f"structured_outputs takes one of {', '.join(sorted(asked))}")
+    made: dict[str, Any] = {**asked}
+    if "choice" in asked:
+        made["choice"] = inf.Choices(texts=asked["choice"])
+    if "json" in asked and not isinstance(asked["json"], str):
+        made["json"] = json.dumps(asked["json"])
+    return inf.StructuredOutputs(**made)
 
 
 def _message(message: m.Message) -> inf.Message:

@@ -29,11 +29,13 @@ from loriner.core import (
     TokenLogprob,
     Turn,
 )
+from loriner.engine.grammars import Constraint
 from loriner.errors import (
     AdapterConflictError,
     AdapterNotFoundError,
     EngineUnavailableError,
     InvalidAdapterError,
+    InvalidRequestError,
     LorinerError,
 )
 
@@ -180,6 +182,15 @@ class FakeGeneration:
             self.service.closed.append(self.request_id)
 
 
+class FakeGrammars:
+    """Compiles nothing; texts that hold `bad` are refused."""
+
+    async def compile(self, constraint: Constraint) -> str:
+        if "bad" in constraint.text:
+            raise InvalidRequestError(f"{constraint.param} is bad.", constraint.param)
+        return f"{constraint.kind}: {constraint.text}"
+
+
 class FakeService:
     """What the doors see. `calls` holds the keyword arguments of each `generate`."""
 
@@ -199,6 +210,7 @@ class FakeService:
         self.num_restarts = 0
         self.engine_config = EngineConfig()
         self.store = FakeStore(root)
+        self.grammars = FakeGrammars()
         self.calls: list[dict[str, Any]] = []
         self.closed: list[str] = []
         self.open: list[FakeGeneration] = []

@@ -146,7 +146,7 @@ def test_a_chat_reaches_the_service_as_over_http(
 
 
 def test_every_sampling_parameter_of_the_core_has_a_field_of_its_name() -> None:
-    ours = set(SamplingParams.__dataclass_fields__)
+    ours = set(SamplingParams.__dataclass_fields__) - {"grammar"}  # made from structured_outputs
 
     assert {field.name for field in pb.SamplingParams.DESCRIPTOR.fields} == ours
 
@@ -219,6 +219,11 @@ REFUSED_CHATS = [
     (sampled(stop=["x"] * 17), "sampling.stop"),
     (sampled(logit_bias={1: 200.0}), "sampling.logit_bias"),
     (sampled(stop_token_ids=range(129)), "sampling.stop_token_ids"),
+    (chat(structured_outputs=pb.StructuredOutputs(json="bad")), "structured_outputs.json"),
+    (
+        chat(structured_outputs=pb.StructuredOutputs(choice=pb.Choices())),
+        "structured_outputs.choice",
+    ),
 ]
 
 

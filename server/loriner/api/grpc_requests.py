@@ -94,7 +94,7 @@ async def completion_body(request: pb.GenerateRequest) -> CompletionBody:
         data["prompt"] = request.text
     elif request.HasField("token_ids"):
         data["prompt"] = list(request.token_ids.ids)
-    data |= _sampling(request.sampling)
+    data |= _sampling(request.sampling) | _structured(request)
     return await _validated(CompletionBody, data, request.ByteSize())
 
 
@@ -105,7 +105,7 @@ async def _validated(model: type[M], data: dict[str, Any], size: int) -> M:
 
 
 def _chat(request: pb.ChatRequest) -> dict[str, Any]:
-    data = {**_set(request, *_CHAT_FIELDS), **_sampling(request.sampling)}
+    data = {**_set(request, *_CHAT_FIELDS), **_sampling(request.sampling), **_structured(request)}
     data["messages"] = [_message(message) for message in request.messages]
     if request.chat_template_kwargs:
         data["chat_template_kwargs"] = {
@@ -125,6 +125,17 @@ def _sampling(params: pb.SamplingParams) -> dict[str, Any]:
         if name in data:
             data[name] = list(data[name])
     return data
+
+
+def _structured(request: pb.ChatRequest | pb.GenerateRequest) -> dict[str, Any]:
+    if not request.HasField("structured_outputs"):
+        return {}
+    asked = request.structured_outputs
+    kind = asked.WhichOneof("constraint")
+    if kind is None:
+        return {"structured_outputs": {}}
+    value = list(asked.choice.texts) if kind == "choice" else getattr(asked, kind)
+    return {"structured_outputs": {kind: value}}
 
 
 def _message(message: pb.Message) -> dict[str, Any]:

@@ -7,13 +7,13 @@ a body has been checked before anything is tokenised.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loriner.api import prompts
 from loriner.api.access import Caller
 from loriner.api.prompts import Prompt
-from loriner.api.schema import ChatBody, CompletionBody
+from loriner.api.schema import ChatBody, CompletionBody, SamplingBody
 from loriner.api.selection import Choice, choose
 from loriner.core import SamplingParams
 
@@ -41,7 +41,7 @@ class Job:
 
 async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id: str) -> Job:
     """Raises InvalidRequestError, ModelNotFoundError."""
-    sampling = body.sampling()
+    sampling = await _sampling(service, body)
     choice = choose(body.model, body.adapters(), service.model_name)
     prompt = await prompts.from_chat(service, body)
     return Job(
@@ -51,7 +51,15 @@ async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id:
 
 async def text_job(service: Service, body: CompletionBody, caller: Caller, request_id: str) -> Job:
     """Raises InvalidRequestError, ModelNotFoundError."""
-    sampling = body.sampling()
+    sampling = await _sampling(service, body)
     choice = choose(body.model, body.adapters(), service.model_name)
     entries = await prompts.from_completion(service, body)
     return Job("cmpl", entries, "prompt", sampling, choice, caller, request_id, body.priority)
+
+
+async def _sampling(service: Service, body: SamplingBody) -> SamplingParams:
+    """With the grammar, when the answer has one."""
+    sampling, constraint = body.sampling(), body.constraint()
+    if constraint is None:
+        return sampling
+    return replace(sampling, grammar=await service.grammars.compile(constraint))

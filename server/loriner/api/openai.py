@@ -21,7 +21,8 @@ from loriner.api.auth import GuardedRoute, Told
 from loriner.api.formats import ChatFormat, TextFormat
 from loriner.api.inference import chat_job, text_job
 from loriner.api.responses import json_response
-from loriner.api.schema import Body, ChatBody, CompletionBody
+from loriner.api.schema import ChatBody, CompletionBody
+from loriner.api.schema_base import Body
 from loriner.api.selection import choose, public_name
 from loriner.api.shared import Shared
 from loriner.errors import AdapterNotFoundError, ModelNotFoundError

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from loriner.adapters.mixture import MAX_MIXED
+from loriner.api.schema_base import Body
+from loriner.api.structured import ResponseFormat, StructuredOutputs, constraint_of
 from loriner.api.unserved import CHAT, COMPLETION, TOKENIZE, refuse_unserved
 from loriner.core import MAX_CHOICES, MAX_LOGPROBS, SamplingParams, Scaled
+from loriner.engine.grammars import Constraint
 from loriner.errors import InvalidRequestError
 
 MAX_MESSAGES = 4096
@@ -29,12 +32,6 @@ MAX_TEMPLATE_KWARG_CHARS = 256
 TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_TEMPLATE_KWARG_CHARS)]
 
 TemplateKwargs = Annotated[dict[str, TemplateValue | None], Field(max_length=MAX_TEMPLATE_KWARGS)]
-
-
-class Body(BaseModel):
-    """Base of all bodies: strict types, other fields allowed."""
-
-    model_config = ConfigDict(extra="allow", strict=True, hide_input_in_errors=True)
 
 
 AdapterName = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
@@ -81,6 +78,8 @@ class SamplingBody(Body):
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[str, float] = {}
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool = False
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # inside the tenant
 
@@ -132,6 +131,10 @@ class SamplingBody(Body):
             raise InvalidRequestError(
                 "stream_options is only allowed when stream is true.", "stream_options"
             )
+
+    def constraint(self) -> Constraint | None:
+        """What the answer must look like. Raises InvalidRequestError."""
+        return constraint_of(self.response_format, self.structured_outputs)
 
     def token_limit(self) -> int | None:
         return self.max_tokens

@@ -13,14 +13,10 @@ from typing import Any
 
 from loriner.errors import InvalidRequestError
 
-_TEXT_FORMAT = {"type": "text"}
-
 _COMMON: Mapping[str, tuple[object, ...]] = {
-    "response_format": (_TEXT_FORMAT,),
     "store": (False,),
     "reasoning_effort": ("none",),
     "moderation": (),
-    "structured_outputs": ({},),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -82,8 +78,21 @@ TOKENIZE: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {"tools": ([],), "chat_template": (), "mm_processor_kwargs": ({},)}
 )
 
-_ADAPTER_FIELDS = frozenset(
-    ("lora_path", "lora_name", "lora_request", "lora", "adapters", "adapter_id")
+_HINTS: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(
+        ("lora_path", "lora_name", "lora_request", "lora", "adapters", "adapter_id"),
+        " Name one adapter in `adapter` or in `model`.",
+    )
+    | {
+        other: f" Use `structured_outputs.{ours}`."
+        for ours, others in {
+            "json": ("guided_json", "json_schema"),
+            "regex": ("guided_regex", "regex"),
+            "choice": ("guided_choice",),
+            "grammar": ("guided_grammar", "ebnf"),
+        }.items()
+        for other in others
+    }
 )
 
 
@@ -93,7 +102,7 @@ def refuse_unserved(data: Mapping[str, Any], table: Mapping[str, tuple[object, .
         if name not in table or _is_among(data[name], table[name]):
             continue
         what = "This value of" if table[name] else "The parameter"
-        hint = " Name one adapter in `adapter` or in `model`." if name in _ADAPTER_FIELDS else ""
+        hint = _HINTS.get(name, "")
         raise InvalidRequestError(f"{what} '{name}' is not served.{hint}", name)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from loriner.errors import EngineUnavailableError, InvalidRequestError
 
 MAX_CHARS = 1 << 16  # of a schema, a regular expression or a grammar
 MAX_WAIT_S = 10.0  # behind other callers' grammars; one alone takes under a second
-THREADS = 2
+STACK_BYTES = 256 << 20  # address space: the compiler recurses as deep as MAX_CHARS can nest
 
 # Steps of llguidance's own: they bound the time of a compilation (about 0.5 s), of a mask (about
 # 20 ms) and the memory of a matcher (about 2 KB a state).
@@ -64,11 +65,22 @@ def bridge(tokenizer: str, vocab_size: int, eos_ids: tuple[int, ...]) -> LLToken
     return LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_ids) or None)
 
 
+def compiling_thread() -> ThreadPoolExecutor:
+    """One thread whose stack no grammar overflows: that would end the process."""
+    pool = ThreadPoolExecutor(1, "grammars")
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        pool.submit(int).result()  # it is started here, and stays
+    finally:
+        threading.stack_size(before)
+    return pool
+
+
 class Grammars:
     """Compiles what callers send."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_ids: tuple[int, ...]) -> None:
-        self._pool = ThreadPoolExecutor(THREADS, "grammars")
+        self._pool = compiling_thread()
         path = folder / "tokenizer.json"
         self._make = lambda: bridge(path.read_text("utf-8"), vocab_size, eos_ids)
         self._bridge: Future[LLTokenizer] | None = None

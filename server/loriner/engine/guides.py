@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from loriner import core
 from loriner.core import Sequence
-from loriner.engine.grammars import LIMITS, bridge
+from loriner.engine.grammars import LIMITS, bridge, compiling_thread
 from loriner.errors import EngineFailedError, InvalidRequestError, LorinerError
 
 MASK_THREADS = 2
@@ -84,7 +84,7 @@ class Guides:
         """`tokenizer`: the text of a tokenizer.json. `on_ready` is called, on any thread, when
         `take` has something."""
         self._vocab_size, self._on_ready = vocab_size, on_ready
-        self._compiler = ThreadPoolExecutor(1, "grammars")
+        self._compiler = compiling_thread()
         self._masker = ThreadPoolExecutor(1, "masks")
         self._trie = self._compiler.submit(bridge, tokenizer, vocab_size, eos_ids)
         self._executor: LLExecutor | None = None

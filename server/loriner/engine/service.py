@@ -24,6 +24,7 @@ from loriner.core import EngineStats, Event, FinishReason, Request, SamplingPara
 from loriner.engine.admission import check_ids, check_mixture, fit
 from loriner.engine.chat import ChatTokenizer
 from loriner.engine.generation import Generation
+from loriner.engine.grammars import Grammars
 from loriner.engine.messages import Abort, Evict, Submit
 from loriner.engine.pins import Pins
 from loriner.engine.process import EngineProcess
@@ -52,6 +53,9 @@ class Service:
             base_tensor=checkpoint.dense,
         )
         self._chat = ChatTokenizer(engine_config.model)
+        self.grammars = Grammars(
+            engine_config.model, self.model_config.vocab_size, self.model_config.eos_token_ids
+        )
         self._engine = EngineProcess(engine_config, server_config.store)
         self._engine.on_event, self._engine.on_down = self._on_event, self._on_down
         self._engine.on_ready = self._on_ready
@@ -64,6 +68,7 @@ class Service:
     async def start(self) -> None:
         """Start the engine process; returns at once, `ready` tells when it can serve."""
         self._engine.start()
+        self.grammars.warm()
         self._warming = asyncio.create_task(asyncio.to_thread(self._chat.warm))
 
     async def wait_until_ready(self) -> None:
@@ -90,6 +95,7 @@ class Service:
             await asyncio.sleep(0.02)
         await self._engine.stop()
         self._on_down()
+        self.grammars.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STOP_S)
         self.store.close()
