@@ -39,7 +39,7 @@ class IdleRunner:
     max_len = 8192
     num_blocks = 20_000
     operand_bytes = 0
-    model_config: Any = SimpleNamespace(eos_token_ids=(257,))
+    model_config: Any = SimpleNamespace(eos_token_ids=(257,), vocab_size=259)
     checkpoint: Any = SimpleNamespace(num_bytes=0)
 
     def make_pool(self, max_seats: int, on_copied: object) -> Pool:
