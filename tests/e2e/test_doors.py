@@ -17,6 +17,15 @@ from tests.servers import ServerProcess, wait_until
 
 HI, STORY = "hi", "tell me a story about a harness"
 GREEDY: lc.Sampling = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+ANSWER = {
+    "type": "object",
+    "properties": {
+        "ok": {"type": "boolean"},
+        "n": {"type": "integer", "maximum": 99, "minimum": 0},
+    },
+    "required": ["ok", "n"],
+    "additionalProperties": False,
+}
 ABORTED = "loriner_aborted_sequences_total"
 GRPC_CODES = {row.code or "invalid_request": row.grpc for row in TABLE.values()}
 
@@ -57,6 +66,11 @@ CHATS: list[tuple[str, dict[str, Any]]] = [
     (STORY, {"temperature": 0.0, "max_tokens": 30, "stop_token_ids": [65, 66, 67, 97, 101]}),
     (STORY, {"temperature": 0.0, "max_tokens": 30, "logit_bias": {65: 100.0}, "stop": ["AAA"]}),
     (HI, {"temperature": 0.0, "max_tokens": 4, "min_tokens": 4}),
+    (HI, {"temperature": 0.0, "structured_outputs": {"regex": "[a-z]{3,9}: (yes|no)"}}),
+    (STORY, {"seed": 5, "n": 3, "adapter": "a0", "structured_outputs": {"json": ANSWER}}),
+    (STORY, {"seed": 6, "logprobs": 2, "structured_outputs": {"choice": ["yes", "no", "ünï"]}}),
+    (HI, {"seed": 7, "structured_outputs": {"grammar": 'start: "<" /[a-f]{2,8}/ ">"'}}),
+    (HI, {"seed": 8, "max_tokens": 9, "structured_outputs": {"json_object": True}}),
 ]
 
 
@@ -101,6 +115,18 @@ def test_a_continued_text_has_the_same_tokens_through_both_doors(
     first, second = (plain(client.generate(prompt, **fields)) for client in (grpc, http))
 
     assert first == second and first["choices"][0]["token_ids"]
+
+
+@pytest.mark.parametrize("which", ["grpc", "http"])
+def test_a_structured_answer_has_its_structure(
+    grpc: lc.Client, http: lc.Client, which: str
+) -> None:
+    client = {"grpc": grpc, "http": http}[which]
+    answer = client.chat(STORY, n=4, structured_outputs={"json": ANSWER})
+    for choice in answer.choices:
+        assert set(json.loads(choice.text)) == {"ok", "n"} and choice.finish_reason == "stop"
+    text = client.generate("x", structured_outputs={"choice": ["left", "right"]}).text
+    assert text in ("left", "right")
 
 
 def test_an_answer_is_the_one_it_has_alone(grpc: lc.Client, kit: Kit) -> None:
@@ -151,6 +177,15 @@ REFUSED: list[dict[str, Any]] = [
     {"frequency_penalty": 3.0},
     {"presence_penalty": -3.0},
     {"template": {"messages": 1}},
+    {"structured_outputs": {"regex": "a(b"}},
+    {"structured_outputs": {"regex": ""}},
+    {"structured_outputs": {"json": {"type": "objekt"}}},
+    {"structured_outputs": {"json": {"not": {}}}},
+    {"structured_outputs": {"choice": []}},
+    {"structured_outputs": {"choice": ["a", ""]}},
+    {"structured_outputs": {"grammar": "start: nobody"}},
+    {"structured_outputs": {"regex": "a+"}, "ignore_eos": True},
+    {"structured_outputs": {"regex": "a+"}, "min_tokens": 2},
 ]
 
 
