@@ -93,6 +93,10 @@ class ServerConfig:
         0.5, "of the queue, the most that one tenant without a quota may fill", low=0, high=1
     )
     shutdown_s: float = setting(30.0, "grace for running requests at shutdown", low=0)
+    tool_format: str = setting(
+        "auto",
+        "how the base writes tool calls: auto (by its chat template), hermes, llama3 or mistral",
+    )
     training: Path | None = setting(None, "folder of files and jobs of training over HTTP")
     training_device: str = setting("cpu", "where such jobs train: auto, cpu or cuda")
     training_threads: int = setting(0, "CPU threads of such a job (0: half of the cores)", low=0)
@@ -111,6 +115,7 @@ class ServerConfig:
             raise ConfigError("grpc_client_ca needs grpc_cert and grpc_key.")
         check_limits(self)
         check_choice(self, "training_device", ("auto", "cpu", "cuda"))
+        check_choice(self, "tool_format", ("auto", "hermes", "llama3", "mistral"))
 
 
 def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:

@@ -55,6 +55,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
+    special_text: bool = False  # special tokens show in the text
     grammar: str | None = None  # of the whole output, as `engine/grammars.py` compiles it
 
     def __post_init__(self) -> None:

@@ -191,6 +191,17 @@ class FakeGrammars:
         return f"{constraint.kind}: {constraint.text}"
 
 
+class FakeChat:
+    """A template that knows tools, in Hermes' way."""
+
+    def __init__(self) -> None:
+        self.template = "{{ tools }}<tool_call>"
+        self.special_ids: dict[str, int] = {}
+
+    def special_id(self, text: str) -> int | None:
+        return self.special_ids.get(text)
+
+
 class FakeService:
     """What the doors see. `calls` holds the keyword arguments of each `generate`."""
 
@@ -211,6 +222,9 @@ class FakeService:
         self.engine_config = EngineConfig()
         self.store = FakeStore(root)
         self.grammars = FakeGrammars()
+        self.chat = FakeChat()
+        self.tool_format = "auto"
+        self.says: list[str] | None = None  # instead of words that name the adapter
         self.calls: list[dict[str, Any]] = []
         self.closed: list[str] = []
         self.open: list[FakeGeneration] = []
@@ -267,6 +281,7 @@ class FakeService:
         self.rendered.append(
             {
                 "messages": messages,
+                "tools": tools,
                 "add_generation_prompt": add_generation_prompt,
                 "continue_final_message": continue_final_message,
                 "template_kwargs": template_kwargs,
@@ -302,7 +317,7 @@ class FakeService:
             | {"request_id": request_id, "tenant": tenant, "prompt_param": prompt_param}
             | {"turn": turn}
         )
-        events = script(request_id, record, len(prompt_ids), sampling, self.cold_start)
+        events = script(request_id, record, len(prompt_ids), sampling, self.cold_start, self.says)
         self.open.append(FakeGeneration(self, request_id, record, events))
         return self.open[-1]
 
@@ -343,10 +358,11 @@ def script(
     num_prompt: int,
     sampling: SamplingParams,
     cold_start: bool,
+    says: list[str] | None = None,
 ) -> list[Event]:
     """All choices, one token each in turn, as a batch would give them."""
     events = []
-    all_words = [words_of(record, index) for index in range(sampling.n)]
+    all_words = [says or words_of(record, index) for index in range(sampling.n)]
     length = min(len(all_words[0]), sampling.max_tokens or 100)
     for step in range(length):
         for index, words in enumerate(all_words):

@@ -24,7 +24,7 @@ PARAMETERS = json.loads(
 # Accepted whatever they say: they change nothing about the answer.
 HARMLESS = {
     *("user", "metadata", "service_tier", "safety_identifier", "verbosity", "prediction"),
-    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "parallel_tool_calls"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 }
 HI = [{"role": "user", "content": "hi"}]
 
@@ -55,8 +55,6 @@ def test_every_completion_parameter_of_openai_is_served_refused_or_harmless(name
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy"}),

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from loriner.api import shapes
 from loriner.api.prompts import Prompt
+from loriner.api.spoken import Spoken, whole_message
+from loriner.api.tool_calling import ToolCalling
 from loriner.core import Event, TokenLogprob
 
 _FLOOR = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lacks
@@ -71,9 +74,11 @@ class Format(Protocol):
 class ChatFormat:
     """POST /v1/chat/completions."""
 
-    def __init__(self, head: Head, prompt: Prompt) -> None:
+    def __init__(self, head: Head, prompt: Prompt, calling: ToolCalling | None = None) -> None:
         self._head = head
         self._prompt = prompt
+        self._calling = calling
+        self._spoken: dict[int, Spoken] = {}  # choice -> what it has said, when it may call
 
     def opening(self, num_choices: int) -> list[shapes.Answer]:
         chunks = [
@@ -88,14 +93,24 @@ class ChatFormat:
         return chunks
 
     def chunk(self, index: int, event: Event) -> shapes.Answer | None:
-        if not _is_worth_sending(self._head, event):
+        finish = None if event.finish_reason is None else event.finish_reason.value
+        if self._calling is None:
+            delta = shapes.Delta(content=event.text if event.text or finish is None else UNSET)
+            is_worth_sending = _is_worth_sending(self._head, event)
+        else:
+            spoken = self._spoken.setdefault(index, Spoken(self._calling))
+            delta = spoken.delta(event.text, finish)
+            finish = spoken.finish_reason
+            silent = msgspec.structs.replace(event, text="")
+            has_pieces = not (delta.content is UNSET and delta.tool_calls is UNSET)
+            is_worth_sending = has_pieces or _is_worth_sending(self._head, silent)
+        if not is_worth_sending:
             return None
-        finish = event.finish_reason
         choice = shapes.ChatDeltaChoice(
             index=index,
-            delta=shapes.Delta(content=event.text if event.text or finish is None else UNSET),
+            delta=delta,
             logprobs=self._logprobs(event.logprobs),
-            finish_reason=None if finish is None else finish.value,
+            finish_reason=finish,
             stop_reason=UNSET if finish is None else event.stop_reason,
             token_ids=_ids(self._head, event.token_ids),
         )
@@ -111,19 +126,26 @@ class ChatFormat:
             [
                 shapes.ChatChoice(
                     index=i,
-                    message=shapes.Message(content="".join(choice.texts)),
+                    message=message,
                     logprobs=self._logprobs(choice.logprobs),
-                    finish_reason=choice.finish_reason,
+                    finish_reason=reason,
                     stop_reason=choice.stop_reason,
                     token_ids=_ids(self._head, choice.token_ids),
                 )
                 for i, choice in enumerate(choices)
+                for message, reason in [self._message(choice)]
             ],
             False,
         )
         answer.usage, answer.loriner = usage, self._head.origin
         answer.prompt_token_ids = _ids(self._head, self._prompt.ids)
         return answer
+
+    def _message(self, choice: Gathered) -> tuple[shapes.Message, str]:
+        text = "".join(choice.texts)
+        if self._calling is None:
+            return shapes.Message(content=text), choice.finish_reason
+        return whole_message(self._calling, text, choice.finish_reason)
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> shapes.ChatLogprobs | None:
         if not self._head.logprobs:

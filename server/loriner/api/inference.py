@@ -15,6 +15,8 @@ from loriner.api.access import Caller
 from loriner.api.prompts import Prompt
 from loriner.api.schema import ChatBody, CompletionBody, SamplingBody
 from loriner.api.selection import Choice, choose
+from loriner.api.tool_calling import ToolCalling
+from loriner.api.tool_formats import format_of
 from loriner.core import SamplingParams
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class Job:
     caller: Caller
     request_id: str
     priority: int
+    calling: ToolCalling | None = None  # None: no tool may be called
 
     @property
     def num_choices(self) -> int:
@@ -42,10 +45,23 @@ class Job:
 async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id: str) -> Job:
     """Raises InvalidRequestError, ModelNotFoundError."""
     sampling = await _sampling(service, body)
+    use = body.tool_use()
+    form = format_of(service.chat.template, service.tool_format)
+    calling = None if use is None else ToolCalling(use, form)
+    if calling is not None:
+        sampling = await calling.constrain(service, sampling)
     choice = choose(body.model, body.adapters(), service.model_name)
-    prompt = await prompts.from_chat(service, body)
+    prompt = await prompts.from_chat(service, body, calling)
     return Job(
-        "chatcmpl", [prompt], "messages", sampling, choice, caller, request_id, body.priority
+        "chatcmpl",
+        [prompt],
+        "messages",
+        sampling,
+        choice,
+        caller,
+        request_id,
+        body.priority,
+        calling,
     )
 
 

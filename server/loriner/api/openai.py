@@ -57,7 +57,7 @@ class OpenAIDoor:
     async def chat(self, request: Request) -> Reply:
         chat = await body.parse(request, ChatBody, self._max_body_bytes)
         job = await chat_job(self._service, chat, *_asker(request))
-        look = Look(chat, lambda head: ChatFormat(head, job.prompts[0]))
+        look = Look(chat, lambda head: ChatFormat(head, job.prompts[0], job.calling))
         return Reply(lambda send: self._answering.answer(job, look, send))
 
     async def complete(self, request: Request) -> Reply:

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from loriner.adapters.names import show
 from loriner.api.schema import ChatBody, CompletionBody, ContentPart, Message, ToolCall
+from loriner.api.tool_calling import ToolCalling
+from loriner.api.tool_formats import format_of, knows_tools
+from loriner.api.tool_prompt import explained
 from loriner.core import MAX_CHOICES
 from loriner.errors import InvalidRequestError
 
@@ -53,7 +56,7 @@ class Prompt:
     text: str = ""
 
 
-async def from_chat(service: Service, body: ChatBody) -> Prompt:
+async def from_chat(service: Service, body: ChatBody, calling: ToolCalling | None = None) -> Prompt:
     """Render the chat template. Raises InvalidRequestError naming the message and part."""
     reserved = _RESERVED_KWARGS & body.chat_template_kwargs.keys()
     if reserved:
@@ -62,8 +65,15 @@ async def from_chat(service: Service, body: ChatBody) -> Prompt:
             "chat_template_kwargs",
         )
     generation_prompt = body.add_generation_prompt
+    turns = [_plain(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+    use = None if calling is None else calling.use
+    knows = knows_tools(service.chat.template)
+    if not knows:
+        form = format_of(service.chat.template, service.tool_format)
+        turns = explained(turns, use, form)
     ids = await service.render_chat(
-        [_plain(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
+        turns,
+        tools=use.described() if use is not None and knows else None,
         add_generation_prompt=(
             not body.continue_final_message if generation_prompt is None else generation_prompt
         ),

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from loriner.adapters.mixture import MAX_MIXED
 from loriner.api.schema_base import Body
 from loriner.api.structured import ResponseFormat, StructuredOutputs, constraint_of
+from loriner.api.tool_schema import ToolChoice, Tools, ToolUse, tool_use
 from loriner.api.unserved import CHAT, COMPLETION, TOKENIZE, refuse_unserved
 from loriner.core import MAX_CHOICES, MAX_LOGPROBS, SamplingParams, Scaled
 from loriner.engine.grammars import Constraint
@@ -183,6 +184,9 @@ class ChatBody(SamplingBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: TemplateKwargs = {}
+    tools: Tools = []
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     def check(self) -> None:
         super().check()
@@ -200,6 +204,17 @@ class ChatBody(SamplingBody):
 
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def tool_use(self) -> ToolUse | None:
+        """What may be called; None: nothing. Raises InvalidRequestError."""
+        use = tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if use is not None and self.constraint() is not None:
+            raise InvalidRequestError(
+                "tools need free text or calls: response_format and structured_outputs only go "
+                "with tool_choice `none`.",
+                "tools",
+            )
+        return use
 
     def names(self) -> dict[str, str]:
         renamed = self.max_completion_tokens is not None

@@ -54,10 +54,23 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
+class FunctionCall(Struct):
+    arguments: str
+    name: str | UnsetType = UNSET  # with the first piece of a streamed call
+
+
+class ToolCall(Struct):
+    function: FunctionCall
+    index: int | UnsetType = UNSET  # of a streamed call
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
 class Message(Struct):
-    content: str
+    content: str | None
     role: str = "assistant"
     refusal: str | None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
@@ -72,6 +85,7 @@ class ChatChoice(Struct):
 class Delta(Struct):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatDeltaChoice(Struct):

@@ -109,7 +109,6 @@ MISTRAL_ARGS = ToolFormat(
     has_args_mark=True,
     id_chars=9,
 )
-NAMES = ("auto", "hermes", "llama3", "mistral")
 
 
 def knows_tools(template: str) -> bool:

@@ -55,8 +55,6 @@ _COMMON: Mapping[str, tuple[object, ...]] = {
 CHAT: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
         **_COMMON,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),

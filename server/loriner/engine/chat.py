@@ -33,6 +33,22 @@ class ChatTokenizer:
         with self._lock:
             _ = self._tokenizer
 
+    @property
+    def template(self) -> str:
+        """The text of the chat template; "" when there is none."""
+        self.warm()
+        try:
+            return str(self._tokenizer.get_chat_template(tools=[]))
+        except ValueError:
+            return ""
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written `text`: not shown in answers, no text for a grammar."""
+        self.warm()
+        added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        found = (i for i, token in added.items() if token.content == text and token.special)
+        return next(found, None)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         self.warm()
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)

@@ -7,6 +7,8 @@ known not to be.
 
 from __future__ import annotations
 
+from functools import partial
+
 from tokenizers import Tokenizer
 
 MAX_PENDING = 16  # tokens without text: no character takes more, so what is there is given out
@@ -21,9 +23,12 @@ class Detokenizer:
         stop: tuple[str, ...],
         include_stop: bool,
         alone: dict[int, str] | None = None,
+        *,
+        skip_special: bool = True,
     ) -> None:
-        """`alone`: texts of single tokens, to be shared by all sequences of a tokenizer."""
-        self._tokenizer = tokenizer
+        """`alone`: texts of single tokens, to be shared by all sequences of a tokenizer that skip
+        alike."""
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special)
         self._stop, self._include_stop = stop, include_stop
         self._alone = {} if alone is None else alone
         self._held = ""  # decoded, not yet given out
@@ -51,7 +56,7 @@ class Detokenizer:
 
     def _new_text(self) -> str:
         """What the pending tokens add to the text of their context."""
-        both = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=True)
+        both = self._decode(self._context + self._pending)
         return str(both[len(self._before) :])
 
     def _take(self, text: str) -> None:
@@ -61,11 +66,11 @@ class Detokenizer:
 
     def _text_of_context(self) -> str:
         if len(self._context) != 1:
-            return str(self._tokenizer.decode(self._context, skip_special_tokens=True))
+            return str(self._decode(self._context))
         token_id = self._context[0]
         text = self._alone.get(token_id)
         if text is None:
-            text = str(self._tokenizer.decode(self._context, skip_special_tokens=True))
+            text = str(self._decode(self._context))
             self._alone[token_id] = text
         return text
 

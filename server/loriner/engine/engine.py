@@ -97,7 +97,11 @@ class Engine:
             sequence.needs_host = self.runner.needs_host(params)
             self._sequences[request.request_id][index] = sequence
             self._text[sequence] = Detokenizer(
-                self.tokenizer, params.stop, params.include_stop_str_in_output, self._alone
+                self.tokenizer,
+                params.stop,
+                params.include_stop_str_in_output,
+                None if params.special_text else self._alone,
+                skip_special=not params.special_text,
             )
         sequences = list(self._sequences[request.request_id].values())
         if params.grammar is not None:

@@ -44,6 +44,7 @@ class Service:
         checkpoint = Checkpoint.open(engine_config.model)
         self.model_config = checkpoint.config
         self.base_digest = checkpoint.base_digest
+        self.tool_format = server_config.tool_format
         self.model_name = server_config.served_name or engine_config.model.resolve().name
         self.created = int(time.time())
         self.store = Store(
@@ -52,7 +53,7 @@ class Service:
             self.base_digest,
             base_tensor=checkpoint.dense,
         )
-        self._chat = ChatTokenizer(engine_config.model)
+        self.chat = ChatTokenizer(engine_config.model)
         self.grammars = Grammars(
             engine_config.model, self.model_config.vocab_size, self.model_config.eos_token_ids
         )
@@ -69,7 +70,7 @@ class Service:
         """Start the engine process; returns at once, `ready` tells when it can serve."""
         self._engine.start()
         self.grammars.warm()
-        self._warming = asyncio.create_task(asyncio.to_thread(self._chat.warm))
+        self._warming = asyncio.create_task(asyncio.to_thread(self.chat.warm))
 
     async def wait_until_ready(self) -> None:
         """Raises EngineUnavailableError when the engine cannot start."""
@@ -128,14 +129,14 @@ class Service:
         return self._engine.stats
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self._chat.encode(text, add_special_tokens)
+        return self.chat.encode(text, add_special_tokens)
 
     @property
     def vocab_size(self) -> int:
         return self.model_config.vocab_size
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._chat.decode(ids)
+        return self.chat.decode(ids)
 
     async def render_chat(
         self,
@@ -148,7 +149,7 @@ class Service:
     ) -> list[int]:
         """Messages -> token ids by the base's chat template, off the event loop."""
         return await asyncio.to_thread(
-            self._chat.render,
+            self.chat.render,
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
