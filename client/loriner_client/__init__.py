@@ -57,6 +57,7 @@ from loriner_client._models import (
     ToolCall,
     UploadReport,
     Usage,
+    Which,
 )
 from loriner_client._streams import AsyncStream, Stream
 from loriner_client._transport import (
@@ -123,5 +124,6 @@ __all__ = [
     "Upload",
     "UploadReport",
     "Usage",
+    "Which",
     "completion",
 ]

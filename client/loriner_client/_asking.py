@@ -11,6 +11,7 @@ from loriner_client._models import (
     Sampling,
     StructuredOutputs,
     TemplateValue,
+    Which,
 )
 from loriner_client._transport import AsyncTransport, Transport
 
@@ -49,7 +50,7 @@ def open_async_transport(settings: Settings) -> AsyncTransport:
 
 def chat_query(
     messages: Turns,
-    adapter: str | None,
+    adapter: Which | None,
     model: str | None,
     priority: int | None,
     template: Mapping[str, TemplateValue] | None,

@@ -55,15 +55,15 @@ class AsyncClient:
         self,
         messages: Turns,
         *,
-        adapter: str | None = None,
+        adapter: m.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
         structured_outputs: m.StructuredOutputs | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> m.Completion:
-        """Answer a conversation, or one user's text. `priority`: lower runs earlier, inside the
-        tenant."""
+        """Answer a conversation, or one user's text. `adapter`: a name, or several with scales,
+        {"a": 0.5, "b": 1.0}. `priority`: lower runs earlier, inside the tenant."""
         query = chat_query(
             messages, adapter, model, priority, template, structured_outputs, sampling
         )
@@ -73,7 +73,7 @@ class AsyncClient:
         self,
         messages: Turns,
         *,
-        adapter: str | None = None,
+        adapter: m.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
@@ -90,7 +90,7 @@ class AsyncClient:
         self,
         prompt: str | Sequence[int],
         *,
-        adapter: str | None = None,
+        adapter: m.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
         structured_outputs: m.StructuredOutputs | None = None,
@@ -112,7 +112,7 @@ class AsyncClient:
         self,
         prompt: str | Sequence[int],
         *,
-        adapter: str | None = None,
+        adapter: m.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
         structured_outputs: m.StructuredOutputs | None = None,

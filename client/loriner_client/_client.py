@@ -58,15 +58,15 @@ class Client:
         self,
         messages: Turns,
         *,
-        adapter: str | None = None,
+        adapter: m.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
         structured_outputs: m.StructuredOutputs | None = None,
         **sampling: Unpack[m.Sampling],
     ) -> m.Completion:
-        """Answer a conversation, or one user's text. `priority`: lower runs earlier, inside the
-        tenant."""
+        """Answer a conversation, or one user's text. `adapter`: a name, or several with scales,
+        {"a": 0.5, "b": 1.0}. `priority`: lower runs earlier, inside the tenant."""
         query = chat_query(
             messages, adapter, model, priority, template, structured_outputs, sampling
         )
@@ -76,7 +76,7 @@ class Client:
         self,
         messages: Turns,
         *,
-        adapter: str | None = None,
+        adapter: m.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
@@ -93,7 +93,7 @@ class Client:
         self,
         prompt: str | Sequence[int],
         *,
-        adapter: str | None = None,
+        adapter: m.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
         structured_outputs: m.StructuredOutputs | None = None,
@@ -115,7 +115,7 @@ class Client:
         self,
         prompt: str | Sequence[int],
         *,
-        adapter: str | None = None,
+        adapter: m.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
         structured_outputs: m.StructuredOutputs | None = None,

@@ -51,11 +51,17 @@ def _body(query: m.StreamQuery) -> Json:
             body[name] = list(body[name])
     chosen = {
         "model": query.model,
-        "adapter": query.adapter,
+        "adapter": _which(query.adapter),
         "priority": query.priority,
         "structured_outputs": query.structured_outputs,
     }
     return body | {key: value for key, value in chosen.items() if value is not None}
+
+
+def _which(adapter: m.Which | None) -> str | list[Json] | None:
+    if adapter is None or isinstance(adapter, str):
+        return adapter
+    return [{"name": name, "scale": scale} for name, scale in adapter.items()] or None
 
 
 def _message(message: m.Message) -> Json:

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 
 A = TypeVar("A")
 TemplateValue = bool | int | float | str
+Which = str | Mapping[str, float]  # an adapter, or several with the scales of their deltas
 
 
 class Sampling(TypedDict, total=False):
@@ -194,7 +195,7 @@ class Query(Generic[A]):
 @dataclass(frozen=True, slots=True)
 class Chat(Query[Completion]):
     messages: Sequence[Message]
-    adapter: str | None = None
+    adapter: Which | None = None
     model: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     priority: int | None = None
@@ -205,7 +206,7 @@ class Chat(Query[Completion]):
 @dataclass(frozen=True, slots=True)
 class Generate(Query[Completion]):
     prompt: str | Sequence[int]  # a text, or token ids
-    adapter: str | None = None
+    adapter: Which | None = None
     model: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     priority: int | None = None

@@ -57,7 +57,7 @@ class Rpc:
 def _chat(query: m.Chat) -> inf.ChatRequest:
     return inf.ChatRequest(
         model=query.model,
-        adapter=query.adapter,
+        **_which(query.adapter),
         messages=[_message(message) for message in query.messages],
         sampling=_sampling(query.sampling),
         priority=query.priority,
@@ -66,12 +66,19 @@ def _chat(query: m.Chat) -> inf.ChatRequest:
     )
 
 
+def _which(adapter: m.Which | None) -> dict[str, Any]:
+    if adapter is None or isinstance(adapter, str):
+        return {"adapter": adapter}
+    parts = [inf.ScaledAdapter(name=name, scale=scale) for name, scale in adapter.items()]
+    return {"adapters": parts}
+
+
 def _generate(query: m.Generate) -> inf.GenerateRequest:
     text = query.prompt if isinstance(query.prompt, str) else None
     ids = None if isinstance(query.prompt, str) else inf.TokenIds(ids=query.prompt)
     return inf.GenerateRequest(
         model=query.model,
-        adapter=query.adapter,
+        **_which(query.adapter),
         text=text,
         token_ids=ids,
         sampling=_sampling(query.sampling),

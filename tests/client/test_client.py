@@ -89,6 +89,16 @@ def test_every_way_to_sample_reaches_the_server(client: Any, service: FakeServic
         assert {top.token for top in answer.choices[0].logprobs[0].top} >= {"t0", "t1"}
 
 
+def test_several_adapters_reach_the_server(client: Any, service: FakeService) -> None:
+    chat = client.chat("hi", adapter={"pirate": 0.7, "codeword": 1.0})
+    text = client.generate("hi", adapter={"pirate": -2.0})
+
+    first, second = (call["adapter"] for call in service.calls)
+    assert first == [("pirate", 0.7), ("codeword", 1.0)] and second == [("pirate", -2.0)]
+    assert chat.opening.adapter == "default/pirate*0.7+default/codeword"
+    assert text.opening.generation.startswith("mix:")
+
+
 def test_a_conversation_reaches_the_template(client: Any, service: FakeService) -> None:
     call = lc.ToolCall("c1", "f", "{}")
     turns = [
@@ -122,6 +132,7 @@ def test_tokens_status_and_drain(client: Any) -> None:
 
 REFUSALS: list[tuple[dict[str, Any], type[lc.LorinerError], str]] = [
     ({"adapter": "nope"}, lc.AdapterNotFoundError, "adapter"),
+    ({"adapter": {"pirate": 1.0, "nope": 0.5}}, lc.AdapterNotFoundError, "adapter"),
     ({"model": "nope"}, lc.ModelNotFoundError, "model"),
     ({"temperature": 3.0}, lc.InvalidRequestError, "temperature"),
     ({"logprobs": 30}, lc.InvalidRequestError, "logprobs"),

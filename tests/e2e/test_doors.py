@@ -60,6 +60,8 @@ CHATS: list[tuple[str, dict[str, Any]]] = [
     (STORY, {**GREEDY, "model": "tiny:a0"}),
     (HI, {"temperature": 1.0, "seed": 7, "max_tokens": 12, "top_p": 0.9, "top_k": 40}),
     (HI, {"temperature": 0.8, "seed": 3, "max_tokens": 8, "n": 3, "adapter": "a1"}),
+    (HI, {**GREEDY, "adapter": {"a0": 0.75, "a1": -1.25}}),
+    (STORY, {"seed": 2, "adapter": {"a1": 0.5}}),
     (HI, {**GREEDY, "logprobs": 3}),
     (HI, {**GREEDY, "repetition_penalty": 1.3, "frequency_penalty": 0.5}),
     (HI, {**GREEDY, "logit_bias": {65: 100.0}}),

@@ -54,6 +54,8 @@ def named_as_in_proto(prefix: str = "") -> Iterator[None]:
 
 
 def _path(param: str) -> str:
+    if param.startswith("adapter["):
+        return f"adapters{param.removeprefix('adapter')}"
     head = re.split(r"[.\[]", param, maxsplit=1)[0]
     renamed = _RENAMED.get(head, head)
     if renamed in _SAMPLING:
@@ -94,7 +96,7 @@ async def completion_body(request: pb.GenerateRequest) -> CompletionBody:
         data["prompt"] = request.text
     elif request.HasField("token_ids"):
         data["prompt"] = list(request.token_ids.ids)
-    data |= _sampling(request.sampling) | _structured(request)
+    data |= _sampling(request.sampling) | _structured(request) | _adapters(request)
     return await _validated(CompletionBody, data, request.ByteSize())
 
 
@@ -106,6 +108,7 @@ async def _validated(model: type[M], data: dict[str, Any], size: int) -> M:
 
 def _chat(request: pb.ChatRequest) -> dict[str, Any]:
     data = {**_set(request, *_CHAT_FIELDS), **_sampling(request.sampling), **_structured(request)}
+    data |= _adapters(request)
     data["messages"] = [_message(message) for message in request.messages]
     if request.chat_template_kwargs:
         data["chat_template_kwargs"] = {
@@ -125,6 +128,14 @@ def _sampling(params: pb.SamplingParams) -> dict[str, Any]:
         if name in data:
             data[name] = list(data[name])
     return data
+
+
+def _adapters(request: pb.ChatRequest | pb.GenerateRequest) -> dict[str, Any]:
+    if not request.adapters:
+        return {}
+    if request.HasField("adapter"):
+        raise InvalidRequestError("adapter and adapters exclude each other.", "adapters")
+    return {"adapter": [_set(one, "scale") | {"name": one.name} for one in request.adapters]}
 
 
 def _structured(request: pb.ChatRequest | pb.GenerateRequest) -> dict[str, Any]:
