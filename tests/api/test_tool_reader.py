@@ -111,7 +111,7 @@ def test_a_name_is_told_before_its_arguments_are_whole() -> None:
 TEMPLATES: list[tuple[str, ToolFormat]] = [
     ("{{ messages }}", HERMES),
     ("{% if tools %}<tools>{{ tools }}</tools><tool_call>{% endif %}", HERMES),
-    ("{% if tools %}<|start_header_id|>{{ tools }}<|python_tag|>{% endif %}", LLAMA3),
+    ('{% if tools %}<|start_header_id|>{"name": f, "parameters": p}{% endif %}', LLAMA3),
     ("{% if tools %}[AVAILABLE_TOOLS]{{ tools }}[TOOL_CALLS]{% endif %}", MISTRAL),
     ("{% if tools %}[TOOL_CALLS]{{ name }}[ARGS]{% endif %}", MISTRAL_ARGS),
 ]

@@ -204,6 +204,7 @@ def test_a_template_without_tools_is_told_in_words(
             "tool_calls": [tool("get_time", arguments='{"a": 1}') | {"id": "c"}],
         },
         {"role": "tool", "content": "12:00", "tool_call_id": "c"},
+        {"role": "tool", "content": "noon", "tool_call_id": "d"},
     ]
     choice = post(client, messages=history).json()["choices"][0]
     rendered = service.rendered[0]
@@ -214,7 +215,29 @@ def test_a_template_without_tools_is_told_in_words(
     assert json.dumps(CITY) in system["content"] and "<tool_call>" in system["content"]
     call = '<tool_call>\n{"name": "get_time", "arguments": {"a": 1}}\n</tool_call>'
     assert assistant == {"role": "assistant", "content": call}
-    assert result == {"role": "user", "content": "<tool_response>\n12:00\n</tool_response>"}
+    results = [f"<tool_response>\n{one}\n</tool_response>" for one in ("12:00", "noon")]
+    assert result == {"role": "user", "content": "\n".join(results)}
+
+
+def test_a_template_without_a_system_is_told_by_the_user(
+    client: TestClient, service: FakeService
+) -> None:
+    service.chat.template = "{{ raise_exception('System role not supported') }}"
+    assert post(client).status_code == 200
+    (turn,) = service.rendered[0]["messages"]
+    assert turn["role"] == "user" and turn["content"].startswith("# Tools")
+    assert turn["content"].endswith("\n\nhi")
+
+
+@pytest.mark.parametrize("template", ["{{ tools }}<tool_call><function=", "{{ tools }}<|tool|>"])
+def test_a_template_that_calls_in_another_way_is_refused_unless_overruled(
+    client: TestClient, service: FakeService, template: str
+) -> None:
+    service.chat.template = template
+    assert post(client).json()["error"]["param"] == "tools"
+    assert post(client, tools=[]).status_code == 200
+    service.tool_format = "hermes"
+    assert post(client).status_code == 200
 
 
 @pytest.mark.parametrize(

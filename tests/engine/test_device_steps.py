@@ -69,7 +69,7 @@ class DeviceLikeRunner(CpuRunner):
         return pool
 
     def needs_host(self, params: SamplingParams) -> bool:
-        return params.looks_back
+        return params.looks_back or params.grammar is not None
 
     def launch(self, step: StepInput) -> PendingStep:  # type: ignore[override]
         self.computation.step = step

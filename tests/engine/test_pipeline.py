@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from llguidance import LLMatcher
 
 from loriner.adapters.pool import SeatWeights
 from loriner.core import Event, FinishReason, Request
@@ -22,6 +23,8 @@ from tests.fakes import make_request
 from tests.tiny import IM_END, write_tiny_base
 
 BLOCK = 4
+REGEXES = ("[a-z]{1,12}", r"(\d,){3,9}\.", "yes|no", r"\{[^}]{0,30}\}")
+NOT_WITH_GRAMMAR = {"ignore_eos", "min_tokens"}
 
 
 class Lab:
@@ -90,6 +93,9 @@ def random_request(rng: random.Random, request_id: str) -> Request:
         "stop_token_ids": tuple(rng.sample(range(256), 40)),
     }
     params |= {name: value for name, value in maybe.items() if rng.random() < 0.2}
+    if rng.random() < 0.25:
+        params = {name: value for name, value in params.items() if name not in NOT_WITH_GRAMMAR}
+        params["grammar"] = LLMatcher.grammar_from_regex(rng.choice(REGEXES))
     prompt = [rng.randrange(256) for _ in range(rng.randint(1, 30))]
     if rng.random() < 0.4:
         prompt = list(range(rng.randint(9, 25)))  # shared prefixes

@@ -46,9 +46,10 @@ async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id:
     """Raises InvalidRequestError, ModelNotFoundError."""
     sampling = await _sampling(service, body)
     use = body.tool_use()
-    form = format_of(service.chat.template, service.tool_format)
-    calling = None if use is None else ToolCalling(use, form)
-    if calling is not None:
+    calling = None
+    if use is not None:
+        form = format_of(service.chat.template, service.tool_format)
+        calling = ToolCalling(use, form)
         sampling = await calling.constrain(service, sampling)
     choice = choose(body.model, body.adapters(), service.model_name)
     prompt = await prompts.from_chat(service, body, calling)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loriner.adapters.names import show
 from loriner.api.schema import ChatBody, CompletionBody, ContentPart, Message, ToolCall
 from loriner.api.tool_calling import ToolCalling
-from loriner.api.tool_formats import format_of, knows_tools
+from loriner.api.tool_formats import format_of, knows_system, knows_tools
 from loriner.api.tool_prompt import explained
 from loriner.core import MAX_CHOICES
 from loriner.errors import InvalidRequestError
@@ -67,10 +67,11 @@ async def from_chat(service: Service, body: ChatBody, calling: ToolCalling | Non
     generation_prompt = body.add_generation_prompt
     turns = [_plain(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
     use = None if calling is None else calling.use
-    knows = knows_tools(service.chat.template)
+    template = service.chat.template
+    knows = knows_tools(template)
     if not knows:
-        form = format_of(service.chat.template, service.tool_format)
-        turns = explained(turns, use, form)
+        form = format_of(template, service.tool_format)
+        turns = explained(turns, use, form, has_system=knows_system(template))
     ids = await service.render_chat(
         turns,
         tools=use.described() if use is not None and knows else None,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from loriner.api.tool_schema import NOTHING, Function, ToolUse
 from loriner.engine.grammars import SPACE
+from loriner.errors import InvalidRequestError
 
 Spell = Callable[[str], str]  # a mark -> Lark: a string, or the special token that it is
 GUIDANCE = {"whitespace_flexible": True, "whitespace_pattern": SPACE, "lenient": False}
@@ -32,6 +33,7 @@ class ToolFormat:
     is_bare: bool = False  # a text that begins as a call is one, without the mark
     has_args_mark: bool = False  # the name stands before its arguments: name[ARGS]{...}
     id_chars: int = 24  # of a call's id
+    is_single: bool = False  # its templates refuse turns with several calls
 
     def spelled(self, name: str, arguments: str) -> str:
         """One call as an answer has it."""
@@ -41,7 +43,7 @@ class ToolFormat:
     def grammar(self, use: ToolUse, spell: Spell) -> str:
         """Lark: an answer that calls, or one of text and calls whose arguments fit."""
         between = self._lark(self.between, spell)
-        more = f" ({between} call)*" if use.is_parallel else ""
+        more = f" ({between} call)*" if use.is_parallel and not self.is_single else ""
         closing = self._lark(self.closing, spell)
         if use.must_call:
             start = f"start: {self._lark(self.opening, spell)} call{more} {closing}"
@@ -91,6 +93,7 @@ LLAMA3 = ToolFormat(
     closing=(),
     key="parameters",
     is_bare=True,
+    is_single=True,
 )
 MISTRAL = ToolFormat(
     name="mistral",
@@ -111,22 +114,35 @@ MISTRAL_ARGS = ToolFormat(
 )
 
 
+_XML_CALL = "<function="  # inside of Hermes' mark
+
+
 def knows_tools(template: str) -> bool:
     """Whether a chat template writes the tools that it is given."""
     return re.search(r"\btools\b", template) is not None
 
 
+def knows_system(template: str) -> bool:
+    """Whether a chat template takes a system's turn; Gemma's do not."""
+    return "System role not supported" not in template
+
+
 def format_of(template: str, setting: str = "auto") -> ToolFormat:
     """By the marks in the template. One that knows no tools gets Hermes' format, which
-    `tool_prompt.py` explains to the model."""
+    `tool_prompt.py` explains to the model. Raises InvalidRequestError for one that writes calls in
+    another way."""
     mistral = MISTRAL_ARGS if "[ARGS]" in template else MISTRAL
     named = {"hermes": HERMES, "llama3": LLAMA3, "mistral": mistral}
     if setting in named:
         return named[setting]
     if MISTRAL.mark in template:
         return mistral
-    if HERMES.mark in template or not knows_tools(template):
+    if not knows_tools(template) or (HERMES.mark in template and _XML_CALL not in template):
         return HERMES
-    if LLAMA3.mark in template or "<|start_header_id|>" in template:
+    if "<|start_header_id|>" in template and f'"{LLAMA3.key}"' in template:
         return LLAMA3
-    return HERMES
+    raise InvalidRequestError(
+        "tools are not served on this base: its chat template writes calls in a way that is none "
+        "of hermes, llama3 and mistral. The setting tool_format overrules this.",
+        "tools",
+    )

@@ -28,9 +28,12 @@ For each function call, return a json object with function name and arguments li
 {example}"""
 
 
-def explained(turns: Sequence[Turn], use: ToolUse | None, form: ToolFormat) -> list[Turn]:
-    """The turns as plain text, with the tools at the end of the system's turn."""
-    plain = [_plain(turn, form) for turn in turns]
+def explained(
+    turns: Sequence[Turn], use: ToolUse | None, form: ToolFormat, *, has_system: bool
+) -> list[Turn]:
+    """The turns as plain text, with the tools at the end of the system's turn; without such turns,
+    before the first one."""
+    plain = _plain(turns, form)
     if use is None:
         return plain
     tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in use.described())
@@ -38,12 +41,27 @@ def explained(turns: Sequence[Turn], use: ToolUse | None, form: ToolFormat) -> l
     intro = _INTRO.format(tools=tools, example=example)
     if plain and plain[0]["role"] == "system":
         return [{**plain[0], "content": f"{plain[0]['content']}\n\n{intro}"}, *plain[1:]]
-    return [{"role": "system", "content": intro}, *plain]
+    if has_system or not plain:
+        return [{"role": "system", "content": intro}, *plain]
+    return [{**plain[0], "content": f"{intro}\n\n{plain[0]['content']}"}, *plain[1:]]
 
 
-def _plain(turn: Turn, form: ToolFormat) -> Turn:
-    if turn["role"] == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
+def _plain(turns: Sequence[Turn], form: ToolFormat) -> list[Turn]:
+    """Results that follow each other are one turn: some templates want roles to alternate."""
+    plain: list[Turn] = []
+    for before, turn in zip([None, *turns], turns, strict=False):
+        if turn["role"] != "tool":
+            plain.append(_with_calls(turn, form))
+            continue
+        result = f"<tool_response>\n{turn['content']}\n</tool_response>"
+        if before is not None and before["role"] == "tool":
+            plain[-1] = {"role": "user", "content": f"{plain[-1]['content']}\n{result}"}
+        else:
+            plain.append({"role": "user", "content": result})
+    return plain
+
+
+def _with_calls(turn: Turn, form: ToolFormat) -> Turn:
     if not turn.get("tool_calls"):
         return turn
     calls = [
