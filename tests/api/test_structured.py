@@ -108,3 +108,17 @@ def test_grpc_asks_the_same(
     list(door.inference.Generate(pb.GenerateRequest(text="x", structured_outputs=asked)))
 
     assert [call["sampling"].grammar for call in service.calls] == [grammar, grammar]
+
+
+@pytest.mark.parametrize("depth", [100, 300, 450, 900, 3000])
+def test_a_schema_of_any_depth_has_an_answer(client: TestClient, depth: int) -> None:
+    text = '{"items":' * depth + "{}" + "}" * depth
+    for field in (
+        f'"response_format":{{"type":"json_schema","json_schema":{{"name":"x","schema":{text}}}}}',
+        f'"structured_outputs":{{"json":{text}}}',
+        f'"tools":[{{"type":"function","function":{{"name":"f","parameters":{text}}}}}],'
+        '"tool_choice":"required"',
+    ):
+        body = f'{{"messages":[{{"role":"user","content":"hi"}}],{field}}}'
+        response = client.post("/v1/chat/completions", content=body)
+        assert response.status_code in (200, 400), response.text

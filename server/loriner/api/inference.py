@@ -48,7 +48,7 @@ async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id:
     use = body.tool_use()
     calling = None
     if use is not None:
-        form = format_of(service.chat.template, service.tool_format)
+        form = format_of(await prompts.template_of(service), service.tool_format)
         calling = ToolCalling(use, form)
         sampling = await calling.constrain(service, sampling)
     choice = choose(body.model, body.adapters(), service.model_name)

@@ -67,14 +67,17 @@ async def from_chat(service: Service, body: ChatBody, calling: ToolCalling | Non
     generation_prompt = body.add_generation_prompt
     turns = [_plain(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
     use = None if calling is None else calling.use
-    template = service.chat.template
-    knows = knows_tools(template)
-    if not knows:
-        form = format_of(template, service.tool_format)
-        turns = explained(turns, use, form, has_system=knows_system(template))
+    tools = None
+    if use is not None or any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
+        template = await template_of(service)
+        if knows_tools(template):
+            tools = None if use is None else use.described()
+        else:
+            form = format_of(template, service.tool_format)
+            turns = explained(turns, use, form, has_system=knows_system(template))
     ids = await service.render_chat(
         turns,
-        tools=use.described() if use is not None and knows else None,
+        tools=tools,
         add_generation_prompt=(
             not body.continue_final_message if generation_prompt is None else generation_prompt
         ),
@@ -82,6 +85,11 @@ async def from_chat(service: Service, body: ChatBody, calling: ToolCalling | Non
         template_kwargs=dict(body.chat_template_kwargs) or None,
     )
     return Prompt(ids)
+
+
+async def template_of(service: Service) -> str:
+    """The chat template, whose tokenizer may still be loading."""
+    return await asyncio.to_thread(lambda: service.chat.template)
 
 
 async def from_completion(service: Service, body: CompletionBody) -> list[Prompt]:

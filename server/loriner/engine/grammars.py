@@ -99,10 +99,12 @@ class Grammars:
                 f"{constraint.param} has {len(constraint.text)} characters, at most {MAX_CHARS}.",
                 constraint.param,
             )
-        trie = self.warm()
-        work = asyncio.get_running_loop().run_in_executor(
-            self._pool, lambda: _checked(constraint, trie.result())
-        )
+        loop = asyncio.get_running_loop()
+        try:
+            trie = self.warm()
+            work = loop.run_in_executor(self._pool, lambda: _checked(constraint, trie.result()))
+        except RuntimeError:  # of a closed pool
+            raise EngineUnavailableError("The server is shutting down.") from None
         try:
             return await asyncio.wait_for(work, MAX_WAIT_S)
         except TimeoutError:

@@ -24,10 +24,10 @@ from loriner.engine.grammars import LIMITS, bridge, compiling_thread
 from loriner.errors import EngineFailedError, InvalidRequestError, LorinerError
 
 MASK_THREADS = 2
-MAX_KEPT = 64  # compiled grammars
+MAX_KEPT = 16  # compiled grammars; a hard one holds up to 40 MB
 WORD_BITS = 32
 
-Words = NDArray[np.int32]
+Ids = NDArray[np.int64]  # of allowed tokens, ascending
 
 
 class Guide:
@@ -35,19 +35,17 @@ class Guide:
 
     def __init__(self, matcher: LLMatcher) -> None:
         self.matcher = matcher
-        self._masks: Future[Words] | None = None
+        self._masks: Future[list[Ids]] | None = None
         self._row = 0
 
-    def expect(self, masks: Future[Words], row: int) -> None:
+    def expect(self, masks: Future[list[Ids]], row: int) -> None:
         """The next mask will be `row` of these."""
         self._masks, self._row = masks, row
 
-    def allowed(self) -> NDArray[np.int64]:
+    def allowed(self) -> Ids:
         """Waits for the step's masks."""
         assert self._masks is not None, "asked before its mask was begun"
-        words = self._masks.result()[self._row]
-        bits = np.unpackbits(words.view(np.uint8), bitorder="little")
-        return np.flatnonzero(bits)
+        return self._masks.result()[self._row]
 
     def accept(self, token_id: int) -> None:
         """Walk over a chosen token. Raises InvalidRequestError when the grammar, on this path,
@@ -144,7 +142,13 @@ class Guides:
             self._kept.popitem(last=False)
         return matcher
 
-    def _compute(self, matchers: Seq[LLMatcher]) -> Words:
+    def _compute(self, matchers: Seq[LLMatcher]) -> list[Ids]:
+        words = self._words(matchers)
+        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+        return [np.flatnonzero(row) for row in bits.view(np.bool_)]
+
+    def _words(self, matchers: Seq[LLMatcher]) -> NDArray[np.int32]:
+        """One bit for each token."""
         num_words = -(-self._vocab_size // WORD_BITS)
         words = np.zeros((len(matchers), num_words), np.int32)
         if len(matchers) == 1:
