@@ -11,20 +11,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loriner import errors
-from loriner.adapters.mixture import Mixture, Served
 from loriner.adapters.records import AdapterRecord, PublishReport
 from loriner.adapters.store import Store
 from loriner.config import EngineConfig, ServerConfig
 from loriner.core import EngineStats, Event, FinishReason, Request, SamplingParams, Scaled, Turn
-from loriner.engine.admission import check_ids, check_mixture, fit
+from loriner.engine.admission import check_ids, fit
 from loriner.engine.chat import ChatTokenizer
 from loriner.engine.generation import Generation
 from loriner.engine.grammars import Grammars
+from loriner.engine.holds import Holds
 from loriner.engine.messages import Abort, Evict, Submit
 from loriner.engine.pins import Pins
 from loriner.engine.process import EngineProcess
@@ -60,7 +60,7 @@ class Service:
         self._engine = EngineProcess(engine_config, server_config.store)
         self._engine.on_event, self._engine.on_down = self._on_event, self._on_down
         self._engine.on_ready = self._on_ready
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._holds = Holds(self.store)
         self._pins = Pins(self.store, self._engine, engine_config)
         self._open: dict[str, Generation] = {}
         self._num_sequences = 0
@@ -97,8 +97,7 @@ class Service:
         await self._engine.stop()
         self._on_down()
         self.grammars.close()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=STOP_S)
+        await self._holds.wait(STOP_S)
         self.store.close()
 
     @property
@@ -182,7 +181,7 @@ class Service:
             raise errors.OverloadedError(f"The queue is full ({limit} sequences).")
         self._num_sequences += sampling.n
         try:
-            record = await self._acquire_all(adapter) if adapter else None
+            record = await self._holds.acquire(adapter) if adapter else None
         except BaseException:
             self._num_sequences -= sampling.n
             raise
@@ -247,52 +246,6 @@ class Service:
         """Keep the adapter in memory whatever comes, or let it go when room is needed."""
         await self._pins.set(name, pinned)
 
-    async def _acquire_all(self, adapters: str | Sequence[Scaled]) -> Served:
-        """Each is held, or none is."""
-        if isinstance(adapters, str):
-            return await self._acquire(adapters)
-        records: list[AdapterRecord] = []
-        try:
-            for name, _ in adapters:
-                records.append(await self._acquire(name))
-            check_mixture(records)
-        except BaseException:
-            for record in records:
-                self._release(record.generation)
-            raise
-        if [scale for _, scale in adapters] == [1.0]:
-            return records[0]
-        return Mixture(tuple(records), tuple(scale for _, scale in adapters))
-
-    async def _acquire(self, adapter: str) -> AdapterRecord:
-        """Resolve and hold. A caller that leaves meanwhile leaves no hold behind."""
-        task = asyncio.create_task(asyncio.to_thread(self.store.acquire, adapter))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(self._give_back)
-            raise
-
-    def _give_back(self, task: asyncio.Task[AdapterRecord]) -> None:
-        if not task.cancelled() and task.exception() is None:
-            self._release(task.result().generation)
-
-    def _release(self, generation: str) -> None:
-        """Give up one hold, on a thread: the last one may delete files."""
-
-        async def release() -> None:
-            try:
-                await asyncio.to_thread(self.store.release, generation)
-            except errors.LorinerError:
-                logger.exception("generation %s could not be released", generation)
-
-        self._in_background(release())
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     def _forget(self, generation: Generation) -> None:
         """Close the books of one request; called by its stream, once."""
         if self._open.pop(generation.request_id, None) is None:
@@ -301,7 +254,7 @@ class Service:
         if not generation.finished:
             self._engine.send(Abort(generation.request_id))
         for held in generation.held:
-            self._release(held)
+            self._holds.release(held)
 
     def _on_event(self, event: Event) -> None:
         generation = self._open.get(event.request_id)
@@ -309,7 +262,7 @@ class Service:
             generation.put(event)
 
     def _on_ready(self) -> None:
-        self._in_background(self._pins.sync())
+        self._holds.in_background(self._pins.sync())
 
     def _on_down(self) -> None:
         for generation in list(self._open.values()):
