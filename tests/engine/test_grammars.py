@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,14 @@ def test_what_cannot_be_kept_is_refused_with_the_reason(
     assert caught.value.param == "the.field"
     assert str(caught.value).startswith("the.field") and reason in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_a_tokenizer_of_an_unknown_kind_refuses_grammars_alone(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "no such"}}')
+    grammars = Grammars(tmp_path, VOCAB_SIZE, (IM_END,))
+    with pytest.raises(InvalidRequestError, match="tokenizer of this base"):
+        compiled(grammars, Kind.REGEX, "a")
+    grammars.close()
 
 
 def chain(rule: Callable[[int], str], count: int) -> str:

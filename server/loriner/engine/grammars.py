@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import threading
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from loriner.errors import EngineUnavailableError, InvalidRequestError
+
+logger = logging.getLogger(__name__)
 
 MAX_CHARS = 1 << 16  # of a schema, a regular expression or a grammar
 MAX_WAIT_S = 10.0  # behind other callers' grammars; one alone takes under a second
@@ -102,7 +105,7 @@ class Grammars:
         loop = asyncio.get_running_loop()
         try:
             trie = self.warm()
-            work = loop.run_in_executor(self._pool, lambda: _checked(constraint, trie.result()))
+            work = loop.run_in_executor(self._pool, _checked, constraint, trie)
         except RuntimeError:  # of a closed pool
             raise EngineUnavailableError("The server is shutting down.") from None
         try:
@@ -114,7 +117,11 @@ class Grammars:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _checked(constraint: Constraint, trie: LLTokenizer) -> str:
+def _checked(constraint: Constraint, bridged: Future[LLTokenizer]) -> str:
+    if bridged.exception() is not None:
+        logger.error("no grammar can be kept", exc_info=bridged.exception())
+        raise _refused(constraint, "the tokenizer of this base is of an unknown kind")
+    trie = bridged.result()
     try:
         grammar = _FORMS[constraint.kind](constraint.text)
     except Exception as error:  # noqa: BLE001  the converter's parsers raise what they like
