@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import msgspec
 from msgspec import UNSET, UnsetType
 
 from loriner.api import shapes
@@ -93,19 +92,11 @@ class ChatFormat:
         return chunks
 
     def chunk(self, index: int, event: Event) -> shapes.Answer | None:
-        finish = None if event.finish_reason is None else event.finish_reason.value
-        if self._calling is None:
-            delta = shapes.Delta(content=event.text if event.text or finish is None else UNSET)
-            is_worth_sending = _is_worth_sending(self._head, event)
-        else:
-            spoken = self._spoken.setdefault(index, Spoken(self._calling))
-            delta = spoken.delta(event.text, finish)
-            finish = spoken.finish_reason
-            silent = msgspec.structs.replace(event, text="")
-            has_pieces = not (delta.content is UNSET and delta.tool_calls is UNSET)
-            is_worth_sending = has_pieces or _is_worth_sending(self._head, silent)
-        if not is_worth_sending:
-            return None
+        delta, finish = self._delta(index, event)
+        if delta.content is UNSET and delta.tool_calls is UNSET and finish is None:
+            if not _shows_tokens(self._head, event):
+                return None
+            delta.content = ""
         choice = shapes.ChatDeltaChoice(
             index=index,
             delta=delta,
@@ -115,6 +106,14 @@ class ChatFormat:
             token_ids=_ids(self._head, event.token_ids),
         )
         return self._answer([choice], True)
+
+    def _delta(self, index: int, event: Event) -> tuple[shapes.Delta, str | None]:
+        """What the event adds, and the finish_reason that comes with it."""
+        finish = None if event.finish_reason is None else event.finish_reason.value
+        if self._calling is None:
+            return shapes.Delta(content=event.text or UNSET), finish
+        spoken = self._spoken.setdefault(index, Spoken(self._calling))
+        return spoken.delta(event.text, finish), spoken.finish_reason
 
     def closing(self, usage: shapes.Usage) -> shapes.Answer:
         answer = self._answer([], True)
@@ -242,8 +241,11 @@ def _answer(head: Head, kind: str, choices: list[object]) -> shapes.Answer:
 
 def _is_worth_sending(head: Head, event: Event) -> bool:
     """Half a character is a token without text: nothing to show unless tokens were asked for."""
-    shows_tokens = bool(event.token_ids) and (head.logprobs or head.token_ids)
-    return bool(event.text) or event.finish_reason is not None or shows_tokens
+    return bool(event.text) or event.finish_reason is not None or _shows_tokens(head, event)
+
+
+def _shows_tokens(head: Head, event: Event) -> bool:
+    return bool(event.token_ids) and (head.logprobs or head.token_ids)
 
 
 def _ids(head: Head, ids: Sequence[int]) -> list[int] | UnsetType:

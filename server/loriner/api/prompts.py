@@ -16,7 +16,8 @@ from loriner.adapters.names import show
 from loriner.api.schema import ChatBody, CompletionBody, ContentPart, Message, ToolCall
 from loriner.api.tool_calling import ToolCalling
 from loriner.api.tool_formats import format_of, knows_system, knows_tools
-from loriner.api.tool_prompt import explained
+from loriner.api.tool_prompt import Turn, explained
+from loriner.api.tool_schema import ToolUse
 from loriner.core import MAX_CHOICES
 from loriner.errors import InvalidRequestError
 
@@ -66,15 +67,7 @@ async def from_chat(service: Service, body: ChatBody, calling: ToolCalling | Non
         )
     generation_prompt = body.add_generation_prompt
     turns = [_plain(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
-    use = None if calling is None else calling.use
-    tools = None
-    if use is not None or any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
-        template = await template_of(service)
-        if knows_tools(template):
-            tools = None if use is None else use.described()
-        else:
-            form = format_of(template, service.tool_format)
-            turns = explained(turns, use, form, has_system=knows_system(template))
+    turns, tools = await _with_tools(service, turns, None if calling is None else calling.use)
     ids = await service.render_chat(
         turns,
         tools=tools,
@@ -85,6 +78,19 @@ async def from_chat(service: Service, body: ChatBody, calling: ToolCalling | Non
         template_kwargs=dict(body.chat_template_kwargs) or None,
     )
     return Prompt(ids)
+
+
+async def _with_tools(
+    service: Service, turns: list[Turn], use: ToolUse | None
+) -> tuple[list[Turn], list[dict[str, Any]] | None]:
+    """The turns and the tools to render: those that a template cannot write are in the turns."""
+    if use is None and not any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
+        return turns, None
+    template = await template_of(service)
+    if knows_tools(template):
+        return turns, None if use is None else use.described()
+    form = format_of(template, service.tool_format)
+    return explained(turns, use, form, has_system=knows_system(template)), None
 
 
 async def template_of(service: Service) -> str:
