@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from tests.api.fake_service import FakeService
+
 TURNS = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 @pytest.mark.parametrize("prefix", ["", "/v1"])
@@ -30,6 +33,12 @@ def test_a_conversation_goes_through_the_template(client: TestClient) -> None:
     assert client.post("/tokenize", json={"messages": TURNS}).json()["tokens"] == [1, 104, 105]
 
 
+def test_tools_count_in_a_conversation(client: TestClient, service: FakeService) -> None:
+    body = {"messages": TURNS, "tools": [TOOL]}
+    assert client.post("/tokenize", json=body).status_code == 200
+    assert service.rendered[0]["tools"][0]["function"]["name"] == "f"
+
+
 def test_nothing_is_no_tokens(client: TestClient) -> None:
     assert client.post("/tokenize", json={"prompt": ""}).json()["count"] == 1
     assert client.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
@@ -43,7 +52,8 @@ def test_nothing_is_no_tokens(client: TestClient) -> None:
         ("/tokenize", {"prompt": 3}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"messages": TURNS, "add_special_tokens": True}, "add_special_tokens"),
-        ("/tokenize", {"messages": TURNS, "tools": [{}]}, "tools"),
+        ("/tokenize", {"messages": TURNS, "tools": [{}]}, "tools[0].type"),
+        ("/tokenize", {"prompt": "x", "tools": [TOOL]}, "tools"),
         (
             "/tokenize",
             {"messages": TURNS, "chat_template_kwargs": {"tools": 1}},

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from loriner.engine.detokenizer import Detokenizer
+from tests.tiny import IM_START, make_tokenizer
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -112,3 +113,11 @@ def test_stopping_can_be_barred() -> None:
     assert detokenizer.push(ids[0], can_stop=False) == ("a", None)
     assert detokenizer.push(ids[1], can_stop=False) == ("b", None)
     assert detokenizer.push(ids[2]) == ("", "b")
+
+
+def test_special_tokens_show_when_asked() -> None:
+    ids = [104, 105, IM_START, 97]
+    for skip, text in ((True, "hia"), (False, "hi<|im_start|>a")):
+        detokenizer = Detokenizer(make_tokenizer(), (), False, skip_special=skip)
+        pieces = [detokenizer.push(token)[0] for token in ids]
+        assert "".join(pieces) + detokenizer.flush() == text

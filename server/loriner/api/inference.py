@@ -45,11 +45,8 @@ class Job:
 async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id: str) -> Job:
     """Raises InvalidRequestError, ModelNotFoundError."""
     sampling = await _sampling(service, body)
-    use = body.tool_use()
-    calling = None
-    if use is not None:
-        form = format_of(await prompts.template_of(service), service.tool_format)
-        calling = ToolCalling(use, form)
+    calling = await tool_calling(service, body)
+    if calling is not None:
         sampling = await calling.constrain(service, sampling)
     choice = choose(body.model, body.adapters(), service.model_name)
     prompt = await prompts.from_chat(service, body, calling)
@@ -64,6 +61,14 @@ async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id:
         body.priority,
         calling,
     )
+
+
+async def tool_calling(service: Service, body: ChatBody) -> ToolCalling | None:
+    """None when nothing may be called. Raises InvalidRequestError."""
+    use = body.tool_use()
+    if use is None:
+        return None
+    return ToolCalling(use, format_of(await prompts.template_of(service), service.tool_format))
 
 
 async def text_job(service: Service, body: CompletionBody, caller: Caller, request_id: str) -> Job:

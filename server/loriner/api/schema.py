@@ -253,6 +253,7 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: TemplateKwargs = {}
+    tools: Tools = []
     return_token_strs: bool = False
 
     @model_validator(mode="before")
@@ -266,6 +267,8 @@ class TokenizeBody(Body):
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequestError("Give either `prompt` or `messages`.", "prompt")
         if self.messages is None:
+            if self.tools:
+                raise InvalidRequestError("tools need `messages`.", "tools")
             return None
         if self.add_special_tokens:
             raise InvalidRequestError(
@@ -277,6 +280,7 @@ class TokenizeBody(Body):
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             chat_template_kwargs=self.chat_template_kwargs,
+            tools=self.tools,
         )
         chat.check()
         return chat

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from loriner.api import body, prompts
 from loriner.api.access import Right
 from loriner.api.auth import GuardedRoute, Told
+from loriner.api.inference import tool_calling
 from loriner.api.responses import json_response
 from loriner.api.schema import DetokenizeBody, TokenizeBody
 from loriner.api.shared import Shared
@@ -45,7 +46,8 @@ class TokenDoor:
             special = asked.add_special_tokens is not False
             ids = await prompts.from_text(self._service, asked.prompt or "", special)
         else:
-            ids = (await prompts.from_chat(self._service, chat)).ids
+            calling = await tool_calling(self._service, chat)
+            ids = (await prompts.from_chat(self._service, chat, calling)).ids
         answer: dict[str, Any] = {"count": len(ids), "tokens": ids}
         answer["max_model_len"] = self._service.max_model_len
         if asked.return_token_strs:

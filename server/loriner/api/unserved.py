@@ -73,7 +73,7 @@ COMPLETION: Mapping[str, tuple[object, ...]] = MappingProxyType(
 )
 
 TOKENIZE: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {"tools": ([],), "chat_template": (), "mm_processor_kwargs": ({},)}
+    {"chat_template": (), "mm_processor_kwargs": ({},)}
 )
 
 _HINTS: Mapping[str, str] = MappingProxyType(
