@@ -50,6 +50,37 @@ def test_a_text_is_continued_from_words_or_tokens(client: Any, service: FakeServ
     assert service.calls[-1]["prompt_ids"] == [7, 8]
 
 
+@pytest.mark.parametrize(
+    ("asked", "grammar"),
+    [
+        ({"json": {"type": "object"}}, 'json: {"type": "object"}'),
+        ({"json": '{"type": "object"}'}, 'json: {"type": "object"}'),
+        ({"regex": "a+"}, "regex: a+"),
+        ({"choice": ("a", "b")}, 'choice: ["a", "b"]'),
+        ({"grammar": 'start: "a"'}, 'grammar: start: "a"'),
+        ({"json_object": True}, 'json: {"type": "object"}'),
+    ],
+)
+def test_a_structure_reaches_the_server(
+    client: Any, service: FakeService, asked: lc.StructuredOutputs, grammar: str
+) -> None:
+    client.chat("hi", structured_outputs=asked)
+    client.generate("hi", structured_outputs=asked)
+    with client.stream_chat("hi", structured_outputs=asked) as stream:
+        stream.completion()
+
+    assert [call["sampling"].grammar for call in service.calls] == [grammar] * 3
+
+
+@pytest.mark.parametrize("asked", [{"regex": "bad"}, {"regex": "a", "choice": ["b"]}])
+def test_a_structure_that_cannot_be_kept_is_refused(
+    client: Any, service: FakeService, asked: lc.StructuredOutputs
+) -> None:
+    with pytest.raises(lc.InvalidRequestError, match="structured_outputs"):
+        client.chat("hi", structured_outputs=asked)
+    assert service.calls == []
+
+
 ALL: lc.Sampling = {
     "max_tokens": 5,
     "min_tokens": 1,
