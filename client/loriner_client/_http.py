@@ -33,7 +33,6 @@ from loriner_client._upload import Upload
 
 A = TypeVar("A")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-ADAPTERS = "/admin/adapters"
 RETRYABLE = "loriner_retryable"  # of a request: safe to repeat
 
 
@@ -49,28 +48,14 @@ class HttpTransport:
         ask, decode = _json.ROUTES[type(query)]
         asked = ask(query)
         with _mapped():
-            response = self._client.request(
-                asked.method,
-                asked.path,
-                content=_json.encoded(asked.body),
-                headers=_headers(asked),
-                timeout=timeout_s,
-                extensions={RETRYABLE: asked.is_retryable},
-            )
+            response = self._client.request(**_sent(asked, timeout_s))
         return _json.decoded(decode, _body(response))  # type: ignore[no-any-return]
 
     def stream(self, query: StreamQuery, timeout_s: float | None) -> Iterator[Part]:
         asked = _json.stream_ask(query)
         with (
             _mapped(),
-            self._client.stream(
-                asked.method,
-                asked.path,
-                content=_json.encoded(asked.body),
-                headers=_headers(asked),
-                timeout=timeout_s,
-                extensions={RETRYABLE: asked.is_retryable},
-            ) as response,
+            self._client.stream(**_sent(asked, timeout_s)) as response,
         ):
             if response.status_code != 200:
                 response.read()
@@ -84,7 +69,7 @@ class HttpTransport:
     def upload(self, upload: Upload, timeout_s: float | None) -> UploadReport:
         with contextlib.ExitStack() as stack, _mapped():
             data, files = _multipart(upload, stack)
-            response = self._client.post(ADAPTERS, data=data, files=files, timeout=timeout_s)
+            response = self._client.post(_json.ADAPTERS, data=data, files=files, timeout=timeout_s)
         return _json.decoded(_json.report, _body(response))  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -103,27 +88,13 @@ class AsyncHttpTransport:
         ask, decode = _json.ROUTES[type(query)]
         asked = ask(query)
         with _mapped():
-            response = await self._client.request(
-                asked.method,
-                asked.path,
-                content=_json.encoded(asked.body),
-                headers=_headers(asked),
-                timeout=timeout_s,
-                extensions={RETRYABLE: asked.is_retryable},
-            )
+            response = await self._client.request(**_sent(asked, timeout_s))
         return _json.decoded(decode, _body(response))  # type: ignore[no-any-return]
 
     async def stream(self, query: StreamQuery, timeout_s: float | None) -> AsyncIterator[Part]:
         asked = _json.stream_ask(query)
         with _mapped():
-            async with self._client.stream(
-                asked.method,
-                asked.path,
-                content=_json.encoded(asked.body),
-                headers=_headers(asked),
-                timeout=timeout_s,
-                extensions={RETRYABLE: asked.is_retryable},
-            ) as response:
+            async with self._client.stream(**_sent(asked, timeout_s)) as response:
                 if response.status_code != 200:
                     await response.aread()
                     _body(response)
@@ -137,7 +108,9 @@ class AsyncHttpTransport:
     async def upload(self, upload: Upload, timeout_s: float | None) -> UploadReport:
         with contextlib.ExitStack() as stack, _mapped():
             data, files = _multipart(upload, stack)
-            response = await self._client.post(ADAPTERS, data=data, files=files, timeout=timeout_s)
+            response = await self._client.post(
+                _json.ADAPTERS, data=data, files=files, timeout=timeout_s
+            )
         return _json.decoded(_json.report, _body(response))  # type: ignore[no-any-return]
 
     async def close(self) -> None:
@@ -227,9 +200,17 @@ def _multipart(
     return data, {name: (found[name].name, file) for name, file in opened.items()}
 
 
-def _headers(asked: _json.Ask) -> dict[str, str]:
+def _sent(asked: _json.Ask, timeout_s: float | None) -> dict[str, Any]:
+    """The arguments of httpx's `request` and `stream`."""
     json_type = {} if asked.body is None else {"content-type": "application/json"}
-    return {**(asked.headers or {}), **json_type}
+    return {
+        "method": asked.method,
+        "url": asked.path,
+        "content": _json.encoded(asked.body),
+        "headers": {**(asked.headers or {}), **json_type},
+        "timeout": timeout_s,
+        "extensions": {RETRYABLE: asked.is_retryable},
+    }
 
 
 def _options(settings: Settings) -> dict[str, Any]:

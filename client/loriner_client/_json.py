@@ -13,6 +13,7 @@ from loriner_client._errors import InvalidRequestError, Refusal, TransportError,
 
 Json = dict[str, Any]
 DONE = "[DONE]"
+ADAPTERS = "/admin/adapters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ def _delete(query: m.DeleteAdapter) -> Ask:
 
 
 def _one(name: str) -> str:
-    return f"/admin/adapters/{quote(name)}"
+    return f"{ADAPTERS}/{quote(name)}"
 
 
 def completion(body: Json) -> m.Completion:
@@ -261,7 +262,7 @@ ROUTES: dict[type, Route] = {
     m.Tokenize: (_tokenize, lambda body: tuple(body["tokens"])),
     m.GetAdapter: (lambda q: Ask("GET", _one(q.name)), _detail),
     m.ListAdapters: (
-        lambda q: Ask("GET", "/admin/adapters"),
+        lambda q: Ask("GET", ADAPTERS),
         lambda body: m.AdapterPage(tuple(map(adapter, body["adapters"]))),
     ),
     m.SetAlias: (_alias, adapter),

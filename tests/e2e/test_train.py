@@ -110,7 +110,7 @@ def assert_same_logits(base: Path, trained: Path, prompt: list[int]) -> None:
     trainer = open_base(RunConfig(base=base, device="cpu"))
     folder_config = json.loads((trained / "adapter_config.json").read_text())
     lora = Lora(
-        trainer.targets(folder_config["target_modules"]),
+        trainer.config.linears_named(folder_config["target_modules"]),
         rank=folder_config["r"],
         scaling=folder_config["lora_alpha"] / folder_config["r"],
     )

@@ -46,7 +46,7 @@ def random_documents(*lengths: int) -> list[Document]:
 
 
 def random_lora(base: Any) -> Lora:
-    lora = Lora(base.targets(ALL_LINEAR), rank=8, scaling=2.0, device=base.device)
+    lora = Lora(base.config.linears_named(ALL_LINEAR), rank=8, scaling=2.0, device=base.device)
     for _, b in lora.weights.values():
         b.data.normal_(0, 0.1)
     return lora

@@ -26,7 +26,8 @@ def base(tiny: Path) -> Base:
 
 def make_lora(base: Base, rank: int = 4, seed: int = 0, **more: float) -> Lora:
     """Random A and B."""
-    lora = Lora(base.targets(ALL_LINEAR), rank=rank, scaling=8 / rank, seed=seed, **more)  # type: ignore[arg-type]
+    targets = base.config.linears_named(ALL_LINEAR)
+    lora = Lora(targets, rank=rank, scaling=8 / rank, seed=seed, **more)  # type: ignore[arg-type]
     for _, b in lora.weights.values():
         b.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
     return lora

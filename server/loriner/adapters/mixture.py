@@ -60,18 +60,22 @@ def generation_of(parts: Sequence[Part]) -> str:
     return MARK + ",".join(f"{part.generation}*{part.scale.hex()}" for part in ordered)
 
 
+def is_mixture(generation: str) -> bool:
+    return generation.startswith(MARK)
+
+
 def parts_of(generation: str) -> tuple[Part, ...]:
-    if not generation.startswith(MARK):
+    if not is_mixture(generation):
         return (Part(generation, 1.0),)
     return tuple(_parse(text) for text in generation.removeprefix(MARK).split(","))
 
 
 def load(generation: str, load_one: Callable[[str], Adapter]) -> Adapter:
     """The adapter of this generation, its parts read by `load_one`."""
-    parts = parts_of(generation)
-    if parts == (Part(generation, 1.0),):
+    if not is_mixture(generation):
         return load_one(generation)
-    return combine(generation, [(load_one(part.generation), part.scale) for part in parts])
+    parts = [(load_one(part.generation), part.scale) for part in parts_of(generation)]
+    return combine(generation, parts)
 
 
 def combine(generation: str, parts: Sequence[tuple[Adapter, float]]) -> Adapter:

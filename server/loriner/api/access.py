@@ -7,14 +7,13 @@ key it was given. Invariant: a caller comes from here or not at all.
 from __future__ import annotations
 
 import enum
-import hashlib
 import hmac
 import ipaddress
 import secrets
 from dataclasses import dataclass
 
 from loriner.adapters.names import DEFAULT_TENANT, is_digest, show
-from loriner.api.tenants import Key, Tenants
+from loriner.api.tenants import Key, Tenants, digest_of
 from loriner.config import ServerConfig
 from loriner.errors import (
     AdapterNotFoundError,
@@ -75,11 +74,11 @@ class Access:
 
     def __init__(self, config: ServerConfig, tenants: Tenants) -> None:
         admin = config.admin_key or config.api_key
-        self._user = _digest(config.api_key) if config.api_key else None
-        self._admin = _digest(admin) if admin else None
+        self._user = digest_of(config.api_key) if config.api_key else None
+        self._admin = digest_of(admin) if admin else None
         self._tenants = tenants
         self.own_key = secrets.token_urlsafe(32)  # for processes of this server that call it
-        self._own = _digest(self.own_key)
+        self._own = digest_of(self.own_key)
 
     def needs_key(self, right: Right) -> bool:
         """False in local mode: no key is configured for this right, and no tenant has any."""
@@ -105,9 +104,9 @@ class Access:
         return caller
 
     def _identify(self, token: str) -> Caller | None:
-        given = _digest(token)
-        is_user = hmac.compare_digest(given, self._user or b"")
-        is_admin = hmac.compare_digest(given, self._admin or b"")
+        given = digest_of(token)
+        is_user = hmac.compare_digest(given, self._user or "")
+        is_admin = hmac.compare_digest(given, self._admin or "")
         is_own = hmac.compare_digest(given, self._own)
         key = self._tenants.find(token)
         if is_own:
@@ -150,7 +149,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -103,7 +103,7 @@ class Answering:
         return Head(
             answer_id=run.answer_id,
             created=run.created,
-            model=service.model_name if record is None else run.job.choice.name or record.name,
+            model=run.model(service.model_name),
             fingerprint=f"fp_{service.base_digest[:12]}",
             origin=origin,
             logprobs=run.job.sampling.logprobs is not None,

@@ -35,7 +35,7 @@ def opening(run: Run, service: Service) -> inference_pb2.Opening:
     record = run.record
     return inference_pb2.Opening(
         answer_id=run.answer_id,
-        model=service.model_name if record is None else run.job.choice.name or record.name,
+        model=run.model(service.model_name),
         adapter=None if record is None else record.name,
         generation=run.generation,
         base_digest=service.base_digest,

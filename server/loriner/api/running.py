@@ -104,6 +104,10 @@ class Run:
         """The digest that answers; None for the base."""
         return None if self.record is None else self.record.generation
 
+    def model(self, base: str) -> str:
+        """What answers, as it was asked for; the name of the base where no adapter was."""
+        return base if self.record is None else self.job.choice.name or self.record.name
+
     @property
     def prompt_tokens(self) -> int:
         return sum(len(prompt.ids) for prompt in self.job.prompts)

@@ -30,7 +30,14 @@ SCOPES = ("infer", "read", "publish", "admin")
 MAX_KEYS = 100_000
 MAX_NOTE_CHARS = 128
 MIN_WEIGHT, MAX_BOUND = 0.001, 2**53
-_NOBODY = hashlib.sha256(b"").hexdigest()
+
+
+def digest_of(token: str) -> str:
+    """What is kept of a key and compared: SHA-256 of the whole, hex."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+_NOBODY = digest_of("")
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -85,8 +92,7 @@ class Tenants:
         self._fresh()
         found = self._by_id.get(token.split("_")[1] if token.count("_") >= 2 else "")
         wanted = _NOBODY if found is None else found.digest
-        given = hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
-        is_same = hmac.compare_digest(given, wanted)
+        is_same = hmac.compare_digest(digest_of(token), wanted)
         return found if is_same and found is not None and found.revoked_at is None else None
 
     def create_key(self, tenant: str, scopes: Sequence[str], note: str = "") -> tuple[Key, str]:
@@ -98,9 +104,8 @@ class Tenants:
             raise InvalidRequestError(f"note has at most {MAX_NOTE_CHARS} characters.", "note")
         key_id = secrets.token_hex(6)
         token = f"lor_{key_id}_{secrets.token_urlsafe(32)}"
-        digest = hashlib.sha256(token.encode()).hexdigest()
         ordered = tuple(scope for scope in SCOPES if scope in scopes)
-        key = Key(key_id, tenant, ordered, digest, note, int(time.time()))
+        key = Key(key_id, tenant, ordered, digest_of(token), note, int(time.time()))
 
         def add(document: Document) -> tuple[Document, Key]:
             if len(document.keys) >= MAX_KEYS:

@@ -141,7 +141,7 @@ class Evaluation:
     def _losses(self, prompt: Prompt, adapter: str) -> list[float]:
         """-log p of each token of the wanted answer, without its end: one request a token, whose
         prompt is all before it (the server's prefix cache has it already)."""
-        ids, wanted = self._wanted(prompt, adapter)
+        ids, wanted = self._wanted(prompt)
         losses = []
         for place, token in enumerate(wanted):
             body = {
@@ -157,26 +157,21 @@ class Evaluation:
             losses.append(-answer["choices"][0]["logprobs"]["token_logprobs"][0])
         return losses
 
-    def _wanted(self, prompt: Prompt, adapter: str) -> tuple[list[int], list[int]]:
+    def _wanted(self, prompt: Prompt) -> tuple[list[int], list[int]]:
         """Token ids of prompt and answer, by the server's own tokenizer and chat template."""
-        empty = {"adapter": adapter, "temperature": 0, "max_tokens": 1, "return_token_ids": True}
         if not prompt.turns:
-            given = self._encode(prompt.text, empty, special=True)
-            return given, self._encode(prompt.answer, empty, special=False)
+            given = self._encode(prompt=prompt.text)
+            return given, self._encode(prompt=prompt.answer, add_special_tokens=False)
         messages = [turn.message for turn in prompt.turns]
-        body: dict[str, Any] = {**empty, "messages": messages}
-        given = self._remote.call("POST", "/v1/chat/completions", json=body)["prompt_token_ids"]
-        body["messages"] = [*messages, {"role": "assistant", "content": prompt.answer}]
-        body["continue_final_message"] = True
-        whole = self._remote.call("POST", "/v1/chat/completions", json=body)["prompt_token_ids"]
+        given = self._encode(messages=messages)
+        answered = [*messages, {"role": "assistant", "content": prompt.answer}]
+        whole = self._encode(messages=answered, continue_final_message=True)
         if whole[: len(given)] != given:
-            whole = [*given, *self._encode(prompt.answer, empty, special=False)]
+            return given, self._encode(prompt=prompt.answer, add_special_tokens=False)
         return given, whole[len(given) :]
 
-    def _encode(self, text: str, empty: dict[str, Any], *, special: bool) -> list[int]:
-        body = {**empty, "prompt": text, "add_special_tokens": special}
-        answer = self._remote.call("POST", "/v1/completions", json=body)
-        ids: list[int] = answer["choices"][0]["prompt_token_ids"]
+    def _encode(self, **asked: Any) -> list[int]:
+        ids: list[int] = self._remote.call("POST", "/tokenize", json=asked)["tokens"]
         return ids
 
 

@@ -163,7 +163,7 @@ class CudaRunner:
         of_file = ImageSource(store, self.model_config.modules(), self._images, self._host.allocate)
 
         def read(generation: str) -> Weights:
-            if generation.startswith(mixture.MARK):
+            if mixture.is_mixture(generation):
                 return self.pack(mixture.load(generation, store.load))
             return of_file(generation)
 

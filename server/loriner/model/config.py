@@ -7,7 +7,7 @@ that the decoder would not compute exactly is refused by name, never ignored.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,15 @@ class ModelConfig:
         """
         vocab = (self.vocab_size, self.hidden_size)
         return {**self.linears(), "lm_head": vocab, "model.embed_tokens": vocab}
+
+    def linears_named(self, names: Collection[str]) -> dict[str, tuple[int, int]]:
+        """Of `linears`, those with these last names: `q_proj`, not a full name."""
+        return {n: shape for n, shape in self.linears().items() if n.rpartition(".")[2] in names}
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the dense model."""
+        return sum(math.prod(shape) for shape in self.tensors().values())
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Full name of every tensor of the dense model -> its shape; a tied lm_head has none."""

@@ -55,16 +55,6 @@ class Base:
         """transformers' decoder, without the head."""
         return self._model
 
-    @property
-    def num_parameters(self) -> int:
-        """Weights of the base, quantised or not."""
-        return sum(torch.Size(shape).numel() for shape in self.config.tensors().values())
-
-    def targets(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Full names of the linears with these last names -> (N, K)."""
-        linears = self.config.linears()
-        return {n: shape for n, shape in linears.items() if n.rpartition(".")[2] in names}
-
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, H]."""
         embedded: Tensor = self._model.get_input_embeddings()(token_ids)

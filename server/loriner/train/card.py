@@ -50,7 +50,7 @@ def _head(job: Job, base: Base) -> str:
 
 
 def _origin(job: Job, base: Base) -> str:
-    share = job.lora.num_parameters / base.num_parameters
+    share = job.lora.num_parameters / base.config.num_parameters
     rows = [
         ("base", f"{base.path.name}, digest `{base.digest}`"),
         ("data", f"{job.data.path.name}, SHA-256 `{job.data.digest}`"),

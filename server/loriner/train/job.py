@@ -52,7 +52,7 @@ class Job:
     ) -> None:
         self.settings, self.data, self.held = settings, data, held
         self.lora = Lora(
-            base.targets(settings.targets()),
+            base.config.linears_named(settings.targets()),
             rank=settings.rank,
             scaling=settings.scaling,
             dropout=settings.dropout,

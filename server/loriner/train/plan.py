@@ -82,7 +82,7 @@ def make_plan(preparation: Preparation) -> Plan:
         jobs=jobs,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
-        base_parameters=sum(torch.Size(shape).numel() for shape in config.tensors().values()),
+        base_parameters=config.num_parameters,
         base_bytes=_base_bytes(Checkpoint.open(run.base), dtype),
         activation_bytes=activation_bytes(
             config, num_tokens, dtype, checkpointing=run.gradient_checkpointing
@@ -108,8 +108,8 @@ def _plan_job(part: Prepared, config: ModelConfig) -> JobPlan:
     job, feed = part.settings, make_feed(part.settings, part.data)
     steps = num_steps(job, feed)
     passes = [p for step in range(feed.steps_per_epoch) for p in feed.passes(step)]
-    targets = [s for n, s in config.linears().items() if n.rpartition(".")[2] in job.targets()]
-    num_parameters = sum(job.rank * (n + k) for n, k in targets)
+    shapes = config.linears_named(job.targets()).values()
+    num_parameters = sum(job.rank * (n + k) for n, k in shapes)
     return JobPlan(
         name=job.name,
         num_steps=steps,

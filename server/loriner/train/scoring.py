@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -68,10 +67,3 @@ def mean_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, floa
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
     half = z * spread / math.sqrt(count)
     return mean, mean - half, mean + half
-
-
-def as_dict(metric: str, rights: Sequence[bool]) -> dict[str, Any]:
-    """A score with its interval."""
-    low, high = wilson(sum(rights), len(rights))
-    share = sum(rights) / len(rights) if rights else 0.0
-    return {"metric": metric, "score": share, "low": low, "high": high, "count": len(rights)}

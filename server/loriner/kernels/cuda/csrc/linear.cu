@@ -88,12 +88,6 @@ struct Params {
     i32 M, N, K, KB, nested_shift, max_tiles, shrunk_stride, parts, workers, split0, split1;  // KB: padded to KU
 };
 
-DEV uint4 ld_once(const u8* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
 // Word I of a lane's column in the table: the byte I of `v` becomes the row. On Hopper dynamic shared memory begins at
 // 1024 (the kernel checks it), so that the address needs no addition: `column` has the high bits.
 #if WGMMA
@@ -399,18 +393,12 @@ struct Unit {
     u64* out;
 };
 
-DEV uint4 ld16(const u16* p, bool valid) {
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (valid) asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
 DEV void ask(const Params& p, Unit& u, i32 step) {
     const i32 g = (threadIdx.x & 31) >> 2;
 #pragma unroll
     for (int i = 0; i < AHEAD; i++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) u.a[i][h] = ld16(u.from + (i64)h * 8 * p.K + (step + i) * 32, g + h * 8 < u.ranks && step + i < u.steps);
+        for (int h = 0; h < 2; h++) u.a[i][h] = ld_once_or_zero(u.from + (i64)h * 8 * p.K + (step + i) * 32, g + h * 8 < u.ranks && step + i < u.steps);
 }
 
 // Ask for the A of unit `next`; false when there is none.

@@ -19,12 +19,6 @@ struct Item {
     i32 row, rows, seat;
 };
 
-DEV uint4 ld16(const u16* p, bool valid) {
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (valid) asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
 __shared__ float sums[8][16][TILES * 8 + 1];  // [eighth of this block][rank][row of x]
 __shared__ float warps[WARPS][16][TILES * 8 + 1];
 
@@ -38,7 +32,7 @@ DEV void multiply(const u16* a0, const u16* a1, bool v0, bool v1, uint4 (&ahead)
             if (s + i >= steps) break;
             const uint4 p = ahead[i][0], q = ahead[i][1];
             const i32 next = s + i + AHEAD;
-            if (next < steps) ahead[i][0] = ld16(a0 + next * 32, v0), ahead[i][1] = ld16(a1 + next * 32, v1);
+            if (next < steps) ahead[i][0] = ld_once_or_zero(a0 + next * 32, v0), ahead[i][1] = ld_once_or_zero(a1 + next * 32, v1);
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 uint4 b = make_uint4(0, 0, 0, 0);
@@ -76,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) lora_shrink(const u16* 
             const u16 *a0 = a + (i64)(r0 + g) * K + begin * 32 + t * 8, *a1 = a0 + (i64)8 * K;
             uint4 ahead[AHEAD][2];
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) ahead[i][0] = ld16(a0 + i * 32, v0 && i < steps), ahead[i][1] = ld16(a1 + i * 32, v1 && i < steps);
+            for (int i = 0; i < AHEAD; i++) ahead[i][0] = ld_once_or_zero(a0 + i * 32, v0 && i < steps), ahead[i][1] = ld_once_or_zero(a1 + i * 32, v1 && i < steps);
             if (!waited) grid_wait();
             waited = true;
             float acc[TILES][4];
