@@ -47,7 +47,7 @@ class CudaCopies:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        torch.cuda.set_device(self._device)
+        torch.cuda.set_device(self._device.index or 0)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         while (job := self._jobs.get()) is not None:

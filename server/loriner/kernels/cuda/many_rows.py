@@ -16,6 +16,7 @@ from loriner.kernels.cuda.linear import ADD, GATED, STORE, Adapters, Operand
 from loriner.kernels.cuda.tiling import KIND_BF16, MAX_STACKED_RANK
 
 MAX_FUSED_ROWS = 256
+MAX_SHRINKS = 64  # items of A x in flight in each slice: some more than an H200 holds
 
 
 class ManyRows:
@@ -91,7 +92,7 @@ class ManyRows:
         t = torch.empty(rows, MAX_STACKED_RANK, dtype=torch.float32, device=x.device)
         seats = (adapters.seats, adapters.group, adapters.seats.shape[1])
         self._shrink(
-            (self._cluster, len(adapters.items), operand.num_slices),
+            (self._cluster, min(len(adapters.items), MAX_SHRINKS), operand.num_slices),
             128,
             x,
             inputs,
@@ -103,7 +104,7 @@ class ManyRows:
             cluster=self._cluster,
         )
         self._expand(
-            (-(-outputs // 128), -(-rows // 16)),
+            (-(-outputs // 128), -(-rows // 32)),
             128,
             product,
             rows,

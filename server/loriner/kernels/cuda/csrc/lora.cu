@@ -44,24 +44,24 @@ DEV void multiply(const u16* a0, const u16* a1, bool v0, bool v1, uint4 (&ahead)
     }
 }
 
-// Grid: (CLUSTER, items, ranks in flight). x [M, K] bf16; items [..] and their number on the device;
+// Grid: (CLUSTER, items in flight, ranks in flight). x [M, K] bf16; items [..] and their number on the device;
 // t [M, stride] f32, of which the item's ranks are written.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) lora_shrink(const u16* x, i32 K, const u8* seats, i32 group, i32 num_groups,
                                                                      const Item* items, const i32* num_items, float* out, i32 stride) {
     grid_launch();
     const i32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const i32 eighth = CLUSTER == 1 ? 0 : cluster_rank();
-    bool live = blockIdx.y < *num_items;
-    Item item = {0, 0, -1};
-    const SeatEntry* e = nullptr;
-    i32 rank = 0;
-    if (live) {
-        item = items[blockIdx.y];
-        e = seat_entry(seats, item.seat, group, num_groups);
-        rank = e->rank_end[2];
-    }
+    const i32 count = *num_items;
     bool waited = false;
-    for (i32 r0 = blockIdx.z * 16; r0 < rank; r0 += gridDim.z * 16) {
+    i32 next = blockIdx.y, r0 = blockIdx.z * 16;
+    while (next < count) {
+        const Item item = items[next];
+        const SeatEntry* e = seat_entry(seats, item.seat, group, num_groups);
+        const i32 rank = e->rank_end[2];
+        if (r0 >= rank) {
+            next += gridDim.y, r0 = blockIdx.z * 16;
+            continue;
+        }
         const u16* a = (const u16*)e->a;
         const bool v0 = r0 + g < rank, v1 = r0 + g + 8 < rank;
         for (int part = 0; part < PARTS; part++) {
@@ -112,6 +112,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) lora_shrink(const u16* 
         }
         if (CLUSTER > 1) cluster_sync();
         else __syncthreads();
+        r0 += gridDim.z * 16;
     }
     if (!waited) grid_wait();
 }
@@ -131,20 +132,98 @@ extern "C" __global__ void lora_embed(float* h, i32 H, const i32* token, const i
     h[(i64)row * H + n] += e->scale[0] * sum;
 }
 
-// y (op)= the adapters' share, for outputs that another kernel made: y [M, N] bf16.
-// Each thread owns one output and walks 16 rows. Grid: (ceil(N / 128), ceil(M / 16)).
-extern "C" __global__ void lora_expand_add(u16* y, i32 M, i32 N, const float* t, i32 stride, const i32* row_seat, const u8* seats, i32 group,
-                                           i32 num_groups, i32 split0, i32 split1) {
+// Four ranks of one row of t or of an output of B, those from `rank` on as zeros. `whole`: both are aligned for wide loads.
+DEV float4 four_of(const float* from, i32 k, i32 rank, bool whole) {
+    if (whole) return k < rank ? *(const float4*)(from + k) : make_float4(0, 0, 0, 0);
+    return make_float4(k < rank ? from[k] : 0, k + 1 < rank ? from[k + 1] : 0, k + 2 < rank ? from[k + 2] : 0, k + 3 < rank ? from[k + 3] : 0);
+}
+DEV uint2 four_of(const u16* from, i32 k, i32 rank, bool whole) {
+    if (whole) return k < rank ? __ldg((const uint2*)(from + k)) : make_uint2(0, 0);
+    const u32 a = k < rank ? from[k] : 0, b = k + 1 < rank ? from[k + 1] : 0, c = k + 2 < rank ? from[k + 2] : 0, d = k + 3 < rank ? from[k + 3] : 0;
+    return make_uint2(a | b << 16, c | d << 16);
+}
+
+// acc [32 rows, 32 outputs] = t B^T for the rows in `rows`, over the ranks of one slice. t is f32: it is multiplied as a
+// sum of two bf16. A lane takes four consecutive ranks as its fragments', and column c of the four tiles of
+// outputs is output c / 2 * 8 + tile * 2 + c % 2: so each lane holds eight consecutive outputs.
+DEV void expand(float (&acc)[2][4][4], const RowLora& l, const float* t, i32 stride, i32 n, u32 rows) {
+    const i32 lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+    const bool whole = (l.rank | l.begin) % 4 == 0;
+    const u16* b = l.b + (i64)(n + (g >> 1) * 8 + (g & 1)) * l.rank;
+    for (i32 k0 = 0; k0 < l.rank; k0 += 16) {
+        const i32 k = k0 + q * 4;
+        uint2 out[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) out[j] = four_of(b + (i64)j * 2 * l.rank, k, l.rank, whole);
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            if ((rows >> (m * 16) & 0xffff) == 0) continue;
+            u32 high[4], low[4];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const i32 row = m * 16 + h * 8 + g;
+                const float4 v = four_of(t + (i64)row * stride + l.begin, k, rows >> row & 1 ? l.rank : 0, whole);
+                high[h] = pack_bf16(v.x, v.y), high[h + 2] = pack_bf16(v.z, v.w);
+                low[h] = pack_bf16(v.x - lo_to_float(high[h]), v.y - hi_to_float(high[h]));
+                low[h + 2] = pack_bf16(v.z - lo_to_float(high[h + 2]), v.w - hi_to_float(high[h + 2]));
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                mma_bf16(acc[m][j], high[0], high[1], high[2], high[3], out[j].x, out[j].y);
+                mma_bf16(acc[m][j], low[0], low[1], low[2], low[3], out[j].x, out[j].y);
+            }
+        }
+    }
+}
+
+DEV u32 add_pair(u32 y, float a, float b) { return pack_bf16(lo_to_float(y) + a, hi_to_float(y) + b); }
+
+// y [M, N] bf16 += the adapters' share, for outputs that another kernel made; t [M, stride] f32. A warp adds to 32 rows
+// of 32 outputs, the rows of one seat together. Grid: (ceil(N / 128), ceil(M / 32)).
+extern "C" __global__ void __launch_bounds__(128) lora_expand_add(u16* y, i32 M, i32 N, const float* t, i32 stride, const i32* row_seat, const u8* seats,
+                                                                  i32 group, i32 num_groups, i32 split0, i32 split1) {
     grid_launch();
     grid_wait();
-    const i32 n = blockIdx.x * blockDim.x + threadIdx.x;
-    if (n >= N) return;
-    for (i32 row = blockIdx.y * 16; row < min(M, blockIdx.y * 16 + 16); row++) {
-        const i32 seat = row_seat[row];
-        if (seat < 0) continue;
-        const float v = lora_expand(seats, seat, group, num_groups, split0, split1, n, t + (i64)row * stride);
-        const i64 at = (i64)row * N + n;
-        y[at] = float_to_bf16(bf16_to_float(y[at]) + v);
+    const i32 lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, row0 = blockIdx.y * 32, n0 = blockIdx.x * 128 + (threadIdx.x >> 5) * 32;
+    if (n0 >= N) return;
+    const i32 slice = (n0 >= split0) + (n0 >= split1), start = slice == 0 ? 0 : slice == 1 ? split0 : split1;
+    const bool tiled = n0 + 32 <= (slice == 0 ? split0 : slice == 1 ? split1 : N) && N % 8 == 0;
+    const i32 own = row0 + lane < M ? row_seat[row0 + lane] : -1;
+    t += (i64)row0 * stride, y += (i64)row0 * N;
+    u32 left = __ballot_sync(0xffffffffu, own >= 0);
+    while (left) {
+        const i32 seat = __shfl_sync(0xffffffffu, own, __ffs(left) - 1);
+        const u32 rows = __ballot_sync(0xffffffffu, own == seat);
+        left &= ~rows;
+        if (!tiled) {  // outputs of two slices, or the last ones
+            for (u32 rest = rows; rest && n0 + lane < N; rest &= rest - 1) {
+                const i32 row = __ffs(rest) - 1;
+                u16* at = y + (i64)row * N + n0 + lane;
+                *at = float_to_bf16(bf16_to_float(*at) + lora_expand(seats, seat, group, num_groups, split0, split1, n0 + lane, t + (i64)row * stride));
+            }
+            continue;
+        }
+        const RowLora l = row_lora(seats, seat, group, num_groups, slice);
+        if (l.rank == 0) continue;
+        float acc[2][4][4] = {};
+        expand(acc, l, t, stride, n0 - start, rows);
+        float bias[8] = {};
+        if (l.bias)
+#pragma unroll
+            for (int i = 0; i < 8; i++) bias[i] = l.bias[n0 - start + q * 8 + i];
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const i32 row = m * 16 + h * 8 + g;
+                if (!(rows >> row & 1)) continue;
+                uint4* at = (uint4*)(y + (i64)row * N + n0 + q * 8);
+                float v[8];
+#pragma unroll
+                for (int i = 0; i < 8; i++) v[i] = l.scale * (acc[m][i >> 1][h * 2 + (i & 1)] + bias[i]);
+                const uint4 old = *at;
+                *at = make_uint4(add_pair(old.x, v[0], v[1]), add_pair(old.y, v[2], v[3]), add_pair(old.z, v[4], v[5]), add_pair(old.w, v[6], v[7]));
+            }
     }
 }
 
