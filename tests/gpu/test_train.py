@@ -11,7 +11,8 @@ import torch
 
 from loriner.adapters.names import parse_name
 from loriner.bench.shapes import hf_config
-from loriner.bench.train import OURS, measure
+from loriner.bench.train import OURS
+from loriner.bench.worker import run_script
 from loriner.cli import main
 from loriner.commands.publish import publish_checked
 from loriner.train.base import open_base
@@ -116,7 +117,7 @@ def test_peak_memory_is_within_what_qlora_promises(shape: str, limit: int) -> No
     """Rank 64 on all linears, length 512, batch 1, checkpointing (arXiv 2305.14314)."""
     job = {"shape": shape, "config": hf_config(shape), "device": "cuda", "seed": 0, "rank": 64}
     job |= {"length": 512, "batch": 1, "steps": 3, "threads": 0, "checkpointing": True, "jobs": 1}
-    found = measure(OURS, job)
+    found = run_script(OURS, job)
 
     assert found["peak_bytes"] < limit
     assert all(torch.isfinite(torch.tensor(found["losses"])))
