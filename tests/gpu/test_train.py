@@ -3,7 +3,9 @@ trained, and the memory that QLoRA promises."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from loriner.train.passes import Share, run_pass
 from loriner.train.settings import ALL_LINEAR, RunConfig
 from loriner.train.stored import StoreServed
 from tests.tiny import write_tiny_base
-from tests.train.peft_oracle import dense_model, with_lora
+from tests.train.peft_oracle import gradients_of, off, peft_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -53,38 +55,28 @@ def random_lora(base: Any) -> Lora:
     return lora
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 0.05)], ids=["fp32", "bf16"]
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_peft(
-    dtype: str, tolerance: float, checkpointing: bool, tiny: Path
-) -> None:
+def test_gradients_are_those_of_peft(dtype: str, checkpointing: bool, tiny: Path) -> None:
+    """In bf16 as near to those in f32 as PEFT's in bf16 are."""
     settings = RunConfig(
         base=tiny, device="cuda", dtype=dtype, gradient_checkpointing=checkpointing
     )
     base = open_base(settings)
     lora, rows = random_lora(base), random_documents(13, 5, 29, 30, 30)
-    num_learnt = sum(row.num_learnt for row in rows)
-    total, _ = run_pass(base, [Share(rows, lora, weight=1 / num_learnt)])
+    total, _ = run_pass(base, [Share(rows, lora, weight=1 / sum(r.num_learnt for r in rows))])
     torch.autograd.backward(total)
+    ours = gradients_of(lora)
 
-    peft = with_lora(dense_model(tiny).cuda(), lora, rank=8, alpha=16)
-    loss: Any = 0.0
-    for row in rows:
-        ids = torch.tensor([row.token_ids], device="cuda")
-        labels = torch.where(torch.tensor([row.is_learnt], device="cuda"), ids, -100)
-        loss += peft(input_ids=ids, labels=labels).loss * row.num_learnt / num_learnt
-    loss.backward()
-
-    assert total.item() == pytest.approx(loss.item(), rel=tolerance)
-    found = dict(peft.named_parameters())
-    for name, pair in lora.weights.items():
-        for part, ours in zip("AB", pair, strict=True):
-            theirs = found[f"base_model.model.{name}.lora_{part}.default.weight"].grad
-            assert theirs is not None and ours.grad is not None
-            off = (ours.grad - theirs).norm() / theirs.norm()
-            assert off <= tolerance, (name, part, float(off))
+    peft = partial(peft_gradients, tiny, lora, rows, rank=8, alpha=16, device="cuda")
+    loss, exact = peft()
+    if dtype == "float32":
+        assert total.item() == pytest.approx(loss, rel=2e-3)
+        assert max(off(ours, exact).values()) <= 2e-3
+    else:
+        _, theirs = peft(dtype=torch.bfloat16)
+        assert total.item() == pytest.approx(loss, rel=0.01)
+        assert fmean(off(ours, exact).values()) <= 1.25 * fmean(off(theirs, exact).values())
 
 
 def test_what_is_trained_on_the_gpu_is_served_as_it_was_trained(tiny: Path, tmp_path: Path) -> None:

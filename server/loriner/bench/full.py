@@ -18,7 +18,7 @@ from loriner.train import attention
 from loriner.train.data import DataSet
 from loriner.train.feed import Pass
 from loriner.train.job import make_feed, num_steps
-from loriner.train.optim import clip, learning_rate, make_optimizer
+from loriner.train.optim import check_finite, clip, learning_rate, make_optimizer
 from loriner.train.passes import Flat
 from loriner.train.settings import JobConfig
 
@@ -81,7 +81,8 @@ def _step(model: FullModel, optimizer: Any, passes: Sequence[Pass], max_norm: fl
         loss = model.loss(documents) / num_learnt
         torch.autograd.backward(loss)
         total += loss.detach()
-    clip(model.parameters(), max_norm)
+    loss, norm = torch.stack((total, clip(model.parameters(), max_norm))).tolist()
+    check_finite("all weights", loss, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total.item()
+    return float(loss)

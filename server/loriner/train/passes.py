@@ -36,7 +36,8 @@ class Flat:
         positions = torch.cat([torch.arange(length) for length in lengths])
         rows = torch.tensor([flag for d in documents for flag in d.is_learnt]).nonzero().squeeze(1)
         plan = Plan.of(lengths, device)
-        return cls(ids.to(device), positions.to(device), plan, rows.to(device))
+        moved = [x.to(device, non_blocking=True) for x in (ids, positions, rows)]
+        return cls(moved[0], moved[1], plan, moved[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,11 @@ def run_pass(base: Base, shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]
     flat = Flat.of([document for share in shares for document in share.documents], base.device)
     counts = [share.num_learnt for share in shares]
     weights = torch.tensor([s.weight for s in shares]).repeat_interleave(torch.tensor(counts))
+    weights = weights.to(base.device, non_blocking=True)  # [S]
     embedded = _with_noise(base.embed(flat.ids), shares)
     hidden = base.hidden(embedded, flat.positions, flat.plan, _segments(shares))
     states, targets = hidden.index_select(0, flat.rows - 1), flat.ids[flat.rows]
-    total, losses = head_loss(states, base.head, targets, weights.to(base.device))
+    total, losses = head_loss(states, base.head, targets, weights)
     return total, list(torch.split(losses, counts))
 
 
