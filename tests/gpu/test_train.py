@@ -3,6 +3,7 @@ trained, and the memory that QLoRA promises."""
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from loriner.adapters.names import parse_name
+from loriner.bench.cost import SCRIPT, VARIANTS, Variant
+from loriner.bench.dense_base import make_bases
 from loriner.bench.shapes import hf_config
 from loriner.bench.train import OURS
 from loriner.bench.worker import run_script
@@ -23,7 +26,7 @@ from loriner.train.masks import Document
 from loriner.train.passes import Share, run_pass
 from loriner.train.settings import ALL_LINEAR, RunConfig
 from loriner.train.stored import StoreServed
-from tests.tiny import write_tiny_base
+from tests.tiny import write_tiny_base, write_tiny_dense
 from tests.train.peft_oracle import gradients_of, off, peft_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -101,6 +104,24 @@ def test_what_is_trained_on_the_gpu_is_served_as_it_was_trained(tiny: Path, tmp_
     adapter = tmp_path / "run" / "adapter"
     with StoreServed(RunConfig(base=tiny, device="cuda"), store) as served:
         assert publish_checked(served, adapter, parse_name("again"), None)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.key)
+def test_every_variant_of_bench_cost_learns(variant: Variant, tmp_path: Path) -> None:
+    bases = make_bases(write_tiny_dense(tmp_path / "dense"), tmp_path / "bases")
+    data = tmp_path / "rows.jsonl"
+    answer = {"role": "assistant", "content": "yes"}
+    rows = [[{"role": "user", "content": "x" * i}, answer] for i in range(1, 9)]
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    job = {"variant": variant.key, "base": str(bases.folders[variant.base]), "test": str(data)}
+    job |= {"device": "cuda", "dtype": "auto", "threads": 0, "max_rows": 0, "answer_rows": 3}
+    rate = 3e-3 if variant.key == "full" else 2e-2
+    settings = {"name": "x", "data": str(data), "batch": 4, "max_length": 64, "steps": 40}
+    job |= {"metrics": ["exact"], "settings": settings | {"learning_rate": rate, "rank": 8}}
+    found = run_script(SCRIPT, job)
+
+    assert found["last_loss"] < 0.2 < found["first_loss"]
+    assert found["right"]["exact"] >= 6
 
 
 @pytest.mark.slow
