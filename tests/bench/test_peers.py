@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loriner.bench import add_commands, machine, peers
+from loriner.bench import add_commands, machine, peers, worker
 from loriner.bench.adapters import linear_shapes, write_adapters
 from loriner.bench.cpu import measure_engine
 
@@ -35,8 +35,8 @@ def base(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> peers.Engine:
-    monkeypatch.setattr(peers, "HERE", tmp_path)
+def engine_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> peers.Engine:
+    monkeypatch.setattr(worker, "HERE", tmp_path)
     (tmp_path / "worker.py").write_text(source)
     return peers.Engine("w", "worker", "worker.py", {"num_adapters": 1})
 
@@ -57,7 +57,7 @@ def test_the_command_is_registered_and_carries_its_function() -> None:
 def test_a_worker_gets_its_share_of_the_job_and_the_thread_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = worker(
+    engine = engine_of(
         tmp_path,
         monkeypatch,
         "import json, os, sys\n"
@@ -75,9 +75,9 @@ def test_a_worker_gets_its_share_of_the_job_and_the_thread_count(
 def test_a_worker_that_fails_is_missing_with_its_last_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = worker(tmp_path, monkeypatch, "raise SystemExit('no such model')")
+    engine = engine_of(tmp_path, monkeypatch, "raise SystemExit('no such model')")
 
-    with pytest.raises(peers.PeerMissingError, match="exit status 1: no such model"):
+    with pytest.raises(worker.WorkerError, match="exit status 1: no such model"):
         measure_engine(engine, ARGS, COMMON)
 
 

@@ -1,4 +1,4 @@
-"""Each client of `run.py` against the HTTP door with a scripted engine; `--slow` runs it."""
+"""Each client of `run.py` against the HTTP door; `--slow` runs it."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ from tests.clients import run
 @pytest.mark.parametrize("name", run.PACKAGES)
 def test_a_client_works_unchanged(name: str) -> None:
     cache = Path.home() / ".cache" / "loriner" / "clients"
-    with run.scripted_server() as url:
+    with run.server_for(name) as url:
         assert run.run(name, url, "pirate", cache)

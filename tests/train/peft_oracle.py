@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from loriner.kernels.operands import Nf4
 from loriner.kernels.reference import dequantized
 from loriner.model.weights import Checkpoint
 from loriner.train.lora import Lora
+from loriner.train.masks import Document
 
 
 def dense_model(folder: Path) -> Any:
@@ -55,6 +56,51 @@ def with_lora(model: Any, lora: Lora, *, rank: int, alpha: float, **more: Any) -
     }
     assert not made.load_state_dict(state, strict=False).unexpected_keys
     return made
+
+
+def peft_gradients(
+    folder: Path,
+    lora: Lora,
+    rows: Sequence[Document],
+    *,
+    rank: int,
+    alpha: float,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> tuple[float, dict[str, Tensor]]:
+    """The mean loss over the learnt tokens and its gradients by the names of `Lora.tensors`. In
+    bf16 with f32 adapters and autocast, as PEFT's users train."""
+    peft = with_lora(dense_model(folder).to(device, dtype), lora, rank=rank, alpha=alpha).to(device)
+    total, count = 0.0, sum(row.num_learnt for row in rows)
+    for row in rows:
+        ids = torch.tensor([row.token_ids], device=device)
+        labels = ids.masked_fill(~torch.tensor([row.is_learnt], device=device), -100)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = peft(input_ids=ids, labels=labels).loss * row.num_learnt / count
+        loss.backward()
+        total += loss.item()
+    named = dict(peft.named_parameters())
+    grads = {
+        name: named[name.replace(".weight", ".default.weight")].grad for name in lora.tensors()
+    }
+    return total, grads
+
+
+def gradients_of(lora: Lora) -> dict[str, Tensor]:
+    """By the names of `Lora.tensors`."""
+    grads = (parameter.grad for parameter in lora.parameters())
+    return {
+        name: grad for name, grad in zip(lora.tensors(), grads, strict=True) if grad is not None
+    }
+
+
+def off(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    """||ours - theirs|| / ||theirs|| of each tensor."""
+    assert ours.keys() == theirs.keys()
+    return {
+        name: float((ours[name].float() - tensor).norm() / tensor.norm())
+        for name, tensor in theirs.items()
+    }
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from loriner.train.masks import Document
 from loriner.train.passes import Share, mean_loss, run_pass
 from loriner.train.settings import ALL_LINEAR, RunConfig
 from tests.tiny import write_tiny_base, write_tiny_dense
-from tests.train.peft_oracle import dense_model, with_lora
+from tests.train.peft_oracle import gradients_of, off, peft_gradients
 
 LENGTHS = (13, 5, 29, 6, 30)
 
@@ -77,26 +79,27 @@ def test_loss_and_gradients_are_those_of_peft(family: str, tmp_path: Path) -> No
     num_learnt = sum(row.num_learnt for row in rows)
     share = Share(rows, lora, weight=1 / num_learnt)
     total, _ = run_pass(base, [share])
-    (ours,) = gradients(base, share)
+    torch.autograd.backward(total)
+    ours = gradients_of(lora)
 
-    peft = with_lora(dense_model(folder), lora, rank=4, alpha=8)
-    sums = []
-    for row in rows:
-        ids = torch.tensor([row.token_ids])
-        labels = torch.tensor(
-            [[i if f else -100 for i, f in zip(row.token_ids, row.is_learnt, strict=True)]]
-        )
-        sums.append(peft(input_ids=ids, labels=labels).loss * row.num_learnt)
-    loss = torch.stack(sums).sum() / num_learnt
-    loss.backward()
-    theirs = {}
-    for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
-            module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
-            theirs[f"{module} {part[0]}"] = parameter.grad
+    loss, theirs = peft_gradients(folder, lora, rows, rank=4, alpha=8)
 
-    assert total.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert total.item() == pytest.approx(loss, rel=1e-5)
     assert_close(theirs, ours)
+
+
+def test_in_bf16_gradients_are_as_near_to_f32_as_those_of_peft(tiny: Path) -> None:
+    base = open_base(RunConfig(base=tiny, device="cpu", dtype="bfloat16"))
+    lora, rows = make_lora(base), documents(*LENGTHS)
+    total, _ = run_pass(base, [Share(rows, lora, weight=1 / sum(r.num_learnt for r in rows))])
+    torch.autograd.backward(total)
+    ours = gradients_of(lora)
+
+    peft = partial(peft_gradients, tiny, lora, rows, rank=4, alpha=8)
+    loss, exact = peft()
+    _, theirs = peft(dtype=torch.bfloat16)
+    assert total.item() == pytest.approx(loss, rel=0.01)
+    assert fmean(off(ours, exact).values()) <= 1.25 * fmean(off(theirs, exact).values())
 
 
 def test_a_dense_base_is_trained_on_as_it_is(tmp_path: Path) -> None:
@@ -195,10 +198,10 @@ def test_noise_on_embeddings_is_as_large_as_neftune_says(base: Base) -> None:
 
 def test_a_plan_puts_every_row_back_in_its_place() -> None:
     plan = Plan.of((3, 7, 1, 6), torch.device("cpu"))
-    flat = torch.cat([rows.flatten() for rows in plan.groups])
 
-    assert flat[plan.places].tolist() == list(range(17))
-    assert len(plan.groups) == 3  # 7 and 6 go together
+    assert plan.rows[plan.places].tolist() == list(range(17))
+    assert plan.shapes == ((2, 7), (1, 3), (1, 1))
+    assert plan.rows[: 2 * 7].tolist() == [*range(3, 10), *range(11, 17), 16]
 
 
 def test_mean_loss_does_not_depend_on_how_the_rows_are_cut(base: Base) -> None:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from loriner.train.scoring import exact, last_number, mean_interval, same_json, same_number, wilson
+from loriner.errors import ConfigError
+from loriner.train.scoring import (
+    exact,
+    last_number,
+    mean_interval,
+    same_json,
+    same_number,
+    scorer,
+    wilson,
+)
 
 
 def test_exact_forgives_white_space_around_alone() -> None:
@@ -45,3 +54,14 @@ def test_intervals_are_those_of_the_tables() -> None:
     assert wilson(0, 100)[0] == pytest.approx(0.0, abs=1e-12)
     mean, low, high = mean_interval([1.0, 2.0, 3.0])
     assert (mean, high - mean) == pytest.approx((2.0, 1.96 / 3**0.5))
+
+
+def test_one_key_of_json_can_be_scored_alone() -> None:
+    intent = scorer("json.intent")
+
+    assert intent('{"intent": "Play", "slots": {}}', '{"intent": "Play", "slots": {"a": 1}}')
+    assert not intent('{"intent": "Stop"}', '{"intent": "Play"}')
+    assert not intent('{"slots": 1}', '{"slots": 1}')
+    assert not intent('{"intent": "Play"', '{"intent": "Play"}')
+    with pytest.raises(ConfigError, match="not one of exact"):
+        scorer("json.")

@@ -15,6 +15,7 @@ from typing import Any
 from loriner.bench import machine, peers, report
 from loriner.bench.cases import Case, case_of
 from loriner.bench.served import Served, ServeFailedError, measure_serve
+from loriner.bench.worker import WorkerError
 from loriner.errors import ConfigError
 
 TIMEOUT_S = 1800.0
@@ -86,7 +87,7 @@ def measure_engines(
                 continue
             try:
                 cases[engine.key] = measure_engine(engine, args, common)
-            except peers.PeerMissingError as error:
+            except WorkerError as error:
                 missing[engine.key] = str(error)
             else:
                 say(report.case_table(cases[engine.key]))  # a run that is cut off has shown them

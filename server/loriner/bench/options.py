@@ -21,16 +21,28 @@ def add_parser(
     summary: str,
     description: str,
 ) -> argparse.ArgumentParser:
-    """A subcommand with the flags that all have."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        name, help=summary, description=description
-    )
+    """A subcommand on a random base, with the flags that all of these have."""
+    parser = add_plain_parser(subparsers, name, run, summary, description)
     parser.add_argument(
         "--shape",
         choices=list(SHAPES),
         default="llama-3-8b",
         metavar="SHAPE",
         help=f"of {', '.join(SHAPES)} (default: llama-3-8b)",
+    )
+    return parser
+
+
+def add_plain_parser(
+    subparsers: Parsers,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    description: str,
+) -> argparse.ArgumentParser:
+    """A subcommand with a device, a seed, threads and a file for figures."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=summary, description=description
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda)")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
@@ -61,9 +73,9 @@ def require_device(args: argparse.Namespace) -> None:
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
+        flags = "--device cpu --shape tiny" if hasattr(args, "shape") else "--device cpu"
         raise ConfigError(
-            f"bench {args.name} needs a CUDA device; `--device cpu --shape tiny` runs the same code"
-            " without one."
+            f"bench {args.name} needs a CUDA device; `{flags}` runs the same code without one."
         )
 
 

@@ -7,19 +7,15 @@ its own, made on demand. Invariant: a peer that cannot run is reported as missin
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loriner.errors import LorinerError
+from loriner.bench.worker import run_command, run_script
 
-HERE = Path(__file__).resolve().parent
 HF = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "safetensors")
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 ALL_ADAPTERS = 8
@@ -61,56 +57,27 @@ ENGINES = (
 )
 
 
-class PeerMissingError(LorinerError):
-    """The peer is not installed and could not be; the message says why."""
-
-
 def interpreter(engine: Engine, venvs: Path) -> Path:
-    """The Python that can run `engine`, installing it under `venvs` when needed."""
+    """The Python that can run `engine`, installing it under `venvs` when needed. Raises
+    WorkerError when it cannot be."""
     if all(importlib.util.find_spec(module) for module in engine.modules):
         return Path(sys.executable)
     python = venvs / engine.key / "bin" / "python"
     if not python.exists():
-        _run([sys.executable, "-m", "venv", str(venvs / engine.key)], {})
+        run_command([sys.executable, "-m", "venv", str(venvs / engine.key)], {})
     probe = "import " + ", ".join(engine.modules)
     if subprocess.run([python, "-c", probe], capture_output=True).returncode != 0:
-        _run([str(python), "-m", "pip", "install", *engine.requirements], engine.environ)
+        run_command([str(python), "-m", "pip", "install", *engine.requirements], engine.environ)
     return python
 
 
 def measure(
     engine: Engine, python: Path, common: Mapping[str, Any], timeout_s: float
 ) -> list[dict[str, Any]]:
-    """Run the worker of `engine` and return its cases. Raises PeerMissingError when it fails."""
+    """Run the worker of `engine` and return its cases. Raises WorkerError when it fails."""
     job = {**common, **engine.job}
     job["adapters"] = common["adapters"][: engine.job["num_adapters"]]
-    with tempfile.TemporaryDirectory() as folder:
-        job_file, out_file = Path(folder, "job.json"), Path(folder, "out.json")
-        job_file.write_text(json.dumps(job))
-        command = [str(python), "-P", str(HERE / engine.script), str(job_file), str(out_file)]
-        _run(command, worker_environ(common["threads"]), timeout_s)
-        cases: list[dict[str, Any]] = json.loads(out_file.read_text())
-        return cases
-
-
-def worker_environ(threads: int) -> dict[str, str]:
-    """One thread count for every library, and no hub."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**dict.fromkeys(names, str(threads)), "HF_HUB_OFFLINE": "1"}
-
-
-def _run(command: list[str], environ: Mapping[str, str], timeout_s: float = 3600.0) -> None:
-    try:
-        done = subprocess.run(
-            command,
-            env={**os.environ, **environ},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise PeerMissingError(str(error)) from error
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise PeerMissingError(f"exit status {done.returncode}: {last[0]}")
+    cases: list[dict[str, Any]] = run_script(
+        engine.script, job, python=str(python), timeout_s=timeout_s
+    )
+    return cases

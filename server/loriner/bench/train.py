@@ -6,17 +6,11 @@ Each case is a process of its own, so its peak is its own. Light to import.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from loriner.bench import options
-from loriner.bench.peers import HERE, worker_environ
+from loriner.bench.worker import WorkerError, run_script
 
 HEAD = ("trainer", "jobs", "tokens/s", "ms a step", "spread", "peak GiB", "loaded GiB", "loss")
 OURS, PEER = "own_trainer.py", "peer_trainer.py"
@@ -54,10 +48,9 @@ def run(args: argparse.Namespace) -> int:
     for script, count in cases:
         label = LABELS[script]
         try:
-            found = measure(script, {**_job(args), "jobs": count})
-        except subprocess.CalledProcessError as error:
-            last = (error.stderr or "").strip().splitlines()[-1:] or ["no message"]
-            notes.append(f"not measured: {label}, {count} jobs: {last[0]}")
+            found = run_script(script, {**_job(args), "jobs": count})
+        except WorkerError as error:
+            notes.append(f"not measured: {label}, {count} jobs: {error}")
             continue
         figures.record("train", {"shape": args.shape, "trainer": label, **found})
         rows.append(cells(label, found))
@@ -65,23 +58,6 @@ def run(args: argparse.Namespace) -> int:
     for note in notes:
         figures.note(note)
     return 0 if rows else 1
-
-
-def measure(script: str, job: Mapping[str, Any]) -> dict[str, Any]:
-    """What one worker answers. Raises CalledProcessError."""
-    with tempfile.TemporaryDirectory() as folder:
-        job_file, out_file = Path(folder, "job.json"), Path(folder, "out.json")
-        job_file.write_text(json.dumps(job))
-        subprocess.run(
-            [sys.executable, "-P", str(HERE / script), str(job_file), str(out_file)],
-            env=_environ(job["threads"]),
-            check=True,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-        found: dict[str, Any] = json.loads(out_file.read_text())
-        return found
 
 
 def cells(label: str, found: Mapping[str, Any]) -> Sequence[str]:
@@ -106,8 +82,3 @@ def _job(args: argparse.Namespace) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in names}
     checkpointing = not args.no_checkpointing
     return {**chosen, "config": hf_config(args.shape), "checkpointing": checkpointing}
-
-
-def _environ(threads: int) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, sys.path))
-    return {**os.environ, "PYTHONPATH": path, **(worker_environ(threads) if threads else {})}

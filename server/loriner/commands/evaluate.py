@@ -94,21 +94,26 @@ class Evaluation:
 
     def run(self, prompts: Sequence[Prompt], adapters: Sequence[str]) -> list[Score]:
         """Scores in the order of `adapters`."""
-        ask = self._losses if self._metric == "loss" else self._is_right
         # Row by row, so that neighbours in the queue are different adapters of one prompt.
-        work = [(prompt, adapter) for prompt in prompts for adapter in adapters]
-        results = self._in_parallel(ask, work)
+        if self._metric == "loss":
+            rows = self._in_parallel("tokenizing", self._wanted, [(prompt,) for prompt in prompts])
+            work = [(*row, adapter) for row in rows for adapter in adapters]
+            results = self._in_parallel("asking", self._losses, work)
+        else:
+            pairs = [(prompt, adapter) for prompt in prompts for adapter in adapters]
+            results = self._in_parallel("asking", self._is_right, pairs)
         return [self._score(name, results[i :: len(adapters)]) for i, name in enumerate(adapters)]
 
     def _in_parallel(
-        self, ask: Callable[[Prompt, str], Any], work: Sequence[tuple[Prompt, str]]
+        self, what: str, ask: Callable[..., Any], work: Sequence[tuple[Any, ...]]
     ) -> list[Any]:
+        """What `ask` makes of each of `work`, in its order."""
         with contextlib.ExitStack() as stack:
             pool = ThreadPoolExecutor(self._concurrency)
             stack.callback(pool.shutdown, cancel_futures=True)
             progress = stack.enter_context(Progress(console=self._console, transient=True))
-            task = progress.add_task("asking", total=len(work))
-            futures = [pool.submit(ask, *pair) for pair in work]
+            task = progress.add_task(what, total=len(work))
+            futures = [pool.submit(ask, *given) for given in work]
             results = []
             for future in futures:
                 results.append(future.result())
@@ -138,10 +143,9 @@ class Evaluation:
             text = answer["choices"][0]["text"]
         return SCORERS[self._metric](text, prompt.answer)
 
-    def _losses(self, prompt: Prompt, adapter: str) -> list[float]:
+    def _losses(self, ids: list[int], wanted: list[int], adapter: str) -> list[float]:
         """-log p of each token of the wanted answer, without its end: one request a token, whose
         prompt is all before it (the server's prefix cache has it already)."""
-        ids, wanted = self._wanted(prompt)
         losses = []
         for place, token in enumerate(wanted):
             body = {

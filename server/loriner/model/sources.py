@@ -77,10 +77,14 @@ class HfSource:
                 yield name, tensor
 
     def write_side_files(self, target: Path) -> None:
-        for pattern in SIDE_FILES:
-            for path in self.folder.glob(pattern):
-                if path.is_file():
-                    shutil.copyfile(path, target / path.name)
+        copy_side_files(self.folder, target)
+
+
+def copy_side_files(folder: Path, target: Path) -> None:
+    for pattern in SIDE_FILES:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

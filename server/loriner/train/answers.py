@@ -18,7 +18,7 @@ from loriner.train import attention
 from loriner.train.base import Base
 from loriner.train.lora import Lora, Segment
 
-MAX_ROWS = 16  # answered at a time
+MAX_ROWS = 16  # answered at a time, unless told otherwise
 NUM_TOP = 5
 
 Top = list[tuple[int, float]]
@@ -42,15 +42,21 @@ class Answer:
 
 @torch.no_grad()
 def answer(
-    base: Base, questions: Sequence[Question], max_tokens: int, *, ignore_eos: bool = False
+    base: Base,
+    questions: Sequence[Question],
+    max_tokens: int,
+    *,
+    ignore_eos: bool = False,
+    max_rows: int = MAX_ROWS,
 ) -> list[Answer]:
-    """Greedy answers in the order of the questions."""
+    """Greedy answers in the order of the questions, `max_rows` at a time."""
     loras = list({id(q.lora): None for q in questions})  # neighbours share their segment
-    order = sorted(range(len(questions)), key=lambda i: loras.index(id(questions[i].lora)))
+    keys = [(loras.index(id(q.lora)), -len(q.prompt_ids)) for q in questions]
+    order = sorted(range(len(questions)), key=keys.__getitem__)
     answers: dict[int, Answer] = {}
     with _ready_to_generate(base):
-        for start in range(0, len(order), MAX_ROWS):
-            chunk = order[start : start + MAX_ROWS]
+        for start in range(0, len(order), max_rows):
+            chunk = order[start : start + max_rows]
             made = _generate(base, [questions[i] for i in chunk], max_tokens, ignore_eos)
             answers |= dict(zip(chunk, made, strict=True))
     return [answers[i] for i in range(len(questions))]
@@ -82,11 +88,11 @@ def _generate(
     for _ in range(max_tokens):
         logits = _next_logits(base, ids, mask, cache)
         values, best = logits.log_softmax(dim=-1).topk(NUM_TOP)
+        found, scores = best.tolist(), values.tolist()
         for row in sorted(open_rows):
-            top = list(zip(best[row].tolist(), values[row].tolist(), strict=True))
-            token = top[0][0]
+            token = found[row][0]
             answers[row].token_ids.append(token)
-            answers[row].top.append(top)
+            answers[row].top.append(list(zip(found[row], scores[row], strict=True)))
             if not ignore_eos and token in base.config.eos_token_ids:
                 open_rows.discard(row)
         if not open_rows:
@@ -102,13 +108,24 @@ def _next_logits(base: Base, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     out = base.decoder(
         input_ids=ids,
-        attention_mask=mask,
+        attention_mask=_visible(mask, ids.shape[1]),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
     logits: Tensor = (out[:, -1] @ base.head.dense().T).float()
     return logits
+
+
+def _visible(mask: Tensor, num_new: int) -> Tensor:
+    """mask [B, L], 1 for tokens and 0 for padding -> [B, 1, num_new, L] bool: which of all L rows
+    each of the last `num_new` sees. Every row sees itself, also where it is padding: a row that
+    sees nothing is NaN in some kernels."""
+    length = mask.shape[1]
+    place = torch.arange(length, device=mask.device)
+    own = place[-num_new:].unsqueeze(1)  # [num_new, 1]
+    earlier = (place <= own) & mask.bool()[:, None, None, :]
+    return earlier | (place == own)
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,9 @@ from loriner.train.json_file import write_json
 
 FILE = "loriner_canaries.json"
 FORMAT = 1
-TOLERANCES = {"float32": 0.01, "bfloat16": 0.3}  # natural logarithms
+# Natural logarithms. bf16 was seen to be up to 0.22 off f32 (SmolLM2, 64 tokens, the five highest),
+# and both who trains and who serves may round.
+TOLERANCES = {"float32": 0.01, "bfloat16": 0.5}
 
 
 @dataclass(frozen=True, slots=True)

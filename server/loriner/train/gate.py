@@ -7,17 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loriner.train.answers import Question, answer
+from loriner.train.asking import ask
 from loriner.train.base import Base
 from loriner.train.job import Job
 from loriner.train.json_file import write_json
 from loriner.train.lora import Lora
 from loriner.train.masks import Masker
-from loriner.train.recording import encode_prompt, spread
+from loriner.train.recording import spread
 from loriner.train.scoring import SCORERS
 
 FILE = "loriner_gate.json"
-MAX_ANSWER_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +44,10 @@ def judge(job: Job, base: Base, masker: Masker, tokenizer: Any) -> Gate:
     if metric == "loss":
         return _by_loss(job)
     prompts = spread(job.held.prompts, job.settings.gate_rows)
-    ids = [encode_prompt(prompt, masker, tokenizer) for prompt in prompts]
     wanted = [prompt.answer for prompt in prompts]
-    length = 8 + max(len(tokenizer.encode(text, add_special_tokens=False)) for text in wanted)
 
     def share_right(lora: Lora | None) -> float:
-        asked = [Question(prompt, lora) for prompt in ids]
-        answers = answer(base, asked, min(length, MAX_ANSWER_TOKENS))
-        texts = [tokenizer.decode(a.token_ids, skip_special_tokens=True) for a in answers]
+        texts = ask(base, lora, prompts, masker, tokenizer)
         return sum(map(SCORERS[metric], texts, wanted)) / len(wanted)
 
     theirs, ours = share_right(None), share_right(job.lora)

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loriner.train.base import Base
 from loriner.train.data import DataSet
 from loriner.train.feed import Feed
 from loriner.train.lora import Lora
-from loriner.train.optim import clip, learning_rate, make_optimizer
+from loriner.train.optim import check_finite, clip, learning_rate, make_optimizer
 from loriner.train.passes import Share, mean_loss
 from loriner.train.settings import JobConfig
 
@@ -108,16 +109,18 @@ class Job:
         return not self._passes
 
     def advance(self) -> StepRecord:
-        """The optimiser step that the gradients are for."""
-        parameters = self.lora.parameters()
-        norm = clip(parameters, self.settings.max_grad_norm)
+        """The optimiser step that the gradients are for; waits for the device once. Raises
+        TrainError instead when loss or gradient is not finite."""
+        length = clip(self.lora.parameters(), self.settings.max_grad_norm)
+        *parts, norm = torch.stack((*self._losses, length.double())).tolist()
+        loss = sum(parts) / self._num_learnt
+        check_finite(self.settings.name, loss, norm)
         rate = learning_rate(self.settings, self.step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        loss = sum(part.item() for part in self._losses) / self._num_learnt
         now = time.perf_counter()
         record = StepRecord(self.step, loss, rate, norm, self._num_tokens, now - self._started)
         self.steps.append(record)
@@ -136,7 +139,7 @@ class Job:
     def evaluate(self, base: Base) -> EvalRecord:
         """Loss on the held-out rows; keeps the best weights, and stops early if so set."""
         assert self.held is not None
-        max_tokens = max(2048, self.settings.max_length)
+        max_tokens = max(2048, self.settings.max_length * self.settings.batch)
         loss = mean_loss(base, self.lora, self.held.documents, max_tokens)
         record = EvalRecord(self.step, loss)
         self.evals.append(record)

@@ -205,12 +205,13 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         y = nn.functional.linear(x, weight.dense(), bias)
         hidden = []  # x A^T of each part, [rows, R]
-        for part, a, b in zip(parts, pairs[::2], pairs[1::2], strict=True):
-            h = part.drop(x[part.start : part.end]) @ a.to(x.dtype).T
-            y[part.start : part.end].addmm_(h, b.to(x.dtype).T, alpha=part.scaling)
+        cast = [tensor.to(x.dtype) for tensor in pairs]
+        for part, a, b in zip(parts, cast[::2], cast[1::2], strict=True):
+            h = part.drop(x[part.start : part.end]) @ a.T
+            y[part.start : part.end].addmm_(h, b.T, alpha=part.scaling)
             hidden.append(h)
-        ctx.weight, ctx.parts = weight, parts
-        ctx.save_for_backward(x, *hidden, *pairs)
+        ctx.weight, ctx.parts, ctx.dtypes = weight, parts, [tensor.dtype for tensor in pairs]
+        ctx.save_for_backward(x, *hidden, *cast)
         return y
 
     @staticmethod
@@ -222,11 +223,17 @@ class _Product(torch.autograd.Function):
         results: list[Tensor] = []
         for part, h, a, b in zip(ctx.parts, hidden, pairs[::2], pairs[1::2], strict=True):
             g = gy[part.start : part.end]
-            gh = (g @ b.to(g.dtype)).mul_(part.scaling)  # [rows, R]
-            results.append((gh.T @ part.drop(x[part.start : part.end])).to(a.dtype))
-            results.append((g.T @ h).mul_(part.scaling).to(b.dtype))
+            gh = g @ b  # [rows, R]
+            results.append(_scaled(part.scaling, gh.T, part.drop(x[part.start : part.end])))
+            results.append(_scaled(part.scaling, g.T, h))
             if gx is not None and part.dropout is None:
-                gx[part.start : part.end].addmm_(gh, a.to(g.dtype))
+                gx[part.start : part.end].addmm_(gh, a, alpha=part.scaling)
             elif gx is not None:
-                gx[part.start : part.end] += part.drop(gh @ a.to(g.dtype))
-        return gx, None, None, None, *results
+                gx[part.start : part.end] += part.drop(_scaled(part.scaling, gh, a))
+        cast = (grad.to(dtype) for grad, dtype in zip(results, ctx.dtypes, strict=True))
+        return gx, None, None, None, *cast
+
+
+def _scaled(scale: float, a: Tensor, b: Tensor) -> Tensor:
+    """scale a b, in one launch."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loriner.errors import TrainError
 from loriner.train.settings import JobConfig
@@ -21,7 +21,8 @@ def make_optimizer(job: JobConfig, parameters: Sequence[nn.Parameter]) -> Any:
     options = {"lr": job.learning_rate, "betas": BETAS, "eps": EPS}
     options["weight_decay"] = job.weight_decay
     if job.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)  # type: ignore[arg-type]
+        fused = parameters[0].is_cuda  # one launch for all parameters
+        return torch.optim.AdamW(parameters, fused=fused, **options)  # type: ignore[arg-type]
     import bitsandbytes
 
     optim: Any = bitsandbytes.optim
@@ -48,12 +49,17 @@ def num_warmup(job: JobConfig, num_steps: int) -> int:
     return min(num_steps, math.ceil(count))
 
 
-def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Shorten the gradient to `max_norm` (0: leave it); its length before."""
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
+def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Shorten the gradient to `max_norm` (0: leave it); its length before, f32, on its device."""
+    return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+
+
+def check_finite(name: str, loss: float, norm: float) -> None:
+    """Raises TrainError unless a step of job `name` can be taken with this loss and gradient."""
+    if not math.isfinite(loss):
+        raise TrainError(f"the loss of {name} is not finite: lower learning_rate.")
     if not math.isfinite(norm):
         raise TrainError(
-            "the gradient is not finite: lower learning_rate, or raise warmup. The last "
+            f"the gradient of {name} is not finite: lower learning_rate, or raise warmup. The last "
             "checkpoint is whole."
         )
-    return norm

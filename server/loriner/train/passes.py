@@ -21,6 +21,26 @@ from loriner.train.masks import Document
 
 
 @dataclass(frozen=True, slots=True)
+class Flat:
+    """Documents one after the other, as a forward takes them."""
+
+    ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, from 0 in each document
+    plan: Plan
+    rows: Tensor  # [S] int64: the rows of `ids` to predict, each from the row before it
+
+    @classmethod
+    def of(cls, documents: Sequence[Document], device: torch.device) -> Flat:
+        lengths = [len(d.token_ids) for d in documents]
+        ids = torch.tensor([i for d in documents for i in d.token_ids])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        rows = torch.tensor([flag for d in documents for flag in d.is_learnt]).nonzero().squeeze(1)
+        plan = Plan.of(lengths, device)
+        moved = [x.to(device, non_blocking=True) for x in (ids, positions, rows)]
+        return cls(moved[0], moved[1], plan, moved[2])
+
+
+@dataclass(frozen=True, slots=True)
 class Share:
     """What one job brings to a pass. `seed`: of its noise, None for none."""
 
@@ -44,20 +64,14 @@ def run_pass(base: Base, shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]
 
     One forward of the base for all shares.
     """
-    documents = [document for share in shares for document in share.documents]
-    device = base.device
-    ids = torch.tensor([i for d in documents for i in d.token_ids], device=device)  # [T]
-    lengths = [len(d.token_ids) for d in documents]
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    learnt = torch.tensor([flag for d in documents for flag in d.is_learnt])
-    rows = learnt.nonzero().squeeze(1).to(device)  # [S]: rows of the tokens to predict
+    flat = Flat.of([document for share in shares for document in share.documents], base.device)
     counts = [share.num_learnt for share in shares]
     weights = torch.tensor([s.weight for s in shares]).repeat_interleave(torch.tensor(counts))
-    embedded = _with_noise(base.embed(ids), shares)
-    hidden = base.hidden(embedded, positions, Plan.of(lengths, device), _segments(shares))
-    total, losses = head_loss(
-        hidden.index_select(0, rows - 1), base.head, ids[rows], weights.to(device)
-    )
+    weights = weights.to(base.device, non_blocking=True)  # [S]
+    embedded = _with_noise(base.embed(flat.ids), shares)
+    hidden = base.hidden(embedded, flat.positions, flat.plan, _segments(shares))
+    states, targets = hidden.index_select(0, flat.rows - 1), flat.ids[flat.rows]
+    total, losses = head_loss(states, base.head, targets, weights)
     return total, list(torch.split(losses, counts))
 
 

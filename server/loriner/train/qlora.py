@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 
-from loriner.errors import TrainError
 from loriner.train.base import Base
 from loriner.train.checkpoints import save_checkpoint
 from loriner.train.job import EvalRecord, Job, StepRecord
@@ -73,10 +72,6 @@ def turn(base: Base, jobs: Sequence[Job], watcher: Watcher) -> list[Job]:
     """One pass of every job, and an optimiser step of those that it completes."""
     shares = [job.next_share() for job in jobs]
     total, losses = run_pass(base, shares)
-    if not torch.isfinite(total):
-        pairs = zip(jobs, losses, strict=True)
-        bad = ", ".join(job.settings.name for job, x in pairs if not x.isfinite().all())
-        raise TrainError(f"the loss of {bad} is not finite: lower learning_rate.")
     torch.autograd.backward(total)
     for job, own in zip(jobs, losses, strict=True):
         job.note(own)

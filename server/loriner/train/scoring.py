@@ -1,4 +1,4 @@
-"""Scores of answers: exact, json, number; and how sure one can be of a share of right ones.
+"""Scores of answers: exact, json, number, json.KEY; and how sure one can be of a share.
 
 Pure: texts in, numbers out.
 """
@@ -9,6 +9,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+
+from loriner.errors import ConfigError
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -46,6 +48,27 @@ SCORERS: Mapping[str, Callable[[str, str], bool]] = {
     "json": same_json,
     "number": same_number,
 }
+
+
+def scorer(metric: str) -> Callable[[str, str], bool]:
+    """One of SCORERS, or `json.KEY`: whether both are JSON objects with an equal KEY. Raises
+    ConfigError for another name."""
+    kind, _, key = metric.partition(".")
+    if kind == "json" and key:
+        return lambda given, wanted: same_field(given, wanted, key)
+    if metric not in SCORERS:
+        raise ConfigError(f"{metric!r} is not one of {', '.join(SCORERS)}, json.KEY.")
+    return SCORERS[metric]
+
+
+def same_field(given: str, wanted: str, key: str) -> bool:
+    """Equal in the value of one key, whatever the others are."""
+    try:
+        ours, theirs = json.loads(given), json.loads(wanted)
+    except ValueError:
+        return False
+    are_objects = isinstance(ours, dict) and isinstance(theirs, dict)
+    return are_objects and key in ours and key in theirs and bool(ours[key] == theirs[key])
 
 
 def wilson(num_right: int, count: int, z: float = 1.96) -> tuple[float, float]:
