@@ -128,6 +128,7 @@ class Request:
     salt: str = ""  # tenant; part of every KV block's key
     arrival_s: float = 0.0  # time.monotonic() at the door
     turn: Turn = Turn()
+    embeds: bool = False  # it has one sequence, which ends with a vector instead of tokens
 
 
 class Guide(Protocol):
@@ -170,6 +171,8 @@ class Sequence:
         "num_preemptions",
         "num_prompt",
         "num_settled",
+        "reading",
+        "reads_prompt",
         "request",
         "row",
         "seated",
@@ -202,6 +205,8 @@ class Sequence:
         self.needs_host = False  # its next step needs the last one's token; set by the engine
         self.looks_back = request.sampling.looks_back
         self.guide: Guide | None = None  # of a constrained one; set by the engine
+        self.reads_prompt = request.embeds  # rows of its prompt are to be read; the engine ends it
+        self.reading: Any = None  # what steps told of those rows so far; set by the engine
         self.memo: dict[str, object] = {}  # what a runner makes of `sampling` and `seed` once
         self.seated = False  # holds a pin on its adapter's seat; set by the scheduler
         self.cold_start = False  # waited for its adapter to be loaded; set by the scheduler
@@ -255,6 +260,7 @@ class Event(msgspec.Struct, frozen=True):
     num_cached_tokens: int = 0  # of the prompt, served from the prefix cache
     num_output_tokens: int = 0  # so far
     cold_start: bool = False  # the adapter had to be loaded for this request
+    embedding: bytes = b""  # [H] f32, little-endian, of length 1: with the last event
     error: str | None = None  # set when finish_reason is ERROR: a message safe to show
     error_kind: str | None = None  # class name in errors.py
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import struct
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -266,6 +267,10 @@ class FakeService:
     def vocab_size(self) -> int:
         return 0x110000  # characters
 
+    @property
+    def hidden_size(self) -> int:
+        return 4
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids)
 
@@ -299,6 +304,7 @@ class FakeService:
         tenant: str = "default",
         turn: Turn = NO_TURN,
         prompt_param: str = "messages",
+        embeds: bool = False,
     ) -> FakeGeneration:
         if self.state == "draining":
             raise EngineUnavailableError("The server is shutting down.")
@@ -315,9 +321,11 @@ class FakeService:
         self.calls.append(
             {"prompt_ids": list(prompt_ids), "sampling": sampling, "adapter": _plain(adapter)}
             | {"request_id": request_id, "tenant": tenant, "prompt_param": prompt_param}
-            | {"turn": turn}
+            | {"turn": turn, "embeds": embeds}
         )
         events = script(request_id, record, len(prompt_ids), sampling, self.cold_start, self.says)
+        if embeds:
+            events = [embedded(request_id, record, prompt_ids, self.cold_start)]
         self.open.append(FakeGeneration(self, request_id, record, events))
         return self.open[-1]
 
@@ -383,6 +391,22 @@ def script(
                 )
             )
     return events
+
+
+def embedded(
+    request_id: str, record: FakeRecord | Mixture | None, ids: Sequence[int], cold_start: bool
+) -> Event:
+    """A vector that tells of the prompt and of who answers."""
+    who = 0 if record is None else sum(record.generation.encode())
+    values = (len(ids), sum(ids), who, 0.5)
+    return Event(
+        request_id,
+        0,
+        finish_reason=FinishReason.STOP,
+        num_prompt_tokens=len(ids),
+        cold_start=cold_start,
+        embedding=struct.pack("<4f", *values),
+    )
 
 
 def _logprobs(word: str, num_top: int | None) -> tuple[TokenLogprob, ...]:

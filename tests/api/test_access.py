@@ -89,6 +89,14 @@ def ask(
                 d.inference.Generate(pb.GenerateRequest(text="x", model=adapter), metadata=m)
             ),
         ),
+        Operation(
+            f"embeddings, {name}",
+            "POST",
+            "/v1/embeddings",
+            allowed,
+            gone,
+            {"input": "x", "adapter": adapter},
+        ),
     ]
 
 

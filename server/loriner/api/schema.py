@@ -16,7 +16,7 @@ from loriner.adapters.mixture import MAX_MIXED
 from loriner.api.schema_base import Body
 from loriner.api.structured import ResponseFormat, StructuredOutputs, constraint_of
 from loriner.api.tool_schema import ToolChoice, Tools, ToolUse, tool_use
-from loriner.api.unserved import CHAT, COMPLETION, TOKENIZE, refuse_unserved
+from loriner.api.unserved import CHAT, COMPLETION, EMBEDDING, TOKENIZE, refuse_unserved
 from loriner.core import MAX_CHOICES, MAX_LOGPROBS, SamplingParams, Scaled
 from loriner.engine.grammars import Constraint
 from loriner.errors import InvalidRequestError
@@ -54,13 +54,33 @@ class ScaledAdapter(Body):
 ScaledAdapters = Annotated[list[ScaledAdapter], Field(min_length=1, max_length=MAX_MIXED)]
 
 
-class SamplingBody(Body):
-    """What chat and completions have in common: the adapter, sampling, streaming."""
+class AdaptedBody(Body):
+    """What all that run have in common: the weights, and whose turn it is."""
 
     UNSERVED: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
     model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     adapter: AdapterName | ScaledAdapter | ScaledAdapters | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # inside the tenant
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, data: Any) -> Any:
+        refuse_unserved(data, cls.UNSERVED)
+        return data
+
+    def adapters(self) -> str | tuple[Scaled, ...] | None:
+        """One by name, or several, or one, with scales."""
+        given = self.adapter
+        if given is None or isinstance(given, str):
+            return given
+        parts = [given] if isinstance(given, ScaledAdapter) else given
+        return tuple(Scaled(part.name, part.scale) for part in parts)
+
+
+class SamplingBody(AdaptedBody):
+    """What chat and completions have in common: sampling and streaming."""
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = 1
@@ -82,21 +102,6 @@ class SamplingBody(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool = False
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # inside the tenant
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unserved(cls, data: Any) -> Any:
-        refuse_unserved(data, cls.UNSERVED)
-        return data
-
-    def adapters(self) -> str | tuple[Scaled, ...] | None:
-        """One by name, or several, or one, with scales."""
-        given = self.adapter
-        if given is None or isinstance(given, str):
-            return given
-        parts = [given] if isinstance(given, ScaledAdapter) else given
-        return tuple(Scaled(part.name, part.scale) for part in parts)
 
     def sampling(self) -> SamplingParams:
         """Raises InvalidRequestError naming the field as the caller wrote it."""
@@ -241,6 +246,16 @@ class CompletionBody(SamplingBody):
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+
+class EmbeddingBody(AdaptedBody):
+    """POST /v1/embeddings. `input` is split up by `prompts.py`."""
+
+    UNSERVED = EMBEDDING
+    input: str | list[Any]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    add_special_tokens: bool = True
 
 
 class TokenizeBody(Body):

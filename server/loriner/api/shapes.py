@@ -128,6 +128,25 @@ class Answer(Struct):
     loriner: Origin | UnsetType = UNSET
 
 
+class Embedding(Struct):
+    index: int
+    embedding: list[float] | str  # [H] of length 1; a string is base64 of f32, little-endian
+    object: str = "embedding"
+
+
+class PromptUsage(Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Struct):
+    data: list[Embedding]
+    model: str
+    usage: PromptUsage
+    loriner: Origin
+    object: str = "list"
+
+
 class Model(Struct):
     id: str
     created: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -21,6 +21,7 @@ from loriner.adapters.pool import Pool, SeatWeights, pack
 from loriner.adapters.store import Store
 from loriner.config import MIB, EngineConfig
 from loriner.core import SamplingParams
+from loriner.engine.readings import Read, Reader
 from loriner.engine.runner import Progress, longest_context
 from loriner.engine.sampler import Sampled, sample
 from loriner.engine.step_input import Ints, Span, StepInput
@@ -40,9 +41,13 @@ class Ended:
     """A step whose tokens are here."""
 
     sampled: list[Sampled]
+    told: list[Read] = field(default_factory=list)
 
     def result(self) -> list[Sampled]:
         return self.sampled
+
+    def read(self) -> list[Read]:
+        return self.told
 
 
 class CpuRunner:
@@ -101,8 +106,10 @@ class CpuRunner:
 
     def launch(self, step: StepInput) -> Ended:
         assert (step.token_source < 0).all(), "every token is known before the next step"
-        logits = self.run(self.meta(step))
-        return Ended(sample(logits, step.draws, self.model_config.eos_token_ids))
+        reader = Reader(self.model, step.readings)
+        logits = self.run(self.meta(step, reader))
+        sampled = sample(logits, step.draws, self.model_config.eos_token_ids)
+        return Ended(sampled, reader.copied().told())
 
     def check(self) -> None:
         pass
@@ -111,7 +118,7 @@ class CpuRunner:
         """One step: logits [B, vocab] f32 of the sampled rows."""
         return self.model(batch, self.kv)
 
-    def meta(self, step: StepInput) -> BatchMeta:
+    def meta(self, step: StepInput, reader: Reader | None = None) -> BatchMeta:
         counts = step.q_start[1:] - step.q_start[:-1]
         starts = step.q_start.tolist()
         sequence = torch.arange(step.num_sequences, dtype=torch.int32)
@@ -128,6 +135,7 @@ class CpuRunner:
             lora=self._lora("rows", step.spans, step.num_rows),
             sample_rows=_long(step.sample_rows),
             sample_lora=self._lora("sampled", step.sample_spans, len(step.sample_rows)),
+            reader=reader,
         )
 
     def _lora(self, which: str, spans: tuple[Span, ...], num_rows: int) -> LoraBatch | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +30,10 @@ from loriner.core import SamplingParams
 from loriner.engine.device_steps import DeviceSteps, Limits, PendingStep
 from loriner.engine.gpu_chooser import GpuChooser
 from loriner.engine.graphs import Variant
+from loriner.engine.readings import Reader
 from loriner.engine.runner import Progress, longest_context
 from loriner.engine.step_buffers import StepTensors, WorkLists
-from loriner.engine.step_input import StepInput
+from loriner.engine.step_input import Reading, StepInput
 from loriner.errors import ConfigError
 from loriner.kernels.cuda.sampling import Sampler
 from loriner.model.batch_meta import BatchMeta
@@ -212,7 +214,16 @@ class GpuComputation:
     def work_lists(self, step: StepInput) -> WorkLists:
         return WorkLists(*self._ops.work_lists(step.q_start, step.context))
 
-    def forward(self, step: StepTensors, token_ids: Tensor, variant: Variant) -> Tensor:
+    def reader(self, readings: Seq[Reading]) -> Reader:
+        return Reader(self._model, readings)
+
+    def forward(
+        self,
+        step: StepTensors,
+        token_ids: Tensor,
+        variant: Variant,
+        reader: Reader | None = None,
+    ) -> Tensor:
         lora = sample_lora = None
         if variant.has_lora:
             lora = self._ops.seat_lora(
@@ -229,6 +240,7 @@ class GpuComputation:
             lora=lora,
             sample_rows=step.sample_rows,
             sample_lora=sample_lora,
+            reader=reader,
         )
         logits: Tensor = self._model(batch, self._kv)  # type: ignore[arg-type]
         return logits

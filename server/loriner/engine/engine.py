@@ -27,6 +27,7 @@ from loriner.engine.batch import BatchBuilder
 from loriner.engine.detokenizer import Detokenizer
 from loriner.engine.guides import Guides
 from loriner.engine.kv_cache import BlockManager
+from loriner.engine.readings import Embedding, Read
 from loriner.engine.runner import Pending, Runner
 from loriner.engine.sampler import Sampled
 from loriner.engine.scheduler import Run, Scheduler
@@ -44,6 +45,7 @@ class Flight:
 
     runs: list[Run]
     sampled: tuple[Run, ...]  # in the order of the tokens
+    read: tuple[Run, ...]  # in the order of what is read of prompts
     pending: Pending
 
 
@@ -95,6 +97,7 @@ class Engine:
             own_seed = seed + index * 0xD1342543DE82EF95
             sequence = Sequence(request, index, own_seed, self.runner.max_len)
             sequence.needs_host = self.runner.needs_host(params)
+            sequence.reading = Embedding() if request.embeds else None
             self._sequences[request.request_id][index] = sequence
             self._text[sequence] = Detokenizer(
                 self.tokenizer,
@@ -176,7 +179,7 @@ class Engine:
         for place, run in enumerate(batch.sampled):
             run.sequence.token_ids.append(UNKNOWN)
             run.sequence.source = place
-        self._flights.append(Flight(runs, batch.sampled, pending))
+        self._flights.append(Flight(runs, batch.sampled, batch.read, pending))
 
     def _read(self, depth: int) -> list[Event]:
         """Take in the results of all launched steps but the last `depth`."""
@@ -185,10 +188,11 @@ class Engine:
             flight = self._flights.popleft()
             try:
                 sampled = flight.pending.result()
+                read = flight.pending.read()
             except Exception as error:  # noqa: BLE001  `_fail_step` logs it
                 events += self._fail_step(flight.runs, error)
             else:
-                events += self._commit(flight, sampled)
+                events += self._commit(flight, sampled, read)
         return events
 
     def _fail_step(self, runs: list[Run], error: Exception) -> list[Event]:
@@ -198,17 +202,23 @@ class Engine:
         self.runner.check()
         return [self._fail(run.sequence, error) for run in runs if not run.sequence.done]
 
-    def _commit(self, flight: Flight, sampled: list[Sampled]) -> list[Event]:
+    def _commit(self, flight: Flight, sampled: list[Sampled], read: list[Read]) -> list[Event]:
         self.counters.num_steps += 1
         chosen = list(zip(flight.sampled, sampled, strict=True))
+        told = list(zip(flight.read, read, strict=True))
         broken = {run.sequence for run, choice in chosen if choice.token_id is None}
+        broken |= {run.sequence for run, one in told if not one.finite}
         for run in flight.runs:
             end = run.start + run.num_rows
             if end <= run.sequence.num_prompt:
                 self.counters.num_prompt_tokens += run.num_rows
             if run.holds and run.sequence not in broken:
                 self.blocks.commit(run.sequence, end)
-        events = []
+        events = [
+            event
+            for run, one in told
+            if not run.sequence.done and (event := self._learn_prompt(run, one)) is not None
+        ]
         for run, choice in chosen:
             if run.sequence.done:
                 continue
@@ -244,6 +254,17 @@ class Engine:
             return self._end(sequence, FinishReason.LENGTH, None, choice, text)
         return self._event(sequence, choice, text)
 
+    def _learn_prompt(self, run: Run, read: Read) -> Event | None:
+        """The rows of a prompt are read: the last event of a sequence that wants no token."""
+        sequence, reading = run.sequence, run.sequence.reading
+        if not read.finite:
+            return self._fail(sequence, EngineFailedError("The model's output was not finite."))
+        reading.take(run.start, run.end, read)
+        if reading.num_read < sequence.num_prompt:
+            return None
+        sequence.reads_prompt = False
+        return self._end(sequence, FinishReason.STOP, embedding=reading.vector())
+
     def _event(self, sequence: Sequence, choice: Sampled | None, text: str) -> Event:
         return Event(
             request_id=sequence.request.request_id,
@@ -266,6 +287,7 @@ class Engine:
         text: str = "",
         *,
         flush: bool = True,
+        embedding: bytes = b"",
         error: Exception | None = None,
     ) -> Event:
         """Free everything the sequence holds, and make its last event."""
@@ -283,6 +305,7 @@ class Engine:
             self._event(sequence, choice, text),
             finish_reason=reason,
             stop_reason=stop_reason,
+            embedding=embedding,
             error=None if error is None else str(error) if known else "The engine failed.",
             error_kind=None
             if error is None

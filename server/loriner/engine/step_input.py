@@ -26,6 +26,13 @@ class Span(NamedTuple):
     generation: str
 
 
+class Reading(NamedTuple):
+    """Rows [start, end) of a prompt: the sum of their last hidden states is wanted."""
+
+    start: int
+    end: int
+
+
 class Draw(NamedTuple):
     """What the choice of one token depends on besides its logits."""
 
@@ -71,6 +78,7 @@ class StepInput:
     sample_rows: Ints  # [B]: rows whose next token is wanted
     sample_spans: tuple[Span, ...]  # `spans` over those rows
     draws: tuple[Draw, ...]  # [B]
+    readings: tuple[Reading, ...] = ()
 
     @property
     def num_rows(self) -> int:
