@@ -126,6 +126,15 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A vector of length 1 for each input, in their order."""
+
+    opening: Opening
+    vectors: tuple[tuple[float, ...], ...]
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A name and the generation that it stands for."""
 
@@ -216,6 +225,15 @@ class Generate(Query[Completion]):
 @dataclass(frozen=True, slots=True)
 class Tokenize(Query[tuple[int, ...]]):
     input: str | Sequence[Message]
+    add_special_tokens: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embed(Query[Embeddings]):
+    inputs: Sequence[str | Sequence[int]]  # texts, or lists of token ids
+    adapter: Which | None = None
+    model: str | None = None
+    priority: int | None = None
     add_special_tokens: bool | None = None
 
 

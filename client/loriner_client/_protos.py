@@ -93,6 +93,21 @@ def _tokenize(query: m.Tokenize) -> inf.TokenizeRequest:
     return inf.TokenizeRequest(chat=_chat(m.Chat(query.input)))
 
 
+def _embed(query: m.Embed) -> inf.EmbedRequest:
+    return inf.EmbedRequest(
+        model=query.model,
+        **_which(query.adapter),
+        inputs=[
+            inf.EmbedInput(text=one)
+            if isinstance(one, str)
+            else inf.EmbedInput(token_ids=inf.TokenIds(ids=one))
+            for one in query.inputs
+        ],
+        add_special_tokens=query.add_special_tokens,
+        priority=query.priority,
+    )
+
+
 def _sampling(sampling: m.Sampling) -> inf.SamplingParams:
     return inf.SamplingParams(**sampling)
 
@@ -137,6 +152,11 @@ def _template(value: m.TemplateValue) -> inf.TemplateValue:
 def _completion(answer: inf.ChatResponse) -> m.Completion:
     choices = tuple(_delta(choice) for choice in answer.choices)
     return m.Completion(_opening(answer.opening), choices, _usage(answer.usage))
+
+
+def _embeddings(answer: inf.EmbedResponse) -> m.Embeddings:
+    vectors = tuple(tuple(one.values) for one in answer.embeddings)
+    return m.Embeddings(_opening(answer.opening), vectors, _usage(answer.usage))
 
 
 def _part(message: inf.GenerateResponse | inf.StreamChatResponse) -> m.Part:
@@ -262,6 +282,7 @@ CALLS: dict[type, Rpc] = {
     m.Tokenize: Rpc(
         _I, "Tokenize", _tokenize, inf.TokenizeResponse, lambda answer: tuple(answer.token_ids)
     ),
+    m.Embed: Rpc(_I, "Embed", _embed, inf.EmbedResponse, _embeddings),
     m.GetAdapter: Rpc(_A, "Get", lambda q: ad.GetRequest(name=q.name), ad.GetResponse, _detail),
     m.ListAdapters: Rpc(
         _A, "List", lambda q: ad.ListRequest(page_token=q.page), ad.ListResponse, _page

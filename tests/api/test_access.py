@@ -96,6 +96,9 @@ def ask(
             allowed,
             gone,
             {"input": "x", "adapter": adapter},
+            lambda d, m: d.inference.Embed(
+                pb.EmbedRequest(inputs=[pb.EmbedInput(text="x")], adapter=adapter), metadata=m
+            ),
         ),
     ]
 

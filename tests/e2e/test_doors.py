@@ -119,6 +119,74 @@ def test_a_continued_text_has_the_same_tokens_through_both_doors(
     assert first == second and first["choices"][0]["token_ids"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"adapter": "a0"}, {"model": "tiny:a1"}, {"adapter": {"a0": 0.75, "a1": -1.25}}],
+    ids=str,
+)
+def test_a_text_has_the_same_vector_through_both_doors(
+    grpc: lc.Client, http: lc.Client, kit: Kit, fields: dict[str, Any]
+) -> None:
+    inputs = [STORY, HI, [79, 110, 99, 101], "x" * 3000]
+    first, second = (client.embed(inputs, **fields) for client in (grpc, http))
+    assert first.vectors == second.vectors and len(first.vectors) == len(inputs)
+    assert first.usage == second.usage == lc.Usage(len(STORY) + len(HI) + 4 + 3000, 0)
+    assert first.opening.generation == second.opening.generation
+    assert (first.opening.adapter is None) == (not fields)
+
+    for vector, given in zip(first.vectors, inputs, strict=True):
+        alone = grpc.embed([given], **fields).vectors[0]
+        assert vector == pytest.approx(alone, abs=1e-5)
+        ids = list(given.encode()) if isinstance(given, str) else given
+        if "adapter" not in fields or isinstance(fields["adapter"], str):
+            name = fields.get("adapter") or ("a1" if "model" in fields else None)
+            assert vector == pytest.approx(kit.embedding(tuple(ids), name), abs=1e-5)
+
+
+def test_more_texts_than_the_queue_holds_are_embedded(
+    server: ServerProcess, grpc: lc.Client, http: lc.Client
+) -> None:
+    texts = [f"text {i}" for i in range(200)]  # 40 sequences may wait or run
+    first, second = (client.embed(texts, adapter="a0") for client in (grpc, http))
+    assert len(set(first.vectors)) == 200
+    assert all(
+        one == pytest.approx(other, abs=1e-5)
+        for one, other in zip(first.vectors, second.vectors, strict=True)
+    )
+    assert server.http.get("/admin/status").json()["num_waiting"] == 0
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fields"),
+    [
+        ([], {}),
+        ([""], {}),
+        (["a", ""], {}),
+        (["x" * 9000], {}),
+        (["a", [10**6]], {}),
+        (["a", []], {}),
+        (["a"] * 2049, {}),
+        (["a"], {"adapter": "nope"}),
+        (["a"], {"model": "nope"}),
+        (["a"], {"adapter": {"a0": 1.0, "nope": 1.0}}),
+        (["a"], {"adapter": {"a0": 1000.0}}),
+        (["a"], {"priority": 5000}),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_cannot_be_embedded_is_refused_alike(
+    grpc: lc.Client, http: lc.Client, inputs: Any, fields: dict[str, Any]
+) -> None:
+    found = []
+    for client in (grpc, http):
+        with pytest.raises(lc.LorinerError) as caught:
+            client.embed(inputs, **fields)
+        error = caught.value
+        param = (error.param or "").replace("inputs", "input").replace("adapters", "adapter")
+        found.append((type(error), str(error).replace("adapters", "adapter"), error.code, param))
+    assert found[0] == found[1] and found[0][3]
+
+
 @pytest.mark.parametrize("which", ["grpc", "http"])
 def test_a_structured_answer_has_its_structure(
     grpc: lc.Client, http: lc.Client, which: str

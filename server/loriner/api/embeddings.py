@@ -47,6 +47,7 @@ class EmbeddingDoor:
         async with self._runner.run(job) as run:
             entries = await _entries(run, is_base64)
             answer = shapes.EmbeddingList(
+                id=run.answer_id,
                 data=cast(list[shapes.Embedding], entries),
                 model=run.model(self._service.model_name),
                 usage=shapes.PromptUsage(run.prompt_tokens, run.prompt_tokens),

@@ -140,6 +140,7 @@ class PromptUsage(Struct):
 
 
 class EmbeddingList(Struct):
+    id: str
     data: list[Embedding]
     model: str
     usage: PromptUsage
