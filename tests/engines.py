@@ -20,7 +20,7 @@ from loriner.core import UNKNOWN, Event, Request, SamplingParams
 from loriner.engine.batch import Batch
 from loriner.engine.cpu_runner import CpuRunner
 from loriner.engine.engine import Engine
-from loriner.engine.readings import Read, Reader
+from loriner.engine.readings import Read
 from loriner.engine.runner import Runner
 from loriner.engine.sampler import Sampled, needs_host, sample
 from loriner.engine.scheduler import Run
@@ -94,7 +94,7 @@ class LateStep:
     def __init__(self, runner: LateRunner, index: int, step: StepInput, meta: BatchMeta) -> None:
         self._runner, self._index, self._step, self._meta = runner, index, step, meta
         self._sampled: list[Sampled] = []
-        self._reader = Reader(runner.model, step.readings)
+        self._reader = runner.reader(step.readings)
 
     def run(self) -> None:
         runner, fed = self._runner, self._runner.feed(self._step)

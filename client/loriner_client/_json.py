@@ -190,7 +190,20 @@ def opening(body: Json) -> m.Opening:
         origin["generation"],
         origin["base_digest"],
         origin["cold_start"],
+        tuple(_of_prompt(body)),
     )
+
+
+def _of_prompt(body: Json) -> Iterator[m.TokenLogprob]:
+    """In vLLM's shape: by token id, the prompt's own first."""
+    choice: Json = next(iter(body.get("choices") or ()), {})
+    for entry in body.get("prompt_logprobs") or choice.get("prompt_logprobs") or ():
+        if entry is not None:
+            own, *top = (
+                m.TokenLogprob(one["decoded_token"], one["logprob"], int(token_id))
+                for token_id, one in entry.items()
+            )
+            yield m.TokenLogprob(own.token, own.logprob, own.token_id, tuple(top))
 
 
 def delta(choice: Json, text: str) -> m.Delta:

@@ -35,6 +35,7 @@ class Sampling(TypedDict, total=False):
     ignore_eos: bool
     n: int
     logprobs: int  # that many alternatives with each token
+    prompt_logprobs: int  # the same of the prompt's tokens, in the opening
 
 
 class StructuredOutputs(TypedDict, total=False):
@@ -66,6 +67,16 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithm of a token's probability."""
+
+    token: str
+    logprob: float
+    token_id: int | None = None  # of an answer's token, not told over HTTP
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Opening:
     """Which weights answer."""
 
@@ -75,16 +86,8 @@ class Opening:
     generation: str | None  # digest
     base_digest: str
     cold_start: bool  # the adapter had to be loaded for this request
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Natural logarithm of a token's probability."""
-
-    token: str
-    logprob: float
-    token_id: int | None = None  # not told over HTTP
-    top: tuple[TokenLogprob, ...] = ()
+    # Of the prompt's tokens but the first, when they were asked for; `top` are likely others.
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,7 +175,14 @@ def _opening(opening: inf.Opening) -> m.Opening:
         _given(opening, "generation"),
         opening.base_digest,
         opening.cold_start,
+        tuple(_of_prompt(entry) for entry in opening.prompt_logprobs),
     )
+
+
+def _of_prompt(entry: inf.TokenLogprob) -> m.TokenLogprob:
+    made = _logprob(entry)
+    others = tuple(one for one in made.top if one.token_id != made.token_id)
+    return m.TokenLogprob(made.token, made.logprob, made.token_id, others)
 
 
 def _delta(delta: inf.Delta | inf.Choice) -> m.Delta:

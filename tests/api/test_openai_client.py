@@ -165,6 +165,15 @@ def test_texts_are_embedded(
     assert answer.usage.total_tokens == sum(map(len, sent)) and answer.model == "pirate"
 
 
+def test_a_prompt_is_echoed_with_its_logprobs(openai: Any) -> None:
+    answer = openai.completions.create(
+        model="tiny", prompt="hi", echo=True, logprobs=1, extra_body={"prompt_logprobs": 2}
+    )
+    (choice,) = answer.choices
+    assert choice.logprobs.token_logprobs[:4] == [None, -3.0, -3.0, -0.25]
+    assert choice.prompt_logprobs[1]["104"]["rank"] == 3
+
+
 def test_a_full_queue_is_retried_and_then_served(openai: Any, service: FakeService) -> None:
     generate, refused = service.generate, []
 

@@ -141,6 +141,7 @@ ALL: lc.Sampling = {
     "ignore_eos": True,
     "n": 2,
     "logprobs": 2,
+    "prompt_logprobs": 1,
 }
 
 
@@ -160,6 +161,9 @@ def test_every_way_to_sample_reaches_the_server(client: Any, service: FakeServic
         assert [choice.index for choice in answer.choices] == [0, 1]
         assert [entry.token for entry in answer.choices[1].logprobs][0] == "base"
         assert {top.token for top in answer.choices[0].logprobs[0].top} >= {"t0", "t1"}
+        assert answer.opening.prompt_logprobs == tuple(
+            lc.TokenLogprob(c, -3.0, ord(c), (lc.TokenLogprob("t0", -0.5, 20),)) for c in "hi"
+        )
 
 
 def test_several_adapters_reach_the_server(client: Any, service: FakeService) -> None:

@@ -105,7 +105,7 @@ class CpuComputation:
         )
 
     def reader(self, readings: Seq[Reading]) -> Reader:
-        return Reader(self.runner.model, readings)
+        return self.runner.reader(readings)
 
     def forward(
         self,

@@ -102,6 +102,9 @@ class Answering:
             origin=origin_of(run, service),
             logprobs=run.job.sampling.logprobs is not None,
             token_ids=look.body.return_token_ids,
+            prompt_top=look.body.prompt_logprobs,
+            echoed_top=look.body.echoed_logprobs(),
+            prompt_logprobs=run.prompt_logprobs,
         )
 
     async def _stream(self, run: Run, look: Look, answer: Format, send: Send) -> None:

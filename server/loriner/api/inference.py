@@ -18,6 +18,7 @@ from loriner.api.selection import Choice, choose
 from loriner.api.tool_calling import ToolCalling
 from loriner.api.tool_formats import format_of
 from loriner.core import SamplingParams
+from loriner.engine.admission import MAX_LOGPROBS_PER_REQUEST
 from loriner.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id:
         sampling = await calling.constrain(service, sampling)
     choice = choose(body.model, body.adapters(), service.model_name)
     prompt = await prompts.from_chat(service, body, calling)
+    _check_prompt_logprobs(body, [prompt])
     return Job(
         "chatcmpl",
         [prompt],
@@ -78,6 +80,7 @@ async def text_job(service: Service, body: CompletionBody, caller: Caller, reque
     sampling = await _sampling(service, body)
     choice = choose(body.model, body.adapters(), service.model_name)
     entries = await prompts.from_completion(service, body)
+    _check_prompt_logprobs(body, entries)
     return Job("cmpl", entries, "prompt", sampling, choice, caller, request_id, body.priority)
 
 
@@ -94,6 +97,19 @@ async def embedding_job(
     inputs, sampling = await prompts.from_inputs(service, body), SamplingParams()
     rest = (caller, request_id, body.priority)
     return Job("embd", inputs, "input", sampling, choice, *rest, embeds=True)
+
+
+def _check_prompt_logprobs(body: SamplingBody, entries: Sequence[Prompt]) -> None:
+    """Raises InvalidRequestError when they would fill the memory."""
+    num_tokens = sum(len(prompt.ids) for prompt in entries)
+    for num_top, param in body.prompt_tops().items():
+        count = num_tokens * (1 + num_top)
+        if count > MAX_LOGPROBS_PER_REQUEST:
+            raise InvalidRequestError(
+                f"{param} asks for {count} log-probabilities of the prompt, at most "
+                f"{MAX_LOGPROBS_PER_REQUEST}.",
+                param,
+            )
 
 
 async def _sampling(service: Service, body: SamplingBody) -> SamplingParams:

@@ -20,7 +20,7 @@ from loriner.api.metrics import Metrics, RequestMeter
 from loriner.api.prompts import Prompt
 from loriner.api.quotas import Quotas, Spend
 from loriner.api.selection import public_name
-from loriner.core import Event, FinishReason, Scaled, Turn
+from loriner.core import Event, FinishReason, Scaled, TokenLogprob, Turn
 from loriner.errors import AdapterNotFoundError, EngineFailedError, EngineUnavailableError
 
 if TYPE_CHECKING:
@@ -152,6 +152,11 @@ class Run:
     def model(self, base: str) -> str:
         """What answers, as it was asked for; the name of the base where no adapter was."""
         return base if self.record is None else self.job.choice.name or self.record.name
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Of a single prompt: its first event has them."""
+        return self._first[1].prompt_logprobs
 
     @property
     def prompt_tokens(self) -> int:

@@ -35,6 +35,8 @@ TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_TEMPLAT
 TemplateKwargs = Annotated[dict[str, TemplateValue | None], Field(max_length=MAX_TEMPLATE_KWARGS)]
 
 
+NumTop = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
 AdapterName = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 
 
@@ -102,6 +104,7 @@ class SamplingBody(AdaptedBody):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool = False
+    prompt_logprobs: NumTop | None = None  # vLLM
 
     def sampling(self) -> SamplingParams:
         """Raises InvalidRequestError naming the field as the caller wrote it."""
@@ -125,6 +128,7 @@ class SamplingBody(AdaptedBody):
                 ignore_eos=self.ignore_eos,
                 n=self.n,
                 logprobs=self.num_logprobs(),
+                prompt_logprobs=max((*self.prompt_tops(),), default=None),
             )
         except InvalidRequestError as error:
             param = self.names().get(error.param or "", error.param)
@@ -148,6 +152,15 @@ class SamplingBody(AdaptedBody):
     def num_logprobs(self) -> int | None:
         """How many alternatives each token's log-probability comes with; None: no logprobs."""
         raise NotImplementedError
+
+    def echoed_logprobs(self) -> int | None:
+        """How many alternatives each token of an echoed prompt comes with; None: no logprobs."""
+        return None
+
+    def prompt_tops(self) -> dict[int, str]:
+        """What is asked about the prompt's tokens: how many alternatives, by which field."""
+        asked = {"echo": self.echoed_logprobs(), "prompt_logprobs": self.prompt_logprobs}
+        return {count: name for name, count in asked.items() if count is not None}
 
     def names(self) -> dict[str, str]:
         """Fields of SamplingParams that the caller wrote under another name."""
@@ -185,7 +198,7 @@ class ChatBody(SamplingBody):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: NumTop | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: TemplateKwargs = {}
@@ -232,7 +245,7 @@ class CompletionBody(SamplingBody):
     UNSERVED = COMPLETION
     prompt: str | list[Any]
     max_tokens: int | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: NumTop | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     add_special_tokens: bool = True
@@ -241,11 +254,12 @@ class CompletionBody(SamplingBody):
         super().check()
         if self.best_of is not None and self.best_of != self.n:
             raise InvalidRequestError("best_of must equal n; more is not served.", "best_of")
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequestError("echo with logprobs is not served.", "echo")
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    def echoed_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
 
 
 class EmbeddingBody(AdaptedBody):

@@ -29,7 +29,6 @@ _COMMON: Mapping[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "bad_words": ([],),
     "allowed_token_ids": ([],),
-    "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),

@@ -45,7 +45,7 @@ class BatchBuilder:
         table, slots = self._table(sequences, which, positions, context)
         token_ids, token_source = _tokens(runs, which)
         sampled = [run for run in runs if run.samples]
-        read = [(i, run) for i, run in enumerate(runs) if run.sequence.reads_prompt]
+        read = [(i, run) for i, run in enumerate(runs) if run.reads]
         chosen = np.array([run.samples for run in runs], dtype=bool)
         spans = _spans(sequences, q_start.tolist())
         all_single = len(which) == len(runs) == len(sampled)
@@ -109,7 +109,14 @@ def _tokens(runs: Seq[Run], which: Ints) -> tuple[Ints, Ints]:
 
 
 def _reading(run: Run, first_row: int) -> Reading:
-    return Reading(first_row, first_row + run.num_rows)
+    """The last token of a prompt is followed by none of it."""
+    sequence = run.sequence
+    num_top = sequence.request.sampling.prompt_logprobs
+    if sequence.request.embeds or num_top is None:
+        return Reading(first_row, first_row + run.num_rows, sequence.generation)
+    following = sequence.token_ids[run.start + 1 : min(run.end + 1, sequence.num_prompt)]
+    targets = np.array(following, dtype=np.int32)
+    return Reading(first_row, first_row + len(targets), sequence.generation, targets, num_top)
 
 
 def _spans(sequences: Seq[Sequence], starts: Seq[int]) -> tuple[Span, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -24,7 +25,7 @@ from loriner.core import SamplingParams
 from loriner.engine.readings import Read, Reader
 from loriner.engine.runner import Progress, longest_context
 from loriner.engine.sampler import Sampled, sample
-from loriner.engine.step_input import Ints, Span, StepInput
+from loriner.engine.step_input import Ints, Reading, Span, StepInput
 from loriner.kernels.operands import AttentionPlan
 from loriner.model.batch_meta import BatchMeta, LoraBatch
 from loriner.model.transformer import KvCache, Transformer, layout
@@ -106,13 +107,21 @@ class CpuRunner:
 
     def launch(self, step: StepInput) -> Ended:
         assert (step.token_source < 0).all(), "every token is known before the next step"
-        reader = Reader(self.model, step.readings)
+        reader = self.reader(step.readings)
         logits = self.run(self.meta(step, reader))
         sampled = sample(logits, step.draws, self.model_config.eos_token_ids)
         return Ended(sampled, reader.copied().told())
 
     def check(self) -> None:
         pass
+
+    def reader(self, readings: Seq[Reading]) -> Reader:
+        """For one step."""
+
+        def lora_of(generation: str, num_rows: int) -> LoraBatch:
+            return LoraBatch([(0, num_rows, self.pool.weights(generation))], num_rows, self.ops)
+
+        return Reader(self.model, readings, lora_of)
 
     def run(self, batch: BatchMeta) -> Tensor:
         """One step: logits [B, vocab] f32 of the sampled rows."""

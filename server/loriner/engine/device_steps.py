@@ -55,7 +55,8 @@ class Computation(Protocol):
 
     def work_lists(self, step: StepInput) -> WorkLists: ...
 
-    def reader(self, readings: Seq[Reading]) -> Reader: ...
+    def reader(self, readings: Seq[Reading]) -> Reader:
+        """Before the step's other kernels."""
 
     def forward(
         self,

@@ -15,6 +15,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 from tokenizers import Tokenizer
@@ -27,11 +28,12 @@ from loriner.engine.batch import BatchBuilder
 from loriner.engine.detokenizer import Detokenizer
 from loriner.engine.guides import Guides
 from loriner.engine.kv_cache import BlockManager
-from loriner.engine.readings import Embedding, Read
+from loriner.engine.readings import Embedding, PromptLogprobs, Read
 from loriner.engine.runner import Pending, Runner
 from loriner.engine.sampler import Sampled
 from loriner.engine.scheduler import Run, Scheduler
 from loriner.engine.snapshots import Counters
+from loriner.engine.token_names import TokenNames
 from loriner.errors import EngineFailedError, LorinerError
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ class Engine:
         self._sequences: dict[str, dict[int, Sequence]] = {}  # request id -> choice -> sequence
         self._text: dict[Sequence, Detokenizer] = {}
         self._alone: dict[int, str] = {}  # the text of a token alone; at most the vocabulary
+        self._names = TokenNames(tokenizer)
         self.ran = False  # whether the last step had anything to run or to read
 
     @property
@@ -97,7 +100,8 @@ class Engine:
             own_seed = seed + index * 0xD1342543DE82EF95
             sequence = Sequence(request, index, own_seed, self.runner.max_len)
             sequence.needs_host = self.runner.needs_host(params)
-            sequence.reading = Embedding() if request.embeds else None
+            if sequence.reads_prompt:
+                sequence.reading = Embedding() if request.embeds else PromptLogprobs(self._names)
             self._sequences[request.request_id][index] = sequence
             self._text[sequence] = Detokenizer(
                 self.tokenizer,
@@ -214,20 +218,24 @@ class Engine:
                 self.counters.num_prompt_tokens += run.num_rows
             if run.holds and run.sequence not in broken:
                 self.blocks.commit(run.sequence, end)
-        events = [
-            event
-            for run, one in told
-            if not run.sequence.done and (event := self._learn_prompt(run, one)) is not None
-        ]
+        events = []
+        for run, one in told:
+            if run.sequence.reads_prompt:
+                events += self._taken(run.sequence, partial(self._learn_prompt, run, one))
         for run, choice in chosen:
-            if run.sequence.done:
-                continue
-            try:
-                events.append(self._advance(run.sequence, run.start + run.num_rows, choice))
-            except Exception as error:  # about this sequence's text, so it ends this sequence
-                logger.exception("request %s failed", run.sequence.request.request_id)
-                events.append(self._fail(run.sequence, error))
+            if not run.sequence.done:
+                advance = partial(self._advance, run.sequence, run.start + run.num_rows, choice)
+                events += self._taken(run.sequence, advance)
         return events
+
+    def _taken(self, sequence: Sequence, take: Callable[[], Event | None]) -> list[Event]:
+        """What `take` gives; what goes wrong in it is about this sequence, so it ends this one."""
+        try:
+            event = take()
+        except Exception as error:
+            logger.exception("request %s failed", sequence.request.request_id)
+            event = self._fail(sequence, error)
+        return [] if event is None else [event]
 
     def _advance(self, sequence: Sequence, place: int, choice: Sampled) -> Event:
         """The token at `place` is known: decide whether the sequence ends with it."""
@@ -255,15 +263,17 @@ class Engine:
         return self._event(sequence, choice, text)
 
     def _learn_prompt(self, run: Run, read: Read) -> Event | None:
-        """The rows of a prompt are read: the last event of a sequence that wants no token."""
+        """Rows of a prompt are read: the last event of a sequence that wants no token."""
         sequence, reading = run.sequence, run.sequence.reading
         if not read.finite:
             return self._fail(sequence, EngineFailedError("The model's output was not finite."))
-        reading.take(run.start, run.end, read)
+        reading.take(run.start, min(run.end, sequence.num_prompt), read)
         if reading.num_read < sequence.num_prompt:
             return None
         sequence.reads_prompt = False
-        return self._end(sequence, FinishReason.STOP, embedding=reading.vector())
+        if isinstance(reading, Embedding):
+            return self._end(sequence, FinishReason.STOP, embedding=reading.vector())
+        return None
 
     def _event(self, sequence: Sequence, choice: Sampled | None, text: str) -> Event:
         return Event(
@@ -271,7 +281,8 @@ class Engine:
             index=sequence.index,
             text=text,
             token_ids=() if choice is None or choice.token_id is None else (choice.token_id,),
-            logprobs=self._logprobs(choice),
+            logprobs=self._names.logprobs(choice),
+            prompt_logprobs=self._prompt_logprobs(sequence),
             num_prompt_tokens=sequence.num_prompt,
             num_cached_tokens=sequence.num_cached,
             num_output_tokens=sequence.num_output,
@@ -291,7 +302,7 @@ class Engine:
         error: Exception | None = None,
     ) -> Event:
         """Free everything the sequence holds, and make its last event."""
-        sequence.done = True
+        sequence.done, sequence.reads_prompt = True, False
         detokenizer = self._text.pop(sequence)
         lost = reason in (FinishReason.ABORT, FinishReason.ERROR)
         text += detokenizer.flush() if flush and not lost else ""
@@ -317,11 +328,10 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> Event:
         return self._end(sequence, FinishReason.ERROR, error=error)
 
-    def _logprobs(self, choice: Sampled | None) -> tuple[TokenLogprob, ...]:
-        if choice is None or choice.token_id is None or choice.logprob is None:
+    def _prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprob, ...]:
+        """All of them, once, with the first token."""
+        reading = sequence.reading
+        if not isinstance(reading, PromptLogprobs) or not sequence.num_output:
             return ()
-        top = tuple(TokenLogprob(i, p, self._token(i)) for i, p in choice.top)
-        return (TokenLogprob(choice.token_id, choice.logprob, self._token(choice.token_id), top),)
-
-    def _token(self, token_id: int) -> str:
-        return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
+        sequence.reading = None
+        return reading.entries(sequence.token_ids[0])

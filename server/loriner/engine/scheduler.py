@@ -46,6 +46,11 @@ class Run(NamedTuple):
         return self.start + self.num_rows
 
     @property
+    def reads(self) -> bool:
+        """Whether any of its rows is of a prompt that is to be read."""
+        return self.sequence.reads_prompt and self.start < self.sequence.num_prompt
+
+    @property
     def holds(self) -> bool:
         """Whether the sequence still has the blocks that these rows were written to."""
         sequence = self.sequence
@@ -197,11 +202,14 @@ class Scheduler:
         return count
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
-        """Choices after the first wait until the first has put their common prompt in the cache."""
-        if sequence.index == 0 or not self.blocks.prefix_cache or sequence.num_output:
-            return False
+        """Choices after the first wait until the first has put their common prompt in the cache,
+        and has read it."""
         leader = self._leaders.get(sequence.request.request_id)
-        return leader is not None and leader.num_settled < leader.num_prompt
+        if sequence.index == 0 or leader is None or sequence.num_output:
+            return False
+        if leader.reads_prompt:
+            return True
+        return self.blocks.prefix_cache and leader.num_settled < leader.num_prompt
 
     def _is_wanted(self, generation: str) -> bool:
         return self._wanted[generation] > 0

@@ -27,10 +27,14 @@ class Span(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Rows [start, end) of a prompt: the sum of their last hidden states is wanted."""
+    """What is wanted of the rows [start, end) of a prompt: the sum of their last hidden states, or
+    what they say of the tokens that follow them."""
 
     start: int
     end: int
+    generation: str | None
+    targets: Ints | None = None  # [end - start]: the tokens that follow; None: the sum
+    num_top: int = 0  # likeliest tokens beside each target
 
 
 class Draw(NamedTuple):
