@@ -251,7 +251,7 @@ class TokenLogprob:
     rank: int = 0  # 1 is the likeliest; 0: not told
 
 
-class Event(msgspec.Struct, frozen=True):
+class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one step added to one sequence. The last event of a sequence has a finish_reason."""
 
     request_id: str

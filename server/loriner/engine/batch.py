@@ -45,7 +45,8 @@ class BatchBuilder:
         table, slots = self._table(sequences, which, positions, context)
         token_ids, token_source = _tokens(runs, which)
         sampled = [run for run in runs if run.samples]
-        read = [(i, run) for i, run in enumerate(runs) if run.reads]
+        read = [(i, run) for i, run in enumerate(runs) if run.sequence.reads_prompt]
+        read = [(i, run) for i, run in read if run.start < run.sequence.num_prompt]
         chosen = np.array([run.samples for run in runs], dtype=bool)
         spans = _spans(sequences, q_start.tolist())
         all_single = len(which) == len(runs) == len(sampled)

@@ -46,11 +46,6 @@ class Run(NamedTuple):
         return self.start + self.num_rows
 
     @property
-    def reads(self) -> bool:
-        """Whether any of its rows is of a prompt that is to be read."""
-        return self.sequence.reads_prompt and self.start < self.sequence.num_prompt
-
-    @property
     def holds(self) -> bool:
         """Whether the sequence still has the blocks that these rows were written to."""
         sequence = self.sequence
@@ -124,7 +119,8 @@ class Scheduler:
                 if sequence not in self.running or not self._make_room(sequence, end, runs):
                     continue
                 self.blocks.allocate(sequence, end)
-            runs.append(Run.of(sequence, end - start))
+            samples = end == wanted and not sequence.request.embeds
+            runs.append(Run(sequence, start, end - start, samples, sequence.num_preemptions))
             budget -= end - start
         return budget
 
