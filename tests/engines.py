@@ -20,6 +20,7 @@ from loriner.core import UNKNOWN, Event, Request, SamplingParams
 from loriner.engine.batch import Batch
 from loriner.engine.cpu_runner import CpuRunner
 from loriner.engine.engine import Engine
+from loriner.engine.readings import Read
 from loriner.engine.runner import Runner
 from loriner.engine.sampler import Sampled, needs_host, sample
 from loriner.engine.scheduler import Run
@@ -93,10 +94,11 @@ class LateStep:
     def __init__(self, runner: LateRunner, index: int, step: StepInput, meta: BatchMeta) -> None:
         self._runner, self._index, self._step, self._meta = runner, index, step, meta
         self._sampled: list[Sampled] = []
+        self._reader = runner.reader(step.readings)
 
     def run(self) -> None:
-        runner = self._runner
-        meta = dataclasses.replace(self._meta, token_ids=runner.feed(self._step))
+        runner, fed = self._runner, self._runner.feed(self._step)
+        meta = dataclasses.replace(self._meta, token_ids=fed, reader=self._reader)
         logits = runner.run(meta)
         self._sampled = sample(logits, self._step.draws, runner.model_config.eos_token_ids)
         chosen = [0 if s.token_id is None else s.token_id for s in self._sampled]
@@ -107,6 +109,9 @@ class LateStep:
         if self._index in self._runner.broken:
             raise RuntimeError("secret internals")
         return self._sampled
+
+    def read(self) -> list[Read]:
+        return self._reader.copied().told()
 
 
 class WatchedEngine(Engine):

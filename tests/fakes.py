@@ -21,10 +21,11 @@ def make_request(
     salt: str = "",
     arrival_s: float = 0.0,
     turn: Turn = NO_TURN,
+    embeds: bool = False,
     **sampling: Any,
 ) -> Request:
     params = SamplingParams(**{"max_tokens": 8, "temperature": 0.0, **sampling})
-    return Request(request_id, tuple(prompt), params, generation, salt, arrival_s, turn)
+    return Request(request_id, tuple(prompt), params, generation, salt, arrival_s, turn, embeds)
 
 
 def make_sequence(prompt: Seq[int] = (1, 2, 3), *, index: int = 0, **request: Any) -> Sequence:

@@ -46,6 +46,8 @@ from loriner_client._models import (
     Chat,
     Completion,
     Delta,
+    Embed,
+    Embeddings,
     Generate,
     Message,
     Opening,
@@ -66,6 +68,7 @@ from loriner_client._transport import (
     FakeTransport,
     Transport,
     completion,
+    embeddings,
 )
 from loriner_client._upload import Upload
 
@@ -92,6 +95,8 @@ __all__ = [
     "DataError",
     "DeadlineExceededError",
     "Delta",
+    "Embed",
+    "Embeddings",
     "EngineError",
     "EngineFailedError",
     "EngineUnavailableError",
@@ -126,4 +131,5 @@ __all__ = [
     "Usage",
     "Which",
     "completion",
+    "embeddings",
 ]

@@ -122,6 +122,20 @@ class AsyncClient:
         query = m.Generate(prompt, adapter, model, sampling, priority, structured_outputs)
         return AsyncStream(self._transport.stream(query, self._timeout_s))
 
+    async def embed(
+        self,
+        inputs: str | Sequence[str | Sequence[int]],
+        *,
+        adapter: m.Which | None = None,
+        model: str | None = None,
+        priority: int | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> m.Embeddings:
+        """A vector for one text, or for each of several texts or lists of token ids."""
+        all_inputs = [inputs] if isinstance(inputs, str) else inputs
+        query = m.Embed(all_inputs, adapter, model, priority, add_special_tokens)
+        return await self._transport.call(query, self._timeout_s)
+
     async def tokenize(
         self, text: str | Sequence[m.Message], *, add_special_tokens: bool | None = None
     ) -> tuple[int, ...]:

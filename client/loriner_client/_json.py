@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +97,18 @@ def _tokenize(query: m.Tokenize) -> Ask:
     return Ask("POST", "/tokenize", body)
 
 
+def _embed(query: m.Embed) -> Ask:
+    inputs = [one if isinstance(one, str) else list(one) for one in query.inputs]
+    chosen = {
+        "model": query.model,
+        "adapter": _which(query.adapter),
+        "priority": query.priority,
+        "add_special_tokens": query.add_special_tokens,
+    }
+    body: Json = {key: value for key, value in chosen.items() if value is not None}
+    return Ask("POST", "/v1/embeddings", body | {"input": inputs, "encoding_format": "base64"})
+
+
 def _alias(query: m.SetAlias) -> Ask:
     body: Json = {"target": query.target}
     if query.expected_generation is not None:
@@ -115,6 +129,16 @@ def _one(name: str) -> str:
 def completion(body: Json) -> m.Completion:
     choices = tuple(delta(choice, choice["message"]["content"]) for choice in body["choices"])
     return m.Completion(opening(body), choices, usage(body))
+
+
+def embeddings(body: Json) -> m.Embeddings:
+    vectors = tuple(_vector(entry["embedding"]) for entry in body["data"])
+    return m.Embeddings(opening(body), vectors, m.Usage(body["usage"]["prompt_tokens"], 0))
+
+
+def _vector(text: str) -> tuple[float, ...]:
+    data = base64.b64decode(text)
+    return struct.unpack(f"<{len(data) // 4}f", data)
 
 
 class Reader:
@@ -166,7 +190,20 @@ def opening(body: Json) -> m.Opening:
         origin["generation"],
         origin["base_digest"],
         origin["cold_start"],
+        tuple(_of_prompt(body)),
     )
+
+
+def _of_prompt(body: Json) -> Iterator[m.TokenLogprob]:
+    """In vLLM's shape: by token id, the prompt's own first."""
+    choice: Json = next(iter(body.get("choices") or ()), {})
+    for entry in body.get("prompt_logprobs") or choice.get("prompt_logprobs") or ():
+        if entry is not None:
+            own, *top = (
+                m.TokenLogprob(one["decoded_token"], one["logprob"], int(token_id))
+                for token_id, one in entry.items()
+            )
+            yield m.TokenLogprob(own.token, own.logprob, own.token_id, tuple(top))
 
 
 def delta(choice: Json, text: str) -> m.Delta:
@@ -260,6 +297,7 @@ Route = tuple[Callable[[Any], Ask], Callable[[Any], Any]]
 ROUTES: dict[type, Route] = {
     m.Chat: (lambda q: Ask("POST", "/v1/chat/completions", chat_body(q)), completion),
     m.Tokenize: (_tokenize, lambda body: tuple(body["tokens"])),
+    m.Embed: (_embed, embeddings),
     m.GetAdapter: (lambda q: Ask("GET", _one(q.name)), _detail),
     m.ListAdapters: (
         lambda q: Ask("GET", ADAPTERS),

@@ -35,6 +35,7 @@ class Sampling(TypedDict, total=False):
     ignore_eos: bool
     n: int
     logprobs: int  # that many alternatives with each token
+    prompt_logprobs: int  # the same of the prompt's tokens, in the opening
 
 
 class StructuredOutputs(TypedDict, total=False):
@@ -66,6 +67,16 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithm of a token's probability."""
+
+    token: str
+    logprob: float
+    token_id: int | None = None  # of an answer's token, not told over HTTP
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Opening:
     """Which weights answer."""
 
@@ -75,16 +86,8 @@ class Opening:
     generation: str | None  # digest
     base_digest: str
     cold_start: bool  # the adapter had to be loaded for this request
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Natural logarithm of a token's probability."""
-
-    token: str
-    logprob: float
-    token_id: int | None = None  # not told over HTTP
-    top: tuple[TokenLogprob, ...] = ()
+    # Of the prompt's tokens but the first, when they were asked for; `top` are likely others.
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,15 @@ class Completion:
     def text(self) -> str:
         """Of the first choice."""
         return self.choices[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A vector of length 1 for each input, in their order."""
+
+    opening: Opening
+    vectors: tuple[tuple[float, ...], ...]
+    usage: Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +228,15 @@ class Generate(Query[Completion]):
 @dataclass(frozen=True, slots=True)
 class Tokenize(Query[tuple[int, ...]]):
     input: str | Sequence[Message]
+    add_special_tokens: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embed(Query[Embeddings]):
+    inputs: Sequence[str | Sequence[int]]  # texts, or lists of token ids
+    adapter: Which | None = None
+    model: str | None = None
+    priority: int | None = None
     add_special_tokens: bool | None = None
 
 

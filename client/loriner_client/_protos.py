@@ -93,6 +93,21 @@ def _tokenize(query: m.Tokenize) -> inf.TokenizeRequest:
     return inf.TokenizeRequest(chat=_chat(m.Chat(query.input)))
 
 
+def _embed(query: m.Embed) -> inf.EmbedRequest:
+    return inf.EmbedRequest(
+        model=query.model,
+        **_which(query.adapter),
+        inputs=[
+            inf.EmbedInput(text=one)
+            if isinstance(one, str)
+            else inf.EmbedInput(token_ids=inf.TokenIds(ids=one))
+            for one in query.inputs
+        ],
+        add_special_tokens=query.add_special_tokens,
+        priority=query.priority,
+    )
+
+
 def _sampling(sampling: m.Sampling) -> inf.SamplingParams:
     return inf.SamplingParams(**sampling)
 
@@ -139,6 +154,11 @@ def _completion(answer: inf.ChatResponse) -> m.Completion:
     return m.Completion(_opening(answer.opening), choices, _usage(answer.usage))
 
 
+def _embeddings(answer: inf.EmbedResponse) -> m.Embeddings:
+    vectors = tuple(tuple(one.values) for one in answer.embeddings)
+    return m.Embeddings(_opening(answer.opening), vectors, _usage(answer.usage))
+
+
 def _part(message: inf.GenerateResponse | inf.StreamChatResponse) -> m.Part:
     if message.HasField("opening"):
         return _opening(message.opening)
@@ -155,7 +175,14 @@ def _opening(opening: inf.Opening) -> m.Opening:
         _given(opening, "generation"),
         opening.base_digest,
         opening.cold_start,
+        tuple(_of_prompt(entry) for entry in opening.prompt_logprobs),
     )
+
+
+def _of_prompt(entry: inf.TokenLogprob) -> m.TokenLogprob:
+    made = _logprob(entry)
+    others = tuple(one for one in made.top if one.token_id != made.token_id)
+    return m.TokenLogprob(made.token, made.logprob, made.token_id, others)
 
 
 def _delta(delta: inf.Delta | inf.Choice) -> m.Delta:
@@ -262,6 +289,7 @@ CALLS: dict[type, Rpc] = {
     m.Tokenize: Rpc(
         _I, "Tokenize", _tokenize, inf.TokenizeResponse, lambda answer: tuple(answer.token_ids)
     ),
+    m.Embed: Rpc(_I, "Embed", _embed, inf.EmbedResponse, _embeddings),
     m.GetAdapter: Rpc(_A, "Get", lambda q: ad.GetRequest(name=q.name), ad.GetResponse, _detail),
     m.ListAdapters: Rpc(
         _A, "List", lambda q: ad.ListRequest(page_token=q.page), ad.ListResponse, _page

@@ -6,12 +6,13 @@ A transport turns a `Query` into its answer. Invariant: whatever goes wrong come
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from loriner_client._models import (
     Completion,
     Delta,
+    Embeddings,
     Opening,
     Part,
     Query,
@@ -114,5 +115,13 @@ class AsyncFakeTransport:
 
 def completion(text: str, adapter: str | None = None) -> Completion:
     """An answer for a fake to give."""
-    opening = Opening("fake", "fake", adapter, None, "", cold_start=False)
-    return Completion(opening, (Delta(text, finish_reason="stop"),), Usage(1, 1))
+    return Completion(_opening(adapter), (Delta(text, finish_reason="stop"),), Usage(1, 1))
+
+
+def embeddings(vectors: Sequence[Sequence[float]], adapter: str | None = None) -> Embeddings:
+    """The same for `embed`."""
+    return Embeddings(_opening(adapter), tuple(map(tuple, vectors)), Usage(len(vectors), 0))
+
+
+def _opening(adapter: str | None) -> Opening:
+    return Opening("fake", "fake", adapter, None, "", cold_start=False)

@@ -55,6 +55,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
+    prompt_logprobs: int | None = None  # None: none; k: of the prompt's tokens, with the k best
     special_text: bool = False  # special tokens show in the text
     grammar: str | None = None  # of the whole output, as `engine/grammars.py` compiles it
 
@@ -73,6 +74,7 @@ class SamplingParams:
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("n", self.n, 1, MAX_CHOICES)
         _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         _check_length("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
         for _, bias in self.logit_bias:
             _check_range("logit_bias", bias, -100.0, 100.0)
@@ -128,6 +130,7 @@ class Request:
     salt: str = ""  # tenant; part of every KV block's key
     arrival_s: float = 0.0  # time.monotonic() at the door
     turn: Turn = Turn()
+    embeds: bool = False  # it has one sequence, which ends with a vector instead of tokens
 
 
 class Guide(Protocol):
@@ -170,6 +173,8 @@ class Sequence:
         "num_preemptions",
         "num_prompt",
         "num_settled",
+        "reading",
+        "reads_prompt",
         "request",
         "row",
         "seated",
@@ -202,6 +207,9 @@ class Sequence:
         self.needs_host = False  # its next step needs the last one's token; set by the engine
         self.looks_back = request.sampling.looks_back
         self.guide: Guide | None = None  # of a constrained one; set by the engine
+        scores = index == 0 and request.sampling.prompt_logprobs is not None
+        self.reads_prompt = request.embeds or scores  # until all its rows are; ended by the engine
+        self.reading: Any = None  # what steps told of those rows so far; set by the engine
         self.memo: dict[str, object] = {}  # what a runner makes of `sampling` and `seed` once
         self.seated = False  # holds a pin on its adapter's seat; set by the scheduler
         self.cold_start = False  # waited for its adapter to be loaded; set by the scheduler
@@ -233,15 +241,17 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token's log-probability (natural log) under the model's own distribution."""
+    """One token's log-probability (natural log) under the model's own distribution; NaN for a
+    prompt's first token, which nothing stands before."""
 
     token_id: int
     logprob: float
     token: str = ""  # the token's text alone
     top: tuple[TokenLogprob, ...] = ()
+    rank: int = 0  # 1 is the likeliest; 0: not told
 
 
-class Event(msgspec.Struct, frozen=True):
+class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one step added to one sequence. The last event of a sequence has a finish_reason."""
 
     request_id: str
@@ -255,6 +265,8 @@ class Event(msgspec.Struct, frozen=True):
     num_cached_tokens: int = 0  # of the prompt, served from the prefix cache
     num_output_tokens: int = 0  # so far
     cold_start: bool = False  # the adapter had to be loaded for this request
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of every token: with choice 0's first event
+    embedding: bytes = b""  # [H] f32, little-endian, of length 1: with the last event
     error: str | None = None  # set when finish_reason is ERROR: a message safe to show
     error_kind: str | None = None  # class name in errors.py
 

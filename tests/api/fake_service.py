@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
+import struct
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -266,6 +268,10 @@ class FakeService:
     def vocab_size(self) -> int:
         return 0x110000  # characters
 
+    @property
+    def hidden_size(self) -> int:
+        return 4
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids)
 
@@ -299,6 +305,7 @@ class FakeService:
         tenant: str = "default",
         turn: Turn = NO_TURN,
         prompt_param: str = "messages",
+        embeds: bool = False,
     ) -> FakeGeneration:
         if self.state == "draining":
             raise EngineUnavailableError("The server is shutting down.")
@@ -315,9 +322,11 @@ class FakeService:
         self.calls.append(
             {"prompt_ids": list(prompt_ids), "sampling": sampling, "adapter": _plain(adapter)}
             | {"request_id": request_id, "tenant": tenant, "prompt_param": prompt_param}
-            | {"turn": turn}
+            | {"turn": turn, "embeds": embeds}
         )
-        events = script(request_id, record, len(prompt_ids), sampling, self.cold_start, self.says)
+        events = script(request_id, record, prompt_ids, sampling, self.cold_start, self.says)
+        if embeds:
+            events = [embedded(request_id, record, prompt_ids, self.cold_start)]
         self.open.append(FakeGeneration(self, request_id, record, events))
         return self.open[-1]
 
@@ -355,7 +364,7 @@ def words_of(record: FakeRecord | Mixture | None, index: int) -> list[str]:
 def script(
     request_id: str,
     record: FakeRecord | Mixture | None,
-    num_prompt: int,
+    prompt_ids: Sequence[int],
     sampling: SamplingParams,
     cold_start: bool,
     says: list[str] | None = None,
@@ -364,6 +373,7 @@ def script(
     events = []
     all_words = [says or words_of(record, index) for index in range(sampling.n)]
     length = min(len(all_words[0]), sampling.max_tokens or 100)
+    prompt_logprobs = _of_prompt(prompt_ids, sampling.prompt_logprobs)
     for step in range(length):
         for index, words in enumerate(all_words):
             is_last = step == length - 1
@@ -375,8 +385,9 @@ def script(
                     text=words[step],
                     token_ids=(step + 10,),
                     logprobs=_logprobs(words[step], sampling.logprobs),
+                    prompt_logprobs=() if step or index else prompt_logprobs,
                     finish_reason=reason if is_last else None,
-                    num_prompt_tokens=num_prompt,
+                    num_prompt_tokens=len(prompt_ids),
                     num_cached_tokens=3,
                     num_output_tokens=step + 1,
                     cold_start=cold_start,
@@ -385,11 +396,38 @@ def script(
     return events
 
 
+def embedded(
+    request_id: str, record: FakeRecord | Mixture | None, ids: Sequence[int], cold_start: bool
+) -> Event:
+    """A vector that tells of the prompt and of who answers."""
+    who = 0 if record is None else sum(record.generation.encode())
+    values = (len(ids), sum(ids), who, 0.5)
+    return Event(
+        request_id,
+        0,
+        finish_reason=FinishReason.STOP,
+        num_prompt_tokens=len(ids),
+        cold_start=cold_start,
+        embedding=struct.pack("<4f", *values),
+    )
+
+
 def _logprobs(word: str, num_top: int | None) -> tuple[TokenLogprob, ...]:
     if num_top is None:
         return ()
     top = tuple(TokenLogprob(20 + i, -0.5 - i, f"t{i}") for i in range(num_top))
     return (TokenLogprob(10, -0.25, word, top),)
+
+
+def _of_prompt(ids: Sequence[int], num_top: int | None) -> tuple[TokenLogprob, ...]:
+    """Each token is the third likeliest, after two others."""
+    if num_top is None:
+        return ()
+    made = [TokenLogprob(ids[0], math.nan, chr(ids[0]))]
+    for i in ids[1:]:
+        top = tuple(TokenLogprob(20 + j, -0.5 - j, f"t{j}", (), 1 + j) for j in range(num_top))
+        made.append(TokenLogprob(i, -3.0, chr(i), top, 3))
+    return tuple(made)
 
 
 def resident(generation: str, tier: str = "gpu", **counts: int) -> GenerationStats:

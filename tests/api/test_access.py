@@ -89,6 +89,17 @@ def ask(
                 d.inference.Generate(pb.GenerateRequest(text="x", model=adapter), metadata=m)
             ),
         ),
+        Operation(
+            f"embeddings, {name}",
+            "POST",
+            "/v1/embeddings",
+            allowed,
+            gone,
+            {"input": "x", "adapter": adapter},
+            lambda d, m: d.inference.Embed(
+                pb.EmbedRequest(inputs=[pb.EmbedInput(text="x")], adapter=adapter), metadata=m
+            ),
+        ),
     ]
 
 

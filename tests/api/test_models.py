@@ -48,7 +48,7 @@ def test_an_unknown_model_is_404(client: TestClient, name: str) -> None:
     assert response.json()["error"]["code"] == "model_not_found"
 
 
-@pytest.mark.parametrize("path", ["/v1/models/", "/v1/", "/v1/embeddings", "/"])
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1/", "/v1/embedding", "/"])
 def test_other_paths_are_404_with_openais_body(client: TestClient, path: str) -> None:
     response = client.get(path)
 

@@ -152,6 +152,28 @@ def test_a_failure_in_the_stream_is_an_api_error(openai: Any, service: FakeServi
         list(stream)
 
 
+@pytest.mark.parametrize("given", ["hi", ["hi", "you"], [1, 2], [[1, 2], [3]]])
+@pytest.mark.parametrize("encoding", [{}, {"encoding_format": "float"}])
+def test_texts_are_embedded(
+    openai: Any, service: FakeService, given: Any, encoding: dict[str, Any]
+) -> None:
+    answer = openai.embeddings.create(model="pirate", input=given, user="me", **encoding)
+
+    sent = [call["prompt_ids"] for call in service.calls]
+    assert [entry.embedding[:2] for entry in answer.data] == [[len(i), sum(i)] for i in sent]
+    assert [entry.index for entry in answer.data] == list(range(len(sent)))
+    assert answer.usage.total_tokens == sum(map(len, sent)) and answer.model == "pirate"
+
+
+def test_a_prompt_is_echoed_with_its_logprobs(openai: Any) -> None:
+    answer = openai.completions.create(
+        model="tiny", prompt="hi", echo=True, logprobs=1, extra_body={"prompt_logprobs": 2}
+    )
+    (choice,) = answer.choices
+    assert choice.logprobs.token_logprobs[:4] == [None, -3.0, -3.0, -0.25]
+    assert choice.prompt_logprobs[1]["104"]["rank"] == 3
+
+
 def test_a_full_queue_is_retried_and_then_served(openai: Any, service: FakeService) -> None:
     generate, refused = service.generate, []
 

@@ -68,7 +68,6 @@ def test_every_completion_parameter_of_openai_is_served_refused_or_harmless(name
         ("chat_template", "{{ 1 }}"),
         ("cache_salt", "x"),
         ("priority", 1001),
-        ("prompt_logprobs", 1),
         ("lora_path", "pirate"),
         ("echo", True),
     ],
@@ -255,7 +254,11 @@ def test_a_bad_value_is_400_and_names_its_field(
         ({"logprobs": True}, "logprobs"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": True}, "prompt_logprobs"),
+        ({"prompt": ["a" * 500] * 101, "prompt_logprobs": 20}, "prompt_logprobs"),
+        ({"prompt": ["a" * 500] * 101, "echo": True, "logprobs": 20}, "echo"),
     ],
 )
 def test_a_bad_completion_is_400_and_names_its_field(

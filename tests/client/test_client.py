@@ -50,6 +50,48 @@ def test_a_text_is_continued_from_words_or_tokens(client: Any, service: FakeServ
     assert service.calls[-1]["prompt_ids"] == [7, 8]
 
 
+def test_texts_and_tokens_are_embedded(client: Any, service: FakeService) -> None:
+    answer = client.embed(["hi", [7, 8]], adapter="pirate", priority=2, add_special_tokens=False)
+    one = client.embed("hi", model="codeword")
+
+    sent = [call["prompt_ids"] for call in service.calls]
+    assert sent == [[104, 105], [7, 8], [1, 104, 105]]
+    assert [vector[:2] for vector in (*answer.vectors, *one.vectors)] == [
+        (len(ids), sum(ids)) for ids in sent
+    ]
+    assert all(len(vector) == service.hidden_size for vector in answer.vectors)
+    assert (answer.opening.adapter, one.opening.adapter) == ("default/pirate", "default/codeword")
+    assert answer.usage == lc.Usage(4, 0) and one.usage == lc.Usage(3, 0)
+    assert [call["turn"].priority for call in service.calls] == [2, 2, 0]
+
+
+def test_several_adapters_embed_together(client: Any, service: FakeService) -> None:
+    client.embed("hi", adapter={"pirate": 0.5, "codeword": 2.0})
+    assert service.calls[-1]["adapter"] == [("pirate", 0.5), ("codeword", 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fields", "kind"),
+    [
+        ([], {}, lc.InvalidRequestError),
+        (["a", []], {}, lc.InvalidRequestError),
+        ([[2**31]], {}, lc.InvalidRequestError),
+        (["a", "x" * 600], {}, lc.ContextLengthError),
+        (["a"] * 2049, {}, lc.InvalidRequestError),
+        (["a"], {"adapter": "nope"}, lc.AdapterNotFoundError),
+        (["a"], {"priority": 10**6}, lc.InvalidRequestError),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused_by_name(
+    client: Any, service: FakeService, inputs: Any, fields: dict[str, Any], kind: type[Exception]
+) -> None:
+    with pytest.raises(kind) as caught:
+        client.embed(inputs, **fields)
+    named = next(iter(fields), "input")
+    assert str(caught.value.param).startswith(named)  # type: ignore[attr-defined]
+    assert not service.calls
+
+
 @pytest.mark.parametrize(
     ("asked", "grammar"),
     [
@@ -99,6 +141,7 @@ ALL: lc.Sampling = {
     "ignore_eos": True,
     "n": 2,
     "logprobs": 2,
+    "prompt_logprobs": 1,
 }
 
 
@@ -118,6 +161,9 @@ def test_every_way_to_sample_reaches_the_server(client: Any, service: FakeServic
         assert [choice.index for choice in answer.choices] == [0, 1]
         assert [entry.token for entry in answer.choices[1].logprobs][0] == "base"
         assert {top.token for top in answer.choices[0].logprobs[0].top} >= {"t0", "t1"}
+        assert answer.opening.prompt_logprobs == tuple(
+            lc.TokenLogprob(c, -3.0, ord(c), (lc.TokenLogprob("t0", -0.5, 20),)) for c in "hi"
+        )
 
 
 def test_several_adapters_reach_the_server(client: Any, service: FakeService) -> None:

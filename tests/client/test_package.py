@@ -93,6 +93,14 @@ def test_a_fake_stands_in_for_a_server() -> None:
     assert isinstance(generate, lc.Generate) and fake.is_closed
 
 
+def test_a_fake_embeds() -> None:
+    fake = lc.FakeTransport(lambda query: lc.embeddings([[1.0, 0.0]] * len(query.inputs)))
+    answer = lc.Client(transport=fake).embed(["a", [1, 2]], adapter="t/a")
+
+    assert answer.vectors == ((1.0, 0.0),) * 2
+    assert fake.queries == [lc.Embed(["a", [1, 2]], "t/a")]
+
+
 def test_a_fake_can_refuse() -> None:
     client = lc.Client(transport=lc.FakeTransport(lambda query: lc.OverloadedError("full")))
     with pytest.raises(lc.OverloadedError), client.stream_chat("hi"):

@@ -6,6 +6,7 @@ reuse: an oracle that shares no state with a server.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -45,6 +46,15 @@ class Kit:
 
     def expected(self, cases: Iterable[Case]) -> dict[Case, list[int]]:
         return {case: self.alone(*case) for case in cases}
+
+    def embedding(self, ids: tuple[int, ...], adapter: str | None) -> list[float]:
+        """What these tokens become alone, in one step."""
+        weights = {adapter: self._seat(adapter)} if adapter else {}
+        settings = engine_config(self.base, prefix_cache=False, max_step_tokens=MAX_LEN)
+        engine = build_engine(settings, weights, self._runner)
+        engine.run_all([make_request(ids, generation=adapter, embeds=True)])
+        engine.close()
+        return array("f", engine.ends["r", 0].embedding).tolist()
 
     def _write(self, folder: Path, i: int) -> Path:
         targets = ("q_proj", "v_proj") if i % 2 else SEVEN

@@ -63,6 +63,7 @@ CHATS: list[tuple[str, dict[str, Any]]] = [
     (HI, {**GREEDY, "adapter": {"a0": 0.75, "a1": -1.25}}),
     (STORY, {"seed": 2, "adapter": {"a1": 0.5}}),
     (HI, {**GREEDY, "logprobs": 3}),
+    (STORY, {**GREEDY, "prompt_logprobs": 2, "adapter": "a1", "n": 2}),
     (HI, {**GREEDY, "repetition_penalty": 1.3, "frequency_penalty": 0.5}),
     (HI, {**GREEDY, "logit_bias": {65: 100.0}}),
     (STORY, {"temperature": 0.0, "max_tokens": 30, "stop_token_ids": [65, 66, 67, 97, 101]}),
@@ -92,8 +93,12 @@ def plain(answer: lc.Completion) -> dict[str, Any]:
     ]
     opening = answer.opening
     where = (opening.model, opening.adapter, opening.generation, opening.base_digest)
+    prompt = [
+        (one.token, one.token_id, pytest.approx(one.logprob, abs=1e-4), len(one.top))
+        for one in opening.prompt_logprobs
+    ]
     usage = (answer.usage.prompt_tokens, answer.usage.completion_tokens)
-    return {"choices": choices, "opening": where, "usage": usage}
+    return {"choices": choices, "opening": where, "prompt": prompt, "usage": usage}
 
 
 @pytest.mark.parametrize(("text", "fields"), CHATS)
@@ -106,10 +111,14 @@ def test_a_chat_has_the_same_tokens_through_both_doors(
             answers.append(plain(stream.completion()))
 
     assert answers[0]["choices"][0]["token_ids"]
+    assert bool(answers[0]["prompt"]) == ("prompt_logprobs" in fields)
     assert all(answer == answers[0] for answer in answers[1:])
 
 
-@pytest.mark.parametrize("fields", [{**GREEDY}, {**GREEDY, "adapter": "a0"}, {"seed": 4}])
+@pytest.mark.parametrize(
+    "fields",
+    [{**GREEDY}, {**GREEDY, "adapter": "a0"}, {"seed": 4}, {**GREEDY, "prompt_logprobs": 1}],
+)
 @pytest.mark.parametrize("prompt", ["Once upon", [79, 110, 99, 101]])
 def test_a_continued_text_has_the_same_tokens_through_both_doors(
     grpc: lc.Client, http: lc.Client, prompt: Any, fields: dict[str, Any]
@@ -117,6 +126,97 @@ def test_a_continued_text_has_the_same_tokens_through_both_doors(
     first, second = (plain(client.generate(prompt, **fields)) for client in (grpc, http))
 
     assert first == second and first["choices"][0]["token_ids"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"adapter": "a0"}, {"model": "tiny:a1"}, {"adapter": {"a0": 0.75, "a1": -1.25}}],
+    ids=str,
+)
+def test_a_text_has_the_same_vector_through_both_doors(
+    grpc: lc.Client, http: lc.Client, kit: Kit, fields: dict[str, Any]
+) -> None:
+    inputs = [STORY, HI, [79, 110, 99, 101], "x" * 3000]
+    first, second = (client.embed(inputs, **fields) for client in (grpc, http))
+    assert first.vectors == second.vectors and len(first.vectors) == len(inputs)
+    assert first.usage == second.usage == lc.Usage(len(STORY) + len(HI) + 4 + 3000, 0)
+    assert first.opening.generation == second.opening.generation
+    assert (first.opening.adapter is None) == (not fields)
+
+    for vector, given in zip(first.vectors, inputs, strict=True):
+        alone = grpc.embed([given], **fields).vectors[0]
+        assert vector == pytest.approx(alone, abs=1e-5)
+        ids = list(given.encode()) if isinstance(given, str) else given
+        if "adapter" not in fields or isinstance(fields["adapter"], str):
+            name = fields.get("adapter") or ("a1" if "model" in fields else None)
+            assert vector == pytest.approx(kit.embedding(tuple(ids), name), abs=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["base", "a0"])
+def test_a_prompts_log_probabilities_are_told_once_and_alike(
+    server: ServerProcess, adapter: str
+) -> None:
+    asked = {"prompt": [STORY, [79, 110]], "adapter": adapter, "n": 2, "max_tokens": 3}
+    asked |= {"echo": True, "logprobs": 1, "prompt_logprobs": 2, "temperature": 0}
+    for _ in range(2):  # the second time the prompt is in the cache
+        choices = server.http.post("/v1/completions", json=asked).json()["choices"]
+        assert [len(choice["prompt_logprobs"]) for choice in choices] == [len(STORY)] * 2 + [2, 2]
+        assert choices[0]["prompt_logprobs"] == choices[1]["prompt_logprobs"]
+        for choice in choices:
+            first, *others = choice["prompt_logprobs"]
+            own = [next(iter(entry.values()))["logprob"] for entry in others]
+            echoed = choice["logprobs"]["token_logprobs"]
+            assert first is echoed[0] is None and all(value < 0 for value in own)
+            assert echoed[1 : len(own) + 1] == own and len(echoed) == len(own) + 4
+
+    chat = {"messages": [{"role": "user", "content": HI}], "adapter": adapter, "max_tokens": 2}
+    whole = server.http.post("/v1/chat/completions", json={**chat, "prompt_logprobs": 0}).json()
+    assert len(whole["prompt_logprobs"]) == whole["usage"]["prompt_tokens"]
+    assert all(len(entry) == 1 for entry in whole["prompt_logprobs"][1:])
+
+
+def test_more_texts_than_the_queue_holds_are_embedded(
+    server: ServerProcess, grpc: lc.Client, http: lc.Client
+) -> None:
+    texts = [f"text {i}" for i in range(200)]  # 40 sequences may wait or run
+    first, second = (client.embed(texts, adapter="a0") for client in (grpc, http))
+    assert len(set(first.vectors)) == 200
+    assert all(
+        one == pytest.approx(other, abs=1e-5)
+        for one, other in zip(first.vectors, second.vectors, strict=True)
+    )
+    assert server.http.get("/admin/status").json()["num_waiting"] == 0
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fields"),
+    [
+        ([], {}),
+        ([""], {}),
+        (["a", ""], {}),
+        (["x" * 9000], {}),
+        (["a", [10**6]], {}),
+        (["a", []], {}),
+        (["a"] * 2049, {}),
+        (["a"], {"adapter": "nope"}),
+        (["a"], {"model": "nope"}),
+        (["a"], {"adapter": {"a0": 1.0, "nope": 1.0}}),
+        (["a"], {"adapter": {"a0": 1000.0}}),
+        (["a"], {"priority": 5000}),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_cannot_be_embedded_is_refused_alike(
+    grpc: lc.Client, http: lc.Client, inputs: Any, fields: dict[str, Any]
+) -> None:
+    found = []
+    for client in (grpc, http):
+        with pytest.raises(lc.LorinerError) as caught:
+            client.embed(inputs, **fields)
+        error = caught.value
+        param = (error.param or "").replace("inputs", "input").replace("adapters", "adapter")
+        found.append((type(error), str(error).replace("adapters", "adapter"), error.code, param))
+    assert found[0] == found[1] and found[0][3]
 
 
 @pytest.mark.parametrize("which", ["grpc", "http"])
@@ -175,6 +275,8 @@ REFUSED: list[dict[str, Any]] = [
     {"logit_bias": {10**6: 1.0}},
     {"logit_bias": {1: 1000.0}},
     {"logprobs": 21},
+    {"prompt_logprobs": 21},
+    {"prompt_logprobs": -1},
     {"repetition_penalty": 0.0},
     {"frequency_penalty": 3.0},
     {"presence_penalty": -3.0},

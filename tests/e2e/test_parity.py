@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,25 +99,6 @@ def alone(
         engine.run_all([request])
     assert engine.max_mixed == 1
     return engine
-
-
-@pytest.fixture(scope="module")
-def oracle(smollm2: Path) -> Iterator[Any]:
-    """The base as transformers opens it, its 4-bit linears decoded to fp32 by bitsandbytes itself:
-    its own CPU forward rounds to bf16 on some machines."""
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(smollm2)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear4bit):
-            module.weight.quant_state.dtype = torch.float32
-            dense = torch.nn.Linear(module.in_features, module.out_features, bias=False)
-            dense.weight.data = dequantize_4bit(module.weight.data, module.weight.quant_state)
-            assert dense.weight.dtype == torch.float32
-            model.set_submodule(name, dense)
-    yield torch.nn.Module.float(model).eval()  # its own float() refuses: it thinks it is 4-bit
 
 
 @torch.inference_mode()

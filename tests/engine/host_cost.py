@@ -17,6 +17,7 @@ from loriner.config import EngineConfig
 from loriner.core import Request, SamplingParams
 from loriner.engine.engine import Engine
 from loriner.engine.messages import Events, frame
+from loriner.engine.readings import Read
 from loriner.engine.sampler import Sampled
 from loriner.engine.step_input import StepInput
 from tests.tiny import make_tokenizer
@@ -30,6 +31,9 @@ class IdleStep:
 
     def result(self) -> list[Sampled]:
         return [Sampled(97)] * self._count
+
+    def read(self) -> list[Read]:
+        return []
 
 
 class IdleRunner:

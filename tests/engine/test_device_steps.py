@@ -24,6 +24,7 @@ from loriner.engine.cpu_runner import CpuRunner
 from loriner.engine.device_steps import DeviceSteps, Limits, PendingStep
 from loriner.engine.gpu_chooser import GpuChooser
 from loriner.engine.graphs import Variant, buckets, variants
+from loriner.engine.readings import Reader
 from loriner.engine.sampler import sample
 from loriner.engine.step_buffers import (
     LORA_ROWS,
@@ -34,7 +35,7 @@ from loriner.engine.step_buffers import (
     offsets,
     seats_of,
 )
-from loriner.engine.step_input import Draw, Span, StepInput
+from loriner.engine.step_input import Draw, Reading, Span, StepInput
 from loriner.kernels.cuda.sampling import NO_LISTS, Records
 from loriner.kernels.operands import AttentionPlan
 from loriner.model.batch_meta import BatchMeta, LoraBatch
@@ -103,7 +104,16 @@ class CpuComputation:
             np.array(items, np.int32).reshape(-1, 4), np.array(tiles, np.int32).reshape(-1, 2)
         )
 
-    def forward(self, step: StepTensors, token_ids: Tensor, variant: Variant) -> Tensor:
+    def reader(self, readings: Seq[Reading]) -> Reader:
+        return self.runner.reader(readings)
+
+    def forward(
+        self,
+        step: StepTensors,
+        token_ids: Tensor,
+        variant: Variant,
+        reader: Reader | None = None,
+    ) -> Tensor:
         self.variants.add(variant)
         num_rows, num_sequences = self.step.num_rows, self.step.num_sequences
         num_samples = len(self.step.draws)
@@ -133,6 +143,7 @@ class CpuComputation:
             sample_lora=self.lora(
                 step.sample_items, step.num_sample_items, step.sample_seat, num_samples
             ),
+            reader=reader,
         )
         assert variant.has_lora == (meta.lora is not None)
         logits = torch.full((len(step.sample_rows), self.runner.model_config.vocab_size), torch.nan)

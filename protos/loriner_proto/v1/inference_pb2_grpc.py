@@ -54,6 +54,11 @@ class InferenceServiceStub:
                 request_serializer=loriner__proto_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=loriner__proto_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/loriner_proto.v1.InferenceService/Embed',
+                request_serializer=loriner__proto_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=loriner__proto_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -87,6 +92,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """A vector for each text or list of tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +121,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=loriner__proto_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=loriner__proto_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=loriner__proto_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=loriner__proto_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +236,33 @@ class InferenceService:
             '/loriner_proto.v1.InferenceService/Tokenize',
             loriner__proto_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
             loriner__proto_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loriner_proto.v1.InferenceService/Embed',
+            loriner__proto_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            loriner__proto_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

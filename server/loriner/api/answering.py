@@ -93,21 +93,18 @@ class Answering:
                 await self._gather(run, answer, send)
 
     def _head(self, run: Run, look: Look) -> Head:
-        service, record = self._service, run.record
-        origin = shapes.Origin(
-            adapter=None if record is None else record.name,
-            generation=run.generation,
-            base_digest=service.base_digest,
-            cold_start=run.cold_start,
-        )
+        service = self._service
         return Head(
             answer_id=run.answer_id,
             created=run.created,
             model=run.model(service.model_name),
             fingerprint=f"fp_{service.base_digest[:12]}",
-            origin=origin,
+            origin=origin_of(run, service),
             logprobs=run.job.sampling.logprobs is not None,
             token_ids=look.body.return_token_ids,
+            prompt_top=look.body.prompt_logprobs,
+            echoed_top=look.body.echoed_logprobs(),
+            prompt_logprobs=run.prompt_logprobs,
         )
 
     async def _stream(self, run: Run, look: Look, answer: Format, send: Send) -> None:
@@ -134,10 +131,25 @@ class Answering:
         async for index, event in run.events():
             choices[index].add(event)
         body = msgspec.json.encode(answer.whole(choices, _usage(run)))
-        headers = [(b"content-type", b"application/json"), *_headers(run)]
-        headers.append((b"content-length", str(len(body)).encode()))
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await send_json(run, body, send)
+
+
+async def send_json(run: Run, body: bytes, send: Send) -> None:
+    """An answer in one piece."""
+    headers = [(b"content-type", b"application/json"), *_headers(run)]
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def origin_of(run: Run, service: Service) -> shapes.Origin:
+    record = run.record
+    return shapes.Origin(
+        adapter=None if record is None else record.name,
+        generation=run.generation,
+        base_digest=service.base_digest,
+        cold_start=run.cold_start,
+    )
 
 
 def _usage(run: Run) -> shapes.Usage:

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loriner.api.admin import AdminDoor
 from loriner.api.auth import Guard
+from loriner.api.embeddings import EmbeddingDoor
 from loriner.api.fine_tuning import FineTuningDoor
 from loriner.api.keys import KeyDoor
 from loriner.api.metrics import CLIENT_CLOSED, Metrics
@@ -51,6 +52,7 @@ def build_app(service: Service, config: ServerConfig, shared: Shared | None = No
     training = FineTuningDoor(shared)
     routes = [
         *OpenAIDoor(shared).routes(),
+        *EmbeddingDoor(shared).routes(),
         *TokenDoor(shared).routes(),
         *AdminDoor(shared).routes(),
         *KeyDoor(shared).routes(),

@@ -7,8 +7,9 @@ to the whole body.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from msgspec import UNSET, UnsetType
@@ -33,6 +34,9 @@ class Head:
     origin: shapes.Origin
     logprobs: bool
     token_ids: bool
+    prompt_top: int | None = None  # alternatives to each token of the prompt
+    echoed_top: int | None = None  # the same, among the logprobs of an echoed prompt
+    prompt_logprobs: Sequence[TokenLogprob] = ()  # of a chat's prompt
 
 
 @dataclass(slots=True)
@@ -42,6 +46,7 @@ class Gathered:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprob] = ()  # of a prompt's first choice
     finish_reason: str = "stop"
     stop_reason: str | int | None = None
 
@@ -49,6 +54,7 @@ class Gathered:
         self.texts.append(event.text)
         self.token_ids.extend(event.token_ids)
         self.logprobs.extend(event.logprobs)
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason.value
             self.stop_reason = event.stop_reason
@@ -89,6 +95,7 @@ class ChatFormat:
         chunks[0].loriner = self._head.origin
         if self._head.token_ids:
             chunks[0].prompt_token_ids = self._prompt.ids
+        chunks[0].prompt_logprobs = _of_prompt(self._head, self._head.prompt_logprobs)
         return chunks
 
     def chunk(self, index: int, event: Event) -> shapes.Answer | None:
@@ -138,6 +145,7 @@ class ChatFormat:
         )
         answer.usage, answer.loriner = usage, self._head.origin
         answer.prompt_token_ids = _ids(self._head, self._prompt.ids)
+        answer.prompt_logprobs = _of_prompt(self._head, self._head.prompt_logprobs)
         return answer
 
     def _message(self, choice: Gathered) -> tuple[shapes.Message, str]:
@@ -164,8 +172,14 @@ class TextFormat:
         self._n = n
         self._offsets: dict[int, int] = {}
         self._is_first = True
+        self._begun: set[int] = set()  # choices whose prompts were told of
+        self._told: dict[int, Sequence[TokenLogprob]] = {}  # prompt -> what its tokens were
 
     def opening(self, num_choices: int) -> list[shapes.Answer]:
+        """Not where log-probabilities come with the prompts: those are here with the first event of
+        each."""
+        if self._scores:
+            return []
         chunks = []
         for index in range(num_choices):
             prompt = self._prompts[index // self._n]
@@ -175,19 +189,43 @@ class TextFormat:
                 chunks.append(self._chunk(choice))
         return chunks
 
+    @property
+    def _scores(self) -> bool:
+        return self._head.prompt_top is not None or self._head.echoed_top is not None
+
     def chunk(self, index: int, event: Event) -> shapes.Answer | None:
+        if self._scores and index not in self._begun:
+            return self._chunk(self._begin(index, event))
         if not _is_worth_sending(self._head, event):
             return None
+        return self._chunk(self._delta(index, event))
+
+    def _begin(self, index: int, event: Event) -> shapes.TextChoice:
+        """A choice's first event, with what is told of its prompt. The first choice of a prompt
+        brings that, and begins before the others."""
+        self._begun.add(index)
+        which = index // self._n
+        if event.prompt_logprobs:
+            self._told[which] = event.prompt_logprobs
+        prompt, told = self._prompts[which], self._told[which]
+        choice = self._delta(index, event, self._echoed(index, told))
+        choice.text = prompt.text + choice.text
+        choice.prompt_token_ids = _ids(self._head, prompt.ids)
+        choice.prompt_logprobs = _of_prompt(self._head, told)
+        return choice
+
+    def _delta(
+        self, index: int, event: Event, echoed: Sequence[TokenLogprob] = ()
+    ) -> shapes.TextChoice:
         finish = event.finish_reason
-        choice = shapes.TextChoice(
+        return shapes.TextChoice(
             index=index,
             text=event.text,
-            logprobs=self._logprobs(index, event.logprobs),
+            logprobs=self._logprobs(index, (*echoed, *event.logprobs)),
             finish_reason=None if finish is None else finish.value,
             stop_reason=UNSET if finish is None else event.stop_reason,
             token_ids=_ids(self._head, event.token_ids),
         )
-        return self._chunk(choice)
 
     def _chunk(self, choice: shapes.TextChoice) -> shapes.Answer:
         answer = self._answer([choice])
@@ -201,21 +239,35 @@ class TextFormat:
         return answer
 
     def whole(self, choices: Sequence[Gathered], usage: shapes.Usage) -> shapes.Answer:
-        answer = self._answer([self._choice(i, choice) for i, choice in enumerate(choices)])
+        told = [choices[i - i % self._n].prompt_logprobs for i in range(len(choices))]
+        answer = self._answer([self._choice(i, one, told[i]) for i, one in enumerate(choices)])
         answer.usage, answer.loriner = usage, self._head.origin
         return answer
 
-    def _choice(self, index: int, choice: Gathered) -> shapes.TextChoice:
+    def _choice(
+        self, index: int, choice: Gathered, told: Sequence[TokenLogprob]
+    ) -> shapes.TextChoice:
         prompt = self._prompts[index // self._n]
         return shapes.TextChoice(
             index=index,
             text=prompt.text + "".join(choice.texts),
-            logprobs=self._logprobs(index, choice.logprobs),
+            logprobs=self._logprobs(index, (*self._echoed(index, told), *choice.logprobs)),
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
             token_ids=_ids(self._head, choice.token_ids),
             prompt_token_ids=_ids(self._head, prompt.ids),
+            prompt_logprobs=_of_prompt(self._head, told),
         )
+
+    def _echoed(self, index: int, told: Sequence[TokenLogprob]) -> Sequence[TokenLogprob]:
+        """Of the prompt's tokens, when they stand in front of the answer's. A special token that
+        was put before the caller's text has no place in it."""
+        top = self._head.echoed_top
+        if top is None:
+            return ()
+        size = len(self._prompts[index // self._n].text)
+        self._offsets[index] = size - sum(len(one.token) for one in told)
+        return [replace(one, top=one.top[:top]) for one in told]
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> shapes.TextLogprobs | None:
         if not self._head.logprobs:
@@ -224,9 +276,10 @@ class TextFormat:
         offset = self._offsets.get(index, 0)
         for entry in logprobs:
             answer.tokens.append(entry.token)
-            answer.token_logprobs.append(_finite(entry.logprob))
-            answer.top_logprobs.append(_by_text(entry))
-            answer.text_offset.append(offset)
+            known = not math.isnan(entry.logprob)
+            answer.token_logprobs.append(_finite(entry.logprob) if known else None)
+            answer.top_logprobs.append(_by_text(entry) if known else None)
+            answer.text_offset.append(max(offset, 0))
             offset += len(entry.token)
         self._offsets[index] = offset
         return answer
@@ -250,6 +303,21 @@ def _shows_tokens(head: Head, event: Event) -> bool:
 
 def _ids(head: Head, ids: Sequence[int]) -> list[int] | UnsetType:
     return list(ids) if head.token_ids else UNSET
+
+
+def _of_prompt(head: Head, told: Sequence[TokenLogprob]) -> shapes.PromptLogprobs | UnsetType:
+    """One entry for each token, the likeliest after it; null for the first."""
+    if head.prompt_top is None:
+        return UNSET
+    return [
+        None
+        if math.isnan(entry.logprob)
+        else {
+            str(one.token_id): shapes.PromptLogprob(_finite(one.logprob), one.rank, one.token)
+            for one in (entry, *entry.top[: head.prompt_top])
+        }
+        for entry in told
+    ]
 
 
 def _token_logprob(entry: TokenLogprob) -> shapes.TokenLogprob:

@@ -41,6 +41,7 @@ def opening(run: Run, service: Service) -> inference_pb2.Opening:
         base_digest=service.base_digest,
         cold_start=run.cold_start,
         num_prompt_tokens=run.prompt_tokens,
+        prompt_logprobs=[_logprob(entry) for entry in run.prompt_logprobs[1:]],
     )
 
 

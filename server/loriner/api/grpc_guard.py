@@ -35,6 +35,7 @@ RIGHTS = {
     f"{OURS}InferenceService/Chat": Right.INFER,
     f"{OURS}InferenceService/StreamChat": Right.INFER,
     f"{OURS}InferenceService/Tokenize": Right.INFER,
+    f"{OURS}InferenceService/Embed": Right.INFER,
     f"{OURS}AdapterService/Upload": Right.PUBLISH,
     f"{OURS}AdapterService/Get": Right.READ,
     f"{OURS}AdapterService/List": Right.READ,

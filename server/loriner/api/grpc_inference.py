@@ -1,4 +1,4 @@
-"""The gRPC door to inference: Generate, Chat, StreamChat, Tokenize.
+"""The gRPC door to inference: Generate, Chat, StreamChat, Tokenize, Embed.
 
 Reads protos and writes them; validation, running and names are below. Invariant: nothing is sent
 before the first event, so that a refused call can be tried again elsewhere.
@@ -12,11 +12,17 @@ from typing import Any
 from grpc import aio
 
 from loriner.api import grpc_answers, prompts
+from loriner.api.embeddings import floats
 from loriner.api.formats import Gathered
 from loriner.api.grpc_errors import REQUEST_ID_KEY
 from loriner.api.grpc_guard import current_call
-from loriner.api.grpc_requests import chat_body, completion_body, named_as_in_proto
-from loriner.api.inference import Job, chat_job, text_job
+from loriner.api.grpc_requests import (
+    chat_body,
+    completion_body,
+    embedding_body,
+    named_as_in_proto,
+)
+from loriner.api.inference import Job, chat_job, embedding_job, text_job
 from loriner.api.running import Run
 from loriner.api.shared import Shared
 from loriner.errors import InvalidRequestError
@@ -62,6 +68,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return pb.TokenizeResponse(
             token_ids=await self._tokenize(request), max_model_len=self._service.max_model_len
         )
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        call = current_call()
+        with named_as_in_proto():
+            body = await embedding_body(request)
+            job = await embedding_job(self._service, body, call.caller, call.request_id)
+            async with self._runner.run(job) as run:
+                made = [pb.Embedding()] * job.num_choices
+                async for index, event in run.events():
+                    made[index] = pb.Embedding(values=floats(event.embedding))
+                await context.send_initial_metadata(_metadata(run))
+                return pb.EmbedResponse(
+                    opening=grpc_answers.opening(run, self._service),
+                    embeddings=made,
+                    usage=grpc_answers.usage(run),
+                )
 
     async def _tokenize(self, request: pb.TokenizeRequest) -> Sequence[int]:
         if request.HasField("chat"):

@@ -15,7 +15,7 @@ from typing import Any
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from loriner.api.schema import ChatBody, CompletionBody
+from loriner.api.schema import ChatBody, CompletionBody, EmbeddingBody
 from loriner.api.validation import M, validate
 from loriner.errors import InvalidRequestError, LorinerError
 from loriner_proto.v1 import inference_pb2 as pb
@@ -57,6 +57,8 @@ def _path(param: str) -> str:
     if param.startswith("adapter["):
         return f"adapters{param.removeprefix('adapter')}"
     head = re.split(r"[.\[]", param, maxsplit=1)[0]
+    if head == "input":
+        return f"inputs{param.removeprefix(head)}"
     renamed = _RENAMED.get(head, head)
     if renamed in _SAMPLING:
         return f"sampling.{renamed}{param[len(head) :]}"
@@ -100,6 +102,17 @@ async def completion_body(request: pb.GenerateRequest) -> CompletionBody:
     return await _validated(CompletionBody, data, request.ByteSize())
 
 
+async def embedding_body(request: pb.EmbedRequest) -> EmbeddingBody:
+    """Raises InvalidRequestError, in JSON's names."""
+    data = _set(request, "model", "adapter", "add_special_tokens", "priority")
+    data |= _adapters(request)
+    data["input"] = [
+        list(one.token_ids.ids) if one.HasField("token_ids") else _set(one, "text").get("text")
+        for one in request.inputs
+    ]
+    return await _validated(EmbeddingBody, data, request.ByteSize())
+
+
 async def _validated(model: type[M], data: dict[str, Any], size: int) -> M:
     if size <= _ON_LOOP_BYTES:
         return validate(model, data)
@@ -130,7 +143,7 @@ def _sampling(params: pb.SamplingParams) -> dict[str, Any]:
     return data
 
 
-def _adapters(request: pb.ChatRequest | pb.GenerateRequest) -> dict[str, Any]:
+def _adapters(request: pb.ChatRequest | pb.GenerateRequest | pb.EmbedRequest) -> dict[str, Any]:
     if not request.adapters:
         return {}
     if request.HasField("adapter"):

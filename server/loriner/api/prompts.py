@@ -13,18 +13,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loriner.adapters.names import show
-from loriner.api.schema import ChatBody, CompletionBody, ContentPart, Message, ToolCall
+from loriner.api.schema import (
+    ChatBody,
+    CompletionBody,
+    ContentPart,
+    EmbeddingBody,
+    Message,
+    ToolCall,
+)
 from loriner.api.tool_calling import ToolCalling
 from loriner.api.tool_formats import format_of, knows_system, knows_tools
 from loriner.api.tool_prompt import Turn, explained
 from loriner.api.tool_schema import ToolUse
 from loriner.core import MAX_CHOICES
+from loriner.engine.admission import check_length
 from loriner.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from loriner.engine.service import Service
 
 MAX_PROMPTS = 128
+MAX_INPUTS = 2048
 _ON_LOOP_CHARS = 2048  # longer texts are tokenised in a thread
 
 # What a caller's chat_template_kwargs may not replace.
@@ -100,17 +109,29 @@ async def template_of(service: Service) -> str:
 
 async def from_completion(service: Service, body: CompletionBody) -> list[Prompt]:
     """One Prompt for each entry of `prompt`: string, strings, token ids, or lists of token ids."""
-    entries = _entries(body.prompt)
+    entries = _entries(body.prompt, "prompt")
     if len(entries) > MAX_PROMPTS or len(entries) * body.n > MAX_CHOICES:
         raise InvalidRequestError(
             f"prompt has {len(entries)} entries with n {body.n}: at most {MAX_PROMPTS} prompts and "
             f"{MAX_CHOICES} choices in one request.",
             "prompt",
         )
-    size = sum(len(entry) for entry in entries)
-    if size <= _ON_LOOP_CHARS:
-        return _encode(service, entries, body)
-    return await asyncio.to_thread(_encode, service, entries, body)
+    return await _encoded(service, entries, "prompt", body.add_special_tokens, body.echo)
+
+
+async def from_inputs(service: Service, body: EmbeddingBody) -> list[Prompt]:
+    """One Prompt for each entry of `input`, as of `prompt`; all of them can be run."""
+    entries = _entries(body.input, "input")
+    if len(entries) > MAX_INPUTS:
+        raise InvalidRequestError(
+            f"input has {len(entries)} entries: at most {MAX_INPUTS} in one request.", "input"
+        )
+    made = await _encoded(service, entries, "input", body.add_special_tokens)
+    for i, prompt in enumerate(made):
+        param = "input" if len(made) == 1 else f"input[{i}]"
+        check_length(len(prompt.ids), service.max_model_len, param)
+        check_ids(prompt.ids, param, service.vocab_size)
+    return made
 
 
 async def from_text(service: Service, text: str, add_special_tokens: bool) -> list[int]:
@@ -120,37 +141,51 @@ async def from_text(service: Service, text: str, add_special_tokens: bool) -> li
     return await asyncio.to_thread(service.encode, text, add_special_tokens)
 
 
-def _entries(prompt: str | list[Any]) -> list[str | list[int]]:
+def _entries(prompt: str | list[Any], param: str) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if prompt and all(type(entry) is int for entry in prompt):
         return [prompt]
     if not prompt:
-        raise InvalidRequestError("prompt must not be empty.", "prompt")
+        raise InvalidRequestError(f"{param} must not be empty.", param)
     for i, entry in enumerate(prompt):
         is_ids = isinstance(entry, list) and entry and all(type(token) is int for token in entry)
         if not (isinstance(entry, str) or is_ids):
             raise InvalidRequestError(
-                "prompt must be a string, a list of strings, a list of token ids, or a list of "
+                f"{param} must be a string, a list of strings, a list of token ids, or a list of "
                 "lists of token ids.",
-                f"prompt[{i}]",
+                f"{param}[{i}]",
             )
     return prompt
 
 
-def _encode(service: Service, entries: list[str | list[int]], body: CompletionBody) -> list[Prompt]:
+async def _encoded(
+    service: Service,
+    entries: list[str | list[int]],
+    param: str,
+    special: bool,
+    echo: bool = False,
+) -> list[Prompt]:
+    if sum(len(entry) for entry in entries) <= _ON_LOOP_CHARS:
+        return _encode(service, entries, param, special, echo)
+    return await asyncio.to_thread(_encode, service, entries, param, special, echo)
+
+
+def _encode(
+    service: Service, entries: list[str | list[int]], param: str, special: bool, echo: bool
+) -> list[Prompt]:
     prompts = []
     for entry in entries:
         if isinstance(entry, str):
-            ids = service.encode(entry, add_special_tokens=body.add_special_tokens)
-            prompts.append(Prompt(ids, entry if body.echo else ""))
+            ids = service.encode(entry, add_special_tokens=special)
+            prompts.append(Prompt(ids, entry if echo else ""))
         else:
-            check_ids(entry)
-            prompts.append(Prompt(entry, service.decode(entry) if body.echo else ""))
+            check_ids(entry, param)
+            prompts.append(Prompt(entry, service.decode(entry) if echo else ""))
     return prompts
 
 
-def check_ids(ids: list[int], param: str = "prompt", vocab_size: int = 2**31) -> None:
+def check_ids(ids: list[int], param: str, vocab_size: int = 2**31) -> None:
     """Before the detokenizer sees them; of prompts the Service knows the exact bound."""
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         raise InvalidRequestError(f"{param} holds a token id outside the vocabulary.", param)

@@ -62,9 +62,7 @@ class Quotas:
         """
         quota, usage = self._tenants.quota(tenant), self._usage[tenant]
         self._check_tokens(quota, usage)
-        limit = quota.max_sequences
-        if limit is None and tenant != DEFAULT_TENANT:
-            limit = self._share
+        limit = self.max_sequences(tenant)
         if limit is not None and num_sequences > limit:
             raise QuotaExceededError(f"The tenant may run {limit} sequences at once.")
         if limit is not None and usage.num_sequences + num_sequences > limit:
@@ -78,6 +76,13 @@ class Quotas:
         finally:
             usage.num_sequences -= num_sequences
             self._forget_idle(tenant)
+
+    def max_sequences(self, tenant: str) -> int | None:
+        """That the tenant may have at once; None: no bound of its own."""
+        limit = self._tenants.quota(tenant).max_sequences
+        if limit is None and tenant != DEFAULT_TENANT:
+            return self._share
+        return limit
 
     def _spend(self, tenant: str, num_tokens: int) -> None:
         rate = self._tenants.quota(tenant).tokens_per_minute

@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
+from loriner.adapters.mixture import Mixture, Served
 from loriner.api.inference import Job
 from loriner.api.metrics import Metrics, RequestMeter
 from loriner.api.prompts import Prompt
 from loriner.api.quotas import Quotas, Spend
 from loriner.api.selection import public_name
-from loriner.core import Event, FinishReason, Scaled, Turn
+from loriner.core import Event, FinishReason, Scaled, TokenLogprob, Turn
 from loriner.errors import AdapterNotFoundError, EngineFailedError, EngineUnavailableError
 
 if TYPE_CHECKING:
-    from loriner.adapters.mixture import Served
     from loriner.engine.generation import Generation
     from loriner.engine.service import Service
 
@@ -41,36 +41,81 @@ class Runner:
     @asynccontextmanager
     async def run(self, job: Job) -> AsyncIterator[Run]:
         """The job, with its first event here. Raises LorinerError before that."""
+        at_once = self._at_once(job)
         with (
             self._metrics.request(job.kind) as meter,
-            self._quotas.running(job.caller.tenant, job.num_choices) as spend,
+            self._quotas.running(job.caller.tenant, at_once * job.sampling.n) as spend,
         ):
             async with AsyncExitStack() as stack:
-                generations, answer_id = [], f"{job.kind}-{uuid.uuid4().hex}"
-                for i, prompt in enumerate(job.prompts):
-                    generation = await self._admit(job, prompt, f"{answer_id}-{i}")
-                    stack.push_async_callback(generation.close)
-                    generations.append(generation)
-                _count_prompts(job, generations[0].record, meter, spend)
-                events = await stack.enter_async_context(aclosing(_merge(generations)))
+                answer_id = f"{job.kind}-{uuid.uuid4().hex}"
+                begun = await self._begin(job, answer_id, range(at_once), stack)
+                record = begun[0].record
+                _count_prompts(job, record, meter, spend)
+                merged = self._merged(job, answer_id, begun)
+                events = await stack.enter_async_context(aclosing(merged))
                 first = await anext(events, None)
                 if first is None:
                     raise EngineFailedError("The engine answered nothing.")
                 _raise_if_aborted(first[1])
-                record = generations[0].record
                 yield Run(job, answer_id, record, first, events, meter, spend)
 
-    async def _admit(self, job: Job, prompt: Prompt, request_id: str) -> Generation:
+    def _at_once(self, job: Job) -> int:
+        """How many prompts are queued at a time: of those to embed, which may be very many, what
+        can run in one step."""
+        if not job.embeds:
+            return len(job.prompts)
+        most = self._quotas.max_sequences(job.caller.tenant)
+        room = self._service.engine_config.max_sequences
+        return min(len(job.prompts), room if most is None else max(1, min(most, room)))
+
+    async def _begin(
+        self,
+        job: Job,
+        answer_id: str,
+        places: Iterable[int],
+        stack: AsyncExitStack,
+        asked: Sequence[Scaled] | None = None,
+    ) -> list[Generation]:
+        """Admit these prompts, all on what the first of them resolves to; `stack` closes them."""
+        begun: list[Generation] = []
+        for i in places:
+            generation = await self._admit(job, job.prompts[i], f"{answer_id}-{i}", asked)
+            stack.push_async_callback(generation.close)
+            begun.append(generation)
+            asked = _same(generation.record)
+        return begun
+
+    async def _merged(
+        self, job: Job, answer_id: str, begun: Sequence[Generation]
+    ) -> AsyncGenerator[Numbered, None]:
+        """(prompt index, event) of all prompts, those that were not queued yet after the others."""
+        async with aclosing(_merge(begun)) as events:
+            async for numbered in events:
+                yield numbered
+        size, asked = len(begun), _same(begun[0].record)
+        for start in range(size, len(job.prompts), size):
+            places = range(start, min(start + size, len(job.prompts)))
+            async with AsyncExitStack() as stack:
+                more = await self._begin(job, answer_id, places, stack, asked)
+                events = await stack.enter_async_context(aclosing(_merge(more)))
+                async for i, event in events:
+                    yield start + i, event
+
+    async def _admit(
+        self, job: Job, prompt: Prompt, request_id: str, same: Sequence[Scaled] | None
+    ) -> Generation:
         caller, asked = job.caller, job.choice.named()
         try:
+            named = [Scaled(caller.reach(name), scale) for name, scale in asked]
             return await self._service.generate(
                 prompt.ids,
                 job.sampling,
-                adapter=[Scaled(caller.reach(name), scale) for name, scale in asked],
+                adapter=named if same is None else same,
                 request_id=request_id,
                 tenant=job.caller.tenant,
                 turn=Turn(self._quotas.weight(job.caller.tenant), job.priority),
                 prompt_param=job.prompt_param,
+                embeds=job.embeds,
             )
         except AdapterNotFoundError as error:
             raise job.choice.not_found(error.name) from None
@@ -109,6 +154,11 @@ class Run:
         return base if self.record is None else self.job.choice.name or self.record.name
 
     @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Of a single prompt: its first event has them."""
+        return self._first[1].prompt_logprobs
+
+    @property
     def prompt_tokens(self) -> int:
         return sum(len(prompt.ids) for prompt in self.job.prompts)
 
@@ -137,6 +187,16 @@ class Run:
         self.meter.event(index, event)
         self._spend(len(event.token_ids))
         return index, event
+
+
+def _same(record: Served | None) -> list[Scaled]:
+    """What asks for exactly these generations, whatever their names stand for by then."""
+    if record is None:
+        return []
+    if not isinstance(record, Mixture):
+        return [Scaled(f"{record.name}@{record.generation}")]
+    parts = zip(record.records, record.scales, strict=True)
+    return [Scaled(f"{one.name}@{one.generation}", scale) for one, scale in parts]
 
 
 def _count_prompts(job: Job, record: Served | None, meter: RequestMeter, spend: Spend) -> None:

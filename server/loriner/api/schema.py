@@ -16,7 +16,7 @@ from loriner.adapters.mixture import MAX_MIXED
 from loriner.api.schema_base import Body
 from loriner.api.structured import ResponseFormat, StructuredOutputs, constraint_of
 from loriner.api.tool_schema import ToolChoice, Tools, ToolUse, tool_use
-from loriner.api.unserved import CHAT, COMPLETION, TOKENIZE, refuse_unserved
+from loriner.api.unserved import CHAT, COMPLETION, EMBEDDING, TOKENIZE, refuse_unserved
 from loriner.core import MAX_CHOICES, MAX_LOGPROBS, SamplingParams, Scaled
 from loriner.engine.grammars import Constraint
 from loriner.errors import InvalidRequestError
@@ -34,6 +34,8 @@ TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_TEMPLAT
 
 TemplateKwargs = Annotated[dict[str, TemplateValue | None], Field(max_length=MAX_TEMPLATE_KWARGS)]
 
+
+NumTop = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 AdapterName = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 
@@ -54,13 +56,33 @@ class ScaledAdapter(Body):
 ScaledAdapters = Annotated[list[ScaledAdapter], Field(min_length=1, max_length=MAX_MIXED)]
 
 
-class SamplingBody(Body):
-    """What chat and completions have in common: the adapter, sampling, streaming."""
+class AdaptedBody(Body):
+    """What all that run have in common: the weights, and whose turn it is."""
 
     UNSERVED: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
     model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     adapter: AdapterName | ScaledAdapter | ScaledAdapters | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # inside the tenant
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, data: Any) -> Any:
+        refuse_unserved(data, cls.UNSERVED)
+        return data
+
+    def adapters(self) -> str | tuple[Scaled, ...] | None:
+        """One by name, or several, or one, with scales."""
+        given = self.adapter
+        if given is None or isinstance(given, str):
+            return given
+        parts = [given] if isinstance(given, ScaledAdapter) else given
+        return tuple(Scaled(part.name, part.scale) for part in parts)
+
+
+class SamplingBody(AdaptedBody):
+    """What chat and completions have in common: sampling and streaming."""
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = 1
@@ -82,21 +104,7 @@ class SamplingBody(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool = False
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # inside the tenant
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unserved(cls, data: Any) -> Any:
-        refuse_unserved(data, cls.UNSERVED)
-        return data
-
-    def adapters(self) -> str | tuple[Scaled, ...] | None:
-        """One by name, or several, or one, with scales."""
-        given = self.adapter
-        if given is None or isinstance(given, str):
-            return given
-        parts = [given] if isinstance(given, ScaledAdapter) else given
-        return tuple(Scaled(part.name, part.scale) for part in parts)
+    prompt_logprobs: NumTop | None = None  # vLLM
 
     def sampling(self) -> SamplingParams:
         """Raises InvalidRequestError naming the field as the caller wrote it."""
@@ -120,6 +128,7 @@ class SamplingBody(Body):
                 ignore_eos=self.ignore_eos,
                 n=self.n,
                 logprobs=self.num_logprobs(),
+                prompt_logprobs=max((*self.prompt_tops(),), default=None),
             )
         except InvalidRequestError as error:
             param = self.names().get(error.param or "", error.param)
@@ -143,6 +152,15 @@ class SamplingBody(Body):
     def num_logprobs(self) -> int | None:
         """How many alternatives each token's log-probability comes with; None: no logprobs."""
         raise NotImplementedError
+
+    def echoed_logprobs(self) -> int | None:
+        """How many alternatives each token of an echoed prompt comes with; None: no logprobs."""
+        return None
+
+    def prompt_tops(self) -> dict[int, str]:
+        """What is asked about the prompt's tokens: how many alternatives, by which field."""
+        asked = {"echo": self.echoed_logprobs(), "prompt_logprobs": self.prompt_logprobs}
+        return {count: name for name, count in asked.items() if count is not None}
 
     def names(self) -> dict[str, str]:
         """Fields of SamplingParams that the caller wrote under another name."""
@@ -180,7 +198,7 @@ class ChatBody(SamplingBody):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: NumTop | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: TemplateKwargs = {}
@@ -227,7 +245,7 @@ class CompletionBody(SamplingBody):
     UNSERVED = COMPLETION
     prompt: str | list[Any]
     max_tokens: int | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: NumTop | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     add_special_tokens: bool = True
@@ -236,11 +254,22 @@ class CompletionBody(SamplingBody):
         super().check()
         if self.best_of is not None and self.best_of != self.n:
             raise InvalidRequestError("best_of must equal n; more is not served.", "best_of")
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequestError("echo with logprobs is not served.", "echo")
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    def echoed_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+
+class EmbeddingBody(AdaptedBody):
+    """POST /v1/embeddings. `input` is split up by `prompts.py`."""
+
+    UNSERVED = EMBEDDING
+    input: str | list[Any]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    add_special_tokens: bool = True
 
 
 class TokenizeBody(Body):

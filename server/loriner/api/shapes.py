@@ -97,10 +97,21 @@ class ChatDeltaChoice(Struct):
     token_ids: list[int] | UnsetType = UNSET
 
 
+class PromptLogprob(Struct):
+    """Of a prompt's token or of what might have stood there; vLLM's."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id, the prompt's own first
+
+
 class TextLogprobs(Struct):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # null: of the first token of an echoed prompt
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -112,6 +123,7 @@ class TextChoice(Struct):
     stop_reason: str | int | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Answer(Struct):
@@ -125,7 +137,28 @@ class Answer(Struct):
     choices: list[Any]
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET  # of a chat
     loriner: Origin | UnsetType = UNSET
+
+
+class Embedding(Struct):
+    index: int
+    embedding: list[float] | str  # [H] of length 1; a string is base64 of f32, little-endian
+    object: str = "embedding"
+
+
+class PromptUsage(Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Struct):
+    id: str
+    data: list[Embedding]
+    model: str
+    usage: PromptUsage
+    loriner: Origin
+    object: str = "list"
 
 
 class Model(Struct):

@@ -29,7 +29,6 @@ _COMMON: Mapping[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "bad_words": ([],),
     "allowed_token_ids": ([],),
-    "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -52,6 +51,21 @@ _COMMON: Mapping[str, tuple[object, ...]] = {
     "merged_adapters": (),
 }
 
+_ALL_THAT_RUN = (
+    "truncate_prompt_tokens",
+    "cache_salt",
+    "request_id",
+    "kv_transfer_params",
+    "lora_path",
+    "lora_name",
+    "lora_request",
+    "lora",
+    "adapters",
+    "adapter_id",
+    "adapter_source",
+    "merged_adapters",
+)
+
 CHAT: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
         **_COMMON,
@@ -70,6 +84,30 @@ CHAT: Mapping[str, tuple[object, ...]] = MappingProxyType(
 
 COMPLETION: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {**_COMMON, "suffix": ("",), "prompt_embeds": ()}
+)
+
+EMBEDDING: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        **{name: _COMMON[name] for name in _ALL_THAT_RUN},
+        "messages": (),
+        "chat_template": (),
+        "input_type": (),
+        "task": (),
+        "task_type": (),
+        "instruction": (),
+        "late_chunking": (False,),
+        "normalize": (True,),
+        "normalized": (True,),
+        "embed_dtype": ("float32",),
+        "embedding_type": ("float",),
+        "embedding_types": (["float"],),
+        "output_dtype": ("float",),
+        "endianness": ("native", "little"),
+        "use_activation": (True,),
+        "mm_processor_kwargs": ({},),
+        "rid": (),
+        "bootstrap_host": (),
+    }
 )
 
 TOKENIZE: Mapping[str, tuple[object, ...]] = MappingProxyType(

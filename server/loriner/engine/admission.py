@@ -18,13 +18,7 @@ def fit(sampling: SamplingParams, num_prompt: int, limit: int, param: str) -> Sa
 
     Raises ContextLengthError; InvalidRequestError when the log-probabilities would fill the memory.
     """
-    if num_prompt == 0:
-        raise errors.InvalidRequestError("The prompt has no tokens.", param)
-    if num_prompt >= limit:
-        raise errors.ContextLengthError(
-            f"The context is {limit} tokens long; the prompt has {num_prompt}.",
-            param,
-        )
+    check_length(num_prompt, limit, param, room=1)
     if sampling.max_tokens is None:
         sampling = dataclasses.replace(sampling, max_tokens=limit - num_prompt)
     assert sampling.max_tokens is not None
@@ -42,6 +36,17 @@ def fit(sampling: SamplingParams, num_prompt: int, limit: int, param: str) -> Sa
             "max_tokens",
         )
     return sampling
+
+
+def check_length(num_prompt: int, limit: int, param: str, *, room: int = 0) -> None:
+    """A prompt has a token, and leaves `room` for some in a context of `limit`. Raises
+    InvalidRequestError, ContextLengthError."""
+    if num_prompt == 0:
+        raise errors.InvalidRequestError("The prompt has no tokens.", param)
+    if num_prompt + room > limit:
+        raise errors.ContextLengthError(
+            f"The context is {limit} tokens long; the prompt has {num_prompt}.", param
+        )
 
 
 def check_ids(prompt: Sequence[int], sampling: SamplingParams, vocab_size: int, param: str) -> None:

@@ -14,15 +14,16 @@ import numpy as np
 from loriner.core import UNKNOWN, Sequence
 from loriner.engine.kv_cache import BlockManager
 from loriner.engine.scheduler import Run
-from loriner.engine.step_input import Draw, Ints, Span, StepInput
+from loriner.engine.step_input import Draw, Ints, Reading, Span, StepInput
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step ready to run, and whose tokens come out, in order."""
+    """A step ready to run, and whose tokens and prompts come out, in order."""
 
     step: StepInput
     sampled: tuple[Run, ...]
+    read: tuple[Run, ...]
 
 
 class BatchBuilder:
@@ -44,6 +45,8 @@ class BatchBuilder:
         table, slots = self._table(sequences, which, positions, context)
         token_ids, token_source = _tokens(runs, which)
         sampled = [run for run in runs if run.samples]
+        read = [(i, run) for i, run in enumerate(runs) if run.sequence.reads_prompt]
+        read = [(i, run) for i, run in read if run.start < run.sequence.num_prompt]
         chosen = np.array([run.samples for run in runs], dtype=bool)
         spans = _spans(sequences, q_start.tolist())
         all_single = len(which) == len(runs) == len(sampled)
@@ -61,8 +64,9 @@ class BatchBuilder:
             if all_single
             else _spans([run.sequence for run in sampled], range(len(sampled) + 1)),
             draws=tuple([Draw.of(run.sequence, run.start + run.num_rows) for run in sampled]),
+            readings=tuple([_reading(run, int(q_start[i])) for i, run in read]),
         )
-        return Batch(step, tuple(sampled))
+        return Batch(step, tuple(sampled), tuple([run for _, run in read]))
 
     def _table(
         self, sequences: Seq[Sequence], which: Ints, positions: Ints, context: Ints
@@ -103,6 +107,17 @@ def _tokens(runs: Seq[Run], which: Ints) -> tuple[Ints, Ints]:
         token_source[unknown] = [runs[i].sequence.source for i in which[unknown].tolist()]
         token_ids[unknown] = 0
     return token_ids, token_source
+
+
+def _reading(run: Run, first_row: int) -> Reading:
+    """The last token of a prompt is followed by none of it."""
+    sequence = run.sequence
+    num_top = sequence.request.sampling.prompt_logprobs
+    if sequence.request.embeds or num_top is None:
+        return Reading(first_row, first_row + run.num_rows, sequence.generation)
+    following = sequence.token_ids[run.start + 1 : min(run.end + 1, sequence.num_prompt)]
+    targets = np.array(following, dtype=np.int32)
+    return Reading(first_row, first_row + len(targets), sequence.generation, targets, num_top)
 
 
 def _spans(sequences: Seq[Sequence], starts: Seq[int]) -> tuple[Span, ...]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -21,9 +22,10 @@ from loriner.adapters.pool import Pool, SeatWeights, pack
 from loriner.adapters.store import Store
 from loriner.config import MIB, EngineConfig
 from loriner.core import SamplingParams
+from loriner.engine.readings import Read, Reader
 from loriner.engine.runner import Progress, longest_context
 from loriner.engine.sampler import Sampled, sample
-from loriner.engine.step_input import Ints, Span, StepInput
+from loriner.engine.step_input import Ints, Reading, Span, StepInput
 from loriner.kernels.operands import AttentionPlan
 from loriner.model.batch_meta import BatchMeta, LoraBatch
 from loriner.model.transformer import KvCache, Transformer, layout
@@ -40,9 +42,13 @@ class Ended:
     """A step whose tokens are here."""
 
     sampled: list[Sampled]
+    told: list[Read] = field(default_factory=list)
 
     def result(self) -> list[Sampled]:
         return self.sampled
+
+    def read(self) -> list[Read]:
+        return self.told
 
 
 class CpuRunner:
@@ -101,17 +107,27 @@ class CpuRunner:
 
     def launch(self, step: StepInput) -> Ended:
         assert (step.token_source < 0).all(), "every token is known before the next step"
-        logits = self.run(self.meta(step))
-        return Ended(sample(logits, step.draws, self.model_config.eos_token_ids))
+        reader = self.reader(step.readings)
+        logits = self.run(self.meta(step, reader))
+        sampled = sample(logits, step.draws, self.model_config.eos_token_ids)
+        return Ended(sampled, reader.copied().told())
 
     def check(self) -> None:
         pass
+
+    def reader(self, readings: Seq[Reading]) -> Reader:
+        """For one step."""
+
+        def lora_of(generation: str, num_rows: int) -> LoraBatch:
+            return LoraBatch([(0, num_rows, self.pool.weights(generation))], num_rows, self.ops)
+
+        return Reader(self.model, readings, lora_of)
 
     def run(self, batch: BatchMeta) -> Tensor:
         """One step: logits [B, vocab] f32 of the sampled rows."""
         return self.model(batch, self.kv)
 
-    def meta(self, step: StepInput) -> BatchMeta:
+    def meta(self, step: StepInput, reader: Reader | None = None) -> BatchMeta:
         counts = step.q_start[1:] - step.q_start[:-1]
         starts = step.q_start.tolist()
         sequence = torch.arange(step.num_sequences, dtype=torch.int32)
@@ -128,6 +144,7 @@ class CpuRunner:
             lora=self._lora("rows", step.spans, step.num_rows),
             sample_rows=_long(step.sample_rows),
             sample_lora=self._lora("sampled", step.sample_spans, len(step.sample_rows)),
+            reader=reader,
         )
 
     def _lora(self, which: str, spans: tuple[Span, ...], num_rows: int) -> LoraBatch | None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +31,10 @@ from loriner.core import SamplingParams
 from loriner.engine.device_steps import DeviceSteps, Limits, PendingStep
 from loriner.engine.gpu_chooser import GpuChooser
 from loriner.engine.graphs import Variant
+from loriner.engine.readings import Reader, to_device
 from loriner.engine.runner import Progress, longest_context
-from loriner.engine.step_buffers import StepTensors, WorkLists
-from loriner.engine.step_input import StepInput
+from loriner.engine.step_buffers import StepTensors, WorkLists, seats_of
+from loriner.engine.step_input import Reading, Span, StepInput
 from loriner.errors import ConfigError
 from loriner.kernels.cuda.sampling import Sampler
 from loriner.model.batch_meta import BatchMeta
@@ -203,7 +206,7 @@ class GpuComputation:
 
     def __init__(self, runner: CudaRunner, seats: DeviceSeats) -> None:
         self._model, self._kv, self._ops = runner.model, runner.kv, runner.ops
-        self._table = seats.table
+        self._table, self._seat_of = seats.table, runner.pool.seat_id
 
     def max_items(self, rows: int, sequences: int) -> tuple[int, int]:
         attn_items, tile_items = self._ops.max_work_items(rows, sequences)
@@ -212,7 +215,22 @@ class GpuComputation:
     def work_lists(self, step: StepInput) -> WorkLists:
         return WorkLists(*self._ops.work_lists(step.q_start, step.context))
 
-    def forward(self, step: StepTensors, token_ids: Tensor, variant: Variant) -> Tensor:
+    def reader(self, readings: Seq[Reading]) -> Reader:
+        return Reader(self._model, readings, self._lora_of)
+
+    def _lora_of(self, generation: str, num_rows: int) -> Any:
+        seats = seats_of((Span(0, num_rows, generation),), [self._seat_of(generation)])
+        count = np.array([len(seats.items)], np.int32)
+        rows, items, used = (to_device(values, self._table.device) for values in (*seats, count))
+        return self._ops.seat_lora(self._table, rows, items, used)
+
+    def forward(
+        self,
+        step: StepTensors,
+        token_ids: Tensor,
+        variant: Variant,
+        reader: Reader | None = None,
+    ) -> Tensor:
         lora = sample_lora = None
         if variant.has_lora:
             lora = self._ops.seat_lora(
@@ -229,6 +247,7 @@ class GpuComputation:
             lora=lora,
             sample_rows=step.sample_rows,
             sample_lora=sample_lora,
+            reader=reader,
         )
         logits: Tensor = self._model(batch, self._kv)  # type: ignore[arg-type]
         return logits

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from loriner.core import MAX_LOGPROBS
 from loriner.engine.graphs import Graphs, Variant, buckets, variants
+from loriner.engine.readings import Copied, Read, Reader
 from loriner.engine.sampler import Sampled, sample
 from loriner.engine.step_buffers import Shape, StepBuffers, StepTensors, WorkLists, seats_of
-from loriner.engine.step_input import Draw, StepInput
+from loriner.engine.step_input import Draw, Reading, StepInput
 
 _NONE = np.empty(0, np.int32)
 NO_ITEMS = np.empty((0, 3), np.int32)
@@ -54,8 +55,17 @@ class Computation(Protocol):
 
     def work_lists(self, step: StepInput) -> WorkLists: ...
 
-    def forward(self, step: StepTensors, token_ids: Tensor, variant: Variant) -> Tensor:
-        """Logits [B, V] f32. Launches kernels only: it is captured."""
+    def reader(self, readings: Seq[Reading]) -> Reader:
+        """Before the step's other kernels."""
+
+    def forward(
+        self,
+        step: StepTensors,
+        token_ids: Tensor,
+        variant: Variant,
+        reader: Reader | None = None,
+    ) -> Tensor:
+        """Logits [B, V] f32. Launches kernels only: it is captured, but where there is a reader."""
 
 
 class Chooser(Protocol):
@@ -122,17 +132,19 @@ class DeviceSteps:
         with torch.inference_mode():
             self._buffers.upload(step, self._shape(variant.rows), lists, seats, sampled)
             self._chooser.load(step.draws)
-            return self._begin_reading(step.draws, self._compute(variant))
+            reader = self._computation.reader(step.readings) if step.readings else None
+            return self._begin_reading(step.draws, self._compute(variant, reader), reader)
 
     def run_again(self) -> None:
         """Compute the last step once more; nothing is uploaded or read back."""
         with torch.inference_mode():
             self._compute(self._last)
 
-    def _compute(self, variant: Variant) -> Tensor:
-        if self._graphs is not None and variant in self._graphs:
+    def _compute(self, variant: Variant, reader: Reader | None = None) -> Tensor:
+        """A step whose prompts are read runs eagerly: graphs read none."""
+        if self._graphs is not None and variant in self._graphs and reader is None:
             return self._graphs.replay(variant)
-        return self._run(variant)
+        return self._run(variant, reader)
 
     def clear(self, variant: Variant) -> None:
         """Upload a step of no rows."""
@@ -151,7 +163,7 @@ class DeviceSteps:
         attn_items, tile_items = self._computation.max_items(rows, sequences)
         return Shape(rows, sequences, sequences, attn_items, tile_items)
 
-    def _run(self, variant: Variant) -> Tensor:
+    def _run(self, variant: Variant, reader: Reader | None = None) -> Tensor:
         shape = self._shape(variant.rows)
         step = self._tensors.get(shape)
         if step is None:
@@ -159,7 +171,7 @@ class DeviceSteps:
             if self._bucket(shape.rows) in self._buckets:
                 self._tensors[shape] = step
         with torch.inference_mode():
-            logits = self._computation.forward(step, self._feed(step), variant)
+            logits = self._computation.forward(step, self._feed(step), variant, reader)
             self._chooser(logits)
         return logits
 
@@ -170,7 +182,9 @@ class DeviceSteps:
         before = self._chooser.results.index_select(0, source.clamp(min=0))
         return torch.where(source >= 0, before, step.token_ids).clamp_(min=0)
 
-    def _begin_reading(self, draws: tuple[Draw, ...], logits: Tensor) -> PendingStep:
+    def _begin_reading(
+        self, draws: tuple[Draw, ...], logits: Tensor, reader: Reader | None
+    ) -> PendingStep:
         self._turn ^= 1
         told = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
         results = self._read_back[self._turn]
@@ -181,12 +195,13 @@ class DeviceSteps:
         kept = torch.empty((len(rows), logits.shape[1]), pin_memory=is_cuda)
         for place, row in enumerate(rows):
             kept[place].copy_(logits[row], non_blocking=True)
+        prompts = None if reader is None else reader.copied()
         event: Any = None
         if is_cuda:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         read = Results(results, self._num_samples)
-        return PendingStep(draws, read, told, rows, kept, event, self._eos_ids)
+        return PendingStep(draws, read, told, rows, kept, event, self._eos_ids, prompts)
 
 
 class Results(NamedTuple):
@@ -223,8 +238,10 @@ class PendingStep:
         logits: Tensor,
         event: Any,
         eos_ids: tuple[int, ...],
+        prompts: Copied | None,
     ) -> None:
         self.event = event
+        self._prompts = prompts
         self._draws, self._results, self._eos_ids = draws, results, eos_ids
         self._told, self._rows, self._logits = told, rows, logits
 
@@ -240,3 +257,6 @@ class PendingStep:
         for row, logits in zip(self._rows, self._logits, strict=True):
             made[row] = sample(logits[None], [self._draws[row]], self._eos_ids)[0]
         return made
+
+    def read(self) -> list[Read]:
+        return [] if self._prompts is None else self._prompts.told()

@@ -15,6 +15,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 from tokenizers import Tokenizer
@@ -27,10 +28,12 @@ from loriner.engine.batch import BatchBuilder
 from loriner.engine.detokenizer import Detokenizer
 from loriner.engine.guides import Guides
 from loriner.engine.kv_cache import BlockManager
+from loriner.engine.readings import Embedding, PromptLogprobs, Read
 from loriner.engine.runner import Pending, Runner
 from loriner.engine.sampler import Sampled
 from loriner.engine.scheduler import Run, Scheduler
 from loriner.engine.snapshots import Counters
+from loriner.engine.token_names import TokenNames
 from loriner.errors import EngineFailedError, LorinerError
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ class Flight:
 
     runs: list[Run]
     sampled: tuple[Run, ...]  # in the order of the tokens
+    read: tuple[Run, ...]  # in the order of what is read of prompts
     pending: Pending
 
 
@@ -79,6 +83,7 @@ class Engine:
         self._sequences: dict[str, dict[int, Sequence]] = {}  # request id -> choice -> sequence
         self._text: dict[Sequence, Detokenizer] = {}
         self._alone: dict[int, str] = {}  # the text of a token alone; at most the vocabulary
+        self._names = TokenNames(tokenizer)
         self.ran = False  # whether the last step had anything to run or to read
 
     @property
@@ -95,6 +100,8 @@ class Engine:
             own_seed = seed + index * 0xD1342543DE82EF95
             sequence = Sequence(request, index, own_seed, self.runner.max_len)
             sequence.needs_host = self.runner.needs_host(params)
+            if sequence.reads_prompt:
+                sequence.reading = Embedding() if request.embeds else PromptLogprobs(self._names)
             self._sequences[request.request_id][index] = sequence
             self._text[sequence] = Detokenizer(
                 self.tokenizer,
@@ -176,7 +183,7 @@ class Engine:
         for place, run in enumerate(batch.sampled):
             run.sequence.token_ids.append(UNKNOWN)
             run.sequence.source = place
-        self._flights.append(Flight(runs, batch.sampled, pending))
+        self._flights.append(Flight(runs, batch.sampled, batch.read, pending))
 
     def _read(self, depth: int) -> list[Event]:
         """Take in the results of all launched steps but the last `depth`."""
@@ -185,10 +192,11 @@ class Engine:
             flight = self._flights.popleft()
             try:
                 sampled = flight.pending.result()
+                read = flight.pending.read()
             except Exception as error:  # noqa: BLE001  `_fail_step` logs it
                 events += self._fail_step(flight.runs, error)
             else:
-                events += self._commit(flight, sampled)
+                events += self._commit(flight, sampled, read)
         return events
 
     def _fail_step(self, runs: list[Run], error: Exception) -> list[Event]:
@@ -198,10 +206,12 @@ class Engine:
         self.runner.check()
         return [self._fail(run.sequence, error) for run in runs if not run.sequence.done]
 
-    def _commit(self, flight: Flight, sampled: list[Sampled]) -> list[Event]:
+    def _commit(self, flight: Flight, sampled: list[Sampled], read: list[Read]) -> list[Event]:
         self.counters.num_steps += 1
         chosen = list(zip(flight.sampled, sampled, strict=True))
+        told = list(zip(flight.read, read, strict=True))
         broken = {run.sequence for run, choice in chosen if choice.token_id is None}
+        broken |= {run.sequence for run, one in told if not one.finite}
         for run in flight.runs:
             end = run.start + run.num_rows
             if end <= run.sequence.num_prompt:
@@ -209,15 +219,23 @@ class Engine:
             if run.holds and run.sequence not in broken:
                 self.blocks.commit(run.sequence, end)
         events = []
+        for run, one in told:
+            if run.sequence.reads_prompt:
+                events += self._taken(run.sequence, partial(self._learn_prompt, run, one))
         for run, choice in chosen:
-            if run.sequence.done:
-                continue
-            try:
-                events.append(self._advance(run.sequence, run.start + run.num_rows, choice))
-            except Exception as error:  # about this sequence's text, so it ends this sequence
-                logger.exception("request %s failed", run.sequence.request.request_id)
-                events.append(self._fail(run.sequence, error))
+            if not run.sequence.done:
+                advance = partial(self._advance, run.sequence, run.start + run.num_rows, choice)
+                events += self._taken(run.sequence, advance)
         return events
+
+    def _taken(self, sequence: Sequence, take: Callable[[], Event | None]) -> list[Event]:
+        """What `take` gives; what goes wrong in it is about this sequence, so it ends this one."""
+        try:
+            event = take()
+        except Exception as error:
+            logger.exception("request %s failed", sequence.request.request_id)
+            event = self._fail(sequence, error)
+        return [] if event is None else [event]
 
     def _advance(self, sequence: Sequence, place: int, choice: Sampled) -> Event:
         """The token at `place` is known: decide whether the sequence ends with it."""
@@ -244,13 +262,27 @@ class Engine:
             return self._end(sequence, FinishReason.LENGTH, None, choice, text)
         return self._event(sequence, choice, text)
 
+    def _learn_prompt(self, run: Run, read: Read) -> Event | None:
+        """Rows of a prompt are read: the last event of a sequence that wants no token."""
+        sequence, reading = run.sequence, run.sequence.reading
+        if not read.finite:
+            return self._fail(sequence, EngineFailedError("The model's output was not finite."))
+        reading.take(run.start, min(run.end, sequence.num_prompt), read)
+        if reading.num_read < sequence.num_prompt:
+            return None
+        sequence.reads_prompt = False
+        if isinstance(reading, Embedding):
+            return self._end(sequence, FinishReason.STOP, embedding=reading.vector())
+        return None
+
     def _event(self, sequence: Sequence, choice: Sampled | None, text: str) -> Event:
         return Event(
             request_id=sequence.request.request_id,
             index=sequence.index,
             text=text,
             token_ids=() if choice is None or choice.token_id is None else (choice.token_id,),
-            logprobs=self._logprobs(choice),
+            logprobs=self._names.logprobs(choice),
+            prompt_logprobs=self._prompt_logprobs(sequence),
             num_prompt_tokens=sequence.num_prompt,
             num_cached_tokens=sequence.num_cached,
             num_output_tokens=sequence.num_output,
@@ -266,10 +298,11 @@ class Engine:
         text: str = "",
         *,
         flush: bool = True,
+        embedding: bytes = b"",
         error: Exception | None = None,
     ) -> Event:
         """Free everything the sequence holds, and make its last event."""
-        sequence.done = True
+        sequence.done, sequence.reads_prompt = True, False
         detokenizer = self._text.pop(sequence)
         lost = reason in (FinishReason.ABORT, FinishReason.ERROR)
         text += detokenizer.flush() if flush and not lost else ""
@@ -283,6 +316,7 @@ class Engine:
             self._event(sequence, choice, text),
             finish_reason=reason,
             stop_reason=stop_reason,
+            embedding=embedding,
             error=None if error is None else str(error) if known else "The engine failed.",
             error_kind=None
             if error is None
@@ -294,11 +328,10 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> Event:
         return self._end(sequence, FinishReason.ERROR, error=error)
 
-    def _logprobs(self, choice: Sampled | None) -> tuple[TokenLogprob, ...]:
-        if choice is None or choice.token_id is None or choice.logprob is None:
+    def _prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprob, ...]:
+        """All of them, once, with the first token."""
+        reading = sequence.reading
+        if not isinstance(reading, PromptLogprobs) or not sequence.num_output:
             return ()
-        top = tuple(TokenLogprob(i, p, self._token(i)) for i, p in choice.top)
-        return (TokenLogprob(choice.token_id, choice.logprob, self._token(choice.token_id), top),)
-
-    def _token(self, token_id: int) -> str:
-        return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
+        sequence.reading = None
+        return reading.entries(sequence.token_ids[0])

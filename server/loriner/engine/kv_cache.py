@@ -36,7 +36,8 @@ class BlockManager:
         return len(self._free)
 
     def match(self, sequence: Sequence) -> int:
-        """Number of leading tokens already in the cache; at least one token is left to compute."""
+        """Number of leading tokens already in the cache; at least one token is left to compute,
+        and all of a prompt that is read."""
         return len(self._matched(sequence)) * self.block_size
 
     def can_allocate(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -115,7 +116,7 @@ class BlockManager:
         self.table[sequence.row, held : len(sequence.blocks)] = blocks
 
     def _matched(self, sequence: Sequence) -> list[int]:
-        if not self.prefix_cache:
+        if not self.prefix_cache or sequence.reads_prompt:
             return []
         blocks = []
         count = (sequence.num_known - 1) // self.block_size

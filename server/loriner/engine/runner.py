@@ -18,6 +18,7 @@ from loriner.adapters.pool import Pool
 from loriner.adapters.store import Store
 from loriner.config import EngineConfig
 from loriner.core import SamplingParams
+from loriner.engine.readings import Read
 from loriner.engine.sampler import Sampled
 from loriner.engine.step_input import StepInput
 from loriner.errors import ConfigError
@@ -35,6 +36,9 @@ class Pending(Protocol):
 
     def result(self) -> list[Sampled]:
         """Its B tokens, in order, once it has ended. Raises what went wrong in it."""
+
+    def read(self) -> list[Read]:
+        """What it told of each of `step.readings`; after `result`."""
 
 
 class Runner(Protocol):

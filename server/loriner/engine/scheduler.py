@@ -30,14 +30,15 @@ class Run(NamedTuple):
     sequence: Sequence
     start: int
     num_rows: int
-    samples: bool  # the last row is the newest token, so that its logits choose the next
+    samples: bool  # the last row is the newest token, and its logits choose the next
     num_preemptions: int  # of the sequence, so far: when it has grown, the blocks are gone
 
     @classmethod
     def of(cls, sequence: Sequence, num_rows: int) -> Run:
         """The next `num_rows` tokens."""
         start = sequence.num_computed
-        samples = start + num_rows == len(sequence.token_ids)
+        is_last = start + num_rows == len(sequence.token_ids)
+        samples = is_last and not sequence.request.embeds
         return cls(sequence, start, num_rows, samples, sequence.num_preemptions)
 
     @property
@@ -118,13 +119,14 @@ class Scheduler:
                 if sequence not in self.running or not self._make_room(sequence, end, runs):
                     continue
                 self.blocks.allocate(sequence, end)
-            runs.append(Run(sequence, start, end - start, end == wanted, sequence.num_preemptions))
+            samples = end == wanted and not sequence.request.embeds
+            runs.append(Run(sequence, start, end - start, samples, sequence.num_preemptions))
             budget -= end - start
         return budget
 
     def _ready(self) -> list[Sequence]:
-        """Those that can go on, decoding ones first. Not one whose last token is on its way, nor
-        one whose newest token the host must see before the next."""
+        """Those that can go on, decoding ones first. Not one whose last token or whose embedding
+        is on its way, nor one whose newest token the host must see before the next."""
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
@@ -133,8 +135,9 @@ class Scheduler:
                 num_tokens >= sequence.limit or sequence.needs_host
             ):
                 continue
-            one = num_tokens - sequence.num_computed == 1
-            (decoding if one else prefilling).append(sequence)
+            left = num_tokens - sequence.num_computed
+            if left:
+                (decoding if left == 1 else prefilling).append(sequence)
         return decoding + prefilling
 
     def _make_room(self, sequence: Sequence, num_tokens: int, runs: list[Run]) -> bool:
@@ -195,11 +198,14 @@ class Scheduler:
         return count
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
-        """Choices after the first wait until the first has put their common prompt in the cache."""
-        if sequence.index == 0 or not self.blocks.prefix_cache or sequence.num_output:
-            return False
+        """Choices after the first wait until the first has put their common prompt in the cache,
+        and has read it."""
         leader = self._leaders.get(sequence.request.request_id)
-        return leader is not None and leader.num_settled < leader.num_prompt
+        if sequence.index == 0 or leader is None or sequence.num_output:
+            return False
+        if leader.reads_prompt:
+            return True
+        return self.blocks.prefix_cache and leader.num_settled < leader.num_prompt
 
     def _is_wanted(self, generation: str) -> bool:
         return self._wanted[generation] > 0

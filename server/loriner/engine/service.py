@@ -20,7 +20,7 @@ from loriner.adapters.records import AdapterRecord, PublishReport
 from loriner.adapters.store import Store
 from loriner.config import EngineConfig, ServerConfig
 from loriner.core import EngineStats, Event, FinishReason, Request, SamplingParams, Scaled, Turn
-from loriner.engine.admission import check_ids, fit
+from loriner.engine.admission import check_ids, check_length, fit
 from loriner.engine.chat import ChatTokenizer
 from loriner.engine.generation import Generation
 from loriner.engine.grammars import Grammars
@@ -134,6 +134,10 @@ class Service:
     def vocab_size(self) -> int:
         return self.model_config.vocab_size
 
+    @property
+    def hidden_size(self) -> int:
+        return self.model_config.hidden_size
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.chat.decode(ids)
 
@@ -166,11 +170,16 @@ class Service:
         tenant: str = "default",
         turn: Turn = NO_TURN,
         prompt_param: str = "messages",
+        embeds: bool = False,
     ) -> Generation:
         """Admit one request. Raises before anything is queued: InvalidRequestError,
-        AdapterNotFoundError, OverloadedError, EngineUnavailableError. Several adapters add up."""
+        AdapterNotFoundError, OverloadedError, EngineUnavailableError. Several adapters add up.
+        `embeds`: its one event is the prompt's embedding; `sampling` says nothing then."""
         self._check_up()
-        sampling = fit(sampling, len(prompt_ids), self.max_model_len, prompt_param)
+        if embeds:
+            check_length(len(prompt_ids), self.max_model_len, prompt_param)
+        else:
+            sampling = fit(sampling, len(prompt_ids), self.max_model_len, prompt_param)
         check_ids(prompt_ids, sampling, self.model_config.vocab_size, prompt_param)
         if request_id in self._open:
             raise errors.InvalidRequestError("request_id is in use.", "request_id")
@@ -186,9 +195,8 @@ class Service:
             self._num_sequences -= sampling.n
             raise
         digest = record.generation if record else None
-        request = Request(
-            request_id, tuple(prompt_ids), sampling, digest, tenant, time.monotonic(), turn
-        )
+        now, ids = time.monotonic(), tuple(prompt_ids)
+        request = Request(request_id, ids, sampling, digest, tenant, now, turn, embeds)
         generation = Generation(request, record, self._forget)
         self._open[request_id] = generation
         self._engine.send(Submit(request))

@@ -26,6 +26,17 @@ class Span(NamedTuple):
     generation: str
 
 
+class Reading(NamedTuple):
+    """What is wanted of the rows [start, end) of a prompt: the sum of their last hidden states, or
+    what they say of the tokens that follow them."""
+
+    start: int
+    end: int
+    generation: str | None
+    targets: Ints | None = None  # [end - start]: the tokens that follow; None: the sum
+    num_top: int = 0  # likeliest tokens beside each target
+
+
 class Draw(NamedTuple):
     """What the choice of one token depends on besides its logits."""
 
@@ -71,6 +82,7 @@ class StepInput:
     sample_rows: Ints  # [B]: rows whose next token is wanted
     sample_spans: tuple[Span, ...]  # `spans` over those rows
     draws: tuple[Draw, ...]  # [B]
+    readings: tuple[Reading, ...] = ()
 
     @property
     def num_rows(self) -> int:

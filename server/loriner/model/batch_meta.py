@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,3 +53,4 @@ class BatchMeta:
     lora: LoraBatch | None  # None: no row uses an adapter
     sample_rows: Tensor  # [S] int64: rows whose next token is wanted
     sample_lora: LoraBatch | None  # the same segments over the sampled rows, for lm_head
+    reader: Callable[[Tensor], None] | None = None  # is shown h [T, H] as the last norm gets it

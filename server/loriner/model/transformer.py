@@ -77,8 +77,14 @@ class Transformer:
         rotation = self.ops.rotation(self.rope, batch.positions)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotation, batch, kv.k[i], kv.v[i])
-        x = self.ops.rms_norm(x, self.norm, self.config.rms_norm_eps, batch.sample_rows)
-        return self.lm_head.logits(x, batch.sample_lora)
+        if batch.reader is not None:
+            batch.reader(x)
+        return self.lm_head.logits(self.normed(x, batch.sample_rows), batch.sample_lora)
+
+    def normed(self, h: Tensor, rows: Tensor) -> Tensor:
+        """The last hidden states of `rows` [S]: [S, H]."""
+        x: Tensor = self.ops.rms_norm(h, self.norm, self.config.rms_norm_eps, rows)
+        return x
 
 
 class Layer:
