@@ -8,7 +8,6 @@ compared when it is made.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,8 +37,7 @@ STAGE_BYTES = STAGE_BLOCKS * BLOCK // 2  # of an output's codes in a warp's stag
 LEAN, LEAN_ADAPTED = 104, 112  # registers of a thread, where small kernels are to fit beside
 LEAN_TILES = 2  # token tiles up to which they do
 DEEP_TILES = 3  # token tiles up to which registers hold two stages of weights (or one more)
-PART = 2048  # inputs of A x that a thread block sums, about: one or two rounds of its loads
-MAX_PARTS_LOG = 3
+PART = 2048  # inputs of A x that a thread block sums: one or two rounds of its loads
 MOST_SHRUNK = 8 * 513 * MAX_STACKED_RANK  # values of A x that a launch may make
 NUM_VALUES = 16 + 256  # of NF4 and of nested scales
 
@@ -54,7 +52,7 @@ class _Params(ctypes.Structure):
         ("values", Values),
         ("shrunk_size", ctypes.c_int64),
         *[(name, ctypes.c_int) for name in ("M", "N", "K", "KB", "nested_shift", "max_tiles")],
-        *[(name, ctypes.c_int) for name in ("shrunk_stride", "parts_log", "workers")],
+        *[(name, ctypes.c_int) for name in ("shrunk_stride", "parts", "workers")],
         *[(name, ctypes.c_int) for name in ("split0", "split1")],
     ]
 
@@ -258,8 +256,8 @@ class Linears:
         return ring
 
     def _add_adapters(self, params: _Params, adapters: Adapters) -> None:
-        parts_log = parts_log_of(params.K)
-        size = (params.M << parts_log) * MAX_STACKED_RANK
+        parts = num_parts(params.K)
+        size = parts * params.M * MAX_STACKED_RANK
         if size > len(self._shrunk):
             raise ValueError(f"{params.M} rows of {params.K} inputs: too many for adapters.")
         rows, tiles, num_tiles = adapters.plan
@@ -268,7 +266,7 @@ class Linears:
         params.num_tiles = num_tiles[adapters.group :].data_ptr()
         params.shrunk, params.shrunk_size = self._shrunk.data_ptr(), len(self._shrunk)
         params.gate = self._gate.data_ptr()
-        params.shrunk_stride, params.parts_log = MAX_STACKED_RANK, parts_log
+        params.shrunk_stride, params.parts = MAX_STACKED_RANK, parts
         params.workers = self.device.num_sms
 
     def _tiling(self, outputs: int, inputs: int, *, gated: bool) -> Tiling:
@@ -277,10 +275,9 @@ class Linears:
         return choose(outputs, inputs, self.device.num_sms, clusters=self.clusters)
 
 
-def parts_log_of(inputs: int) -> int:
-    """Logarithm to base 2 of the parts of the inputs over which A x is summed apart, each by a
-    block."""
-    return min(MAX_PARTS_LOG, max(0, round(math.log2(inputs / PART))))
+def num_parts(inputs: int) -> int:
+    """Parts of the inputs over which A x is summed apart, each by a block."""
+    return max(1, round(inputs / PART))
 
 
 def _params(x: Tensor, operand: Operand, y: Tensor) -> _Params:

@@ -19,7 +19,7 @@ STAGE_BLOCKS = 4  # KU of linear.cu
 GROUP_ROWS = 4 * TILE
 SMEM_TABLE = 65536
 SMEM_CONTROL = 16 + 4 * 4 * 16  # epoch; two barriers of each group in each stage
-LEAST_SHRUNK = 8 * MAX_STACKED_RANK * 4  # bytes: eight rows of the most ranks
+LEAST_SHRUNK = 4 * MAX_STACKED_RANK * 4  # bytes: four rows of the most ranks
 SMEM_RESERVED = 1536  # bytes of a multiprocessor that a block costs beside its own, at most
 
 
@@ -41,10 +41,8 @@ class Tiling:
         return self.row_groups * self.input_groups * 128
 
     def sums(self, token_tiles: int) -> int:
-        """Bytes of the groups' sums, and of what adapters add to them."""
-        groups = self.input_groups * self.cluster
-        sources = groups + (groups > 1)
-        return sources * self.rows // self.cluster * (token_tiles * 8 + 4) * 4
+        """Bytes of the groups' sums."""
+        return self.input_groups * self.rows * (token_tiles * 8 + 4) * 4
 
     def smem(self, kind: int, token_tiles: int, ring: Ring) -> int:
         """Bytes of shared memory."""
@@ -54,7 +52,7 @@ class Tiling:
         sums = self.sums(token_tiles)
         if ring.apart:
             return max(x, LEAST_SHRUNK) + sums + tokens * 3 * 32 + SMEM_CONTROL
-        return max(x, sums, LEAST_SHRUNK) + tokens * 3 * 32 + SMEM_CONTROL
+        return max(x, sums + LEAST_SHRUNK) + tokens * 3 * 32 + SMEM_CONTROL
 
 
 class Ring(NamedTuple):
@@ -73,11 +71,9 @@ RINGS = tuple(Ring(*size, apart) for size in _SIZES for apart in (True, False))
 def ring_of(cut: Tiling, kind: int, token_tiles: int, max_smem: int) -> Ring | None:
     """The deepest ring of x that leaves room for the next kernel's block, or that fits a block's
     `max_smem` bytes at all."""
-    unit = cut.threads // 32 * 512  # bytes of A x that are summed in a stage's place
     for limit in (max_smem // 2 - SMEM_RESERVED, max_smem):
         for ring in RINGS:
-            stage = cut.input_groups * ring.blocks * token_tiles * 1024
-            if stage >= unit and cut.smem(kind, token_tiles, ring) <= limit:
+            if cut.smem(kind, token_tiles, ring) <= limit:
                 return ring
     return None
 

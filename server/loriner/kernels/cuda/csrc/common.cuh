@@ -40,17 +40,10 @@ DEV uint4 ld_once(const void* p) {
     return v;
 }
 DEV uint4 ld_once_or_zero(const u16* p, bool real) {
-    uint4 v;
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-                 "@p ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n}\n"
-                 : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((i32)real));
-    return v;
-}
-// 8 bytes of a tensor that nobody writes, or zeros.
-DEV uint2 ld_8_or_zero(const u16* p, bool real) {
-    uint2 v;
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n@p ld.global.nc.v2.u32 {%0,%1}, [%2];\n}\n"
-                 : "=&r"(v.x), "=&r"(v.y) : "l"(p), "r"((i32)real));
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (real)
+        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 

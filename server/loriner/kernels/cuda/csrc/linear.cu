@@ -14,8 +14,7 @@
 // Adapters: before their main loop the first thread blocks multiply A x in units, which the end of every thread
 // block waits for: each value carries the launch's epoch, so that nothing but the value itself is waited for.
 // Those blocks are the first to be scheduled and never wait before they have given their part, so the
-// launch may be of any size. When a thread block has multiplied, its warps add B (A x) to their sums, each for some
-// rows of x: by mma.m16n8k16, whose accumulators lie as those of wgmma.
+// launch may be of any size.
 //
 // Defines: NT, WR x WK groups (each has 64 outputs), STAGES (of the ring of x, XU blocks of each group), DEPTH
 // (stages of weights in registers), CLUSTER, APART (sums have room beside table and ring), KIND (0 NF4 with f32
@@ -25,8 +24,6 @@
 #include "lora.cuh"
 
 #define AHEAD 4  // steps of 32 inputs of A x that a warp has in flight
-#define EARLY (REGISTERS == 0)  // the first weights and a unit's A fit registers together
-#define GATHER 4  // rows whose A x a warp waits for at a time
 #define KU 4  // blocks of 64 inputs in a group's stage
 #define GROUPS (WR * WK)
 #define WARPS (GROUPS * 4)
@@ -45,20 +42,18 @@
 #define ENTRIES (KIND == 1 ? 512 : 256)  // of the table before it is copied to every bank
 #define RED_STRIDE (TOKENS + 4)  // a quad of rows of x is 16 bytes, and neighbouring outputs' quads meet no bank twice
 #define OWN (ROWS / CLUSTER)  // outputs that this thread block finishes
-#define ADDERS (WK * CLUSTER)                // warps that share the rows of x of 16 outputs, when adapters are added
-#define ADDED_TILES ((NT + ADDERS - 1) / ADDERS)  // of 8 rows, for one of them
-#define SOURCES (ADDERS + (ADDERS > 1))      // of sums: all groups, then what adapters add
-#define SUMS (SOURCES * OWN * RED_STRIDE * 4)
+static_assert(TOKENS * 3 <= THREADS, "one thread reads one row's adapter in one slice");
+#define SUMS (CLUSTER * WK * OWN * RED_STRIDE * 4)
 #define FRONT (TABLE + STAGES * X_STAGE)
-#define LEAST_SHRUNK 24576  // eight rows of x of the most ranks (768)
+#define LEAST_SHRUNK 12288  // four rows of x of the most ranks (768)
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define SUMS_AT (APART ? MAX(FRONT, LEAST_SHRUNK) : 0)
-#define ROW_LORA (APART ? SUMS_AT + SUMS : MAX(FRONT, MAX(SUMS, LEAST_SHRUNK)))
-#define SHRUNK_BYTES (APART ? SUMS_AT : ROW_LORA)  // A x of rows of x, from 0 on, when table and ring have done their work
+#define ROW_LORA (APART ? SUMS_AT + SUMS : MAX(FRONT, SUMS + LEAST_SHRUNK))
+#define SHRUNK_AT (APART ? 0 : SUMS)  // A x of rows of x, when table and ring have done their work
+#define SHRUNK_BYTES (APART ? SUMS_AT : ROW_LORA - SUMS)
 #define EPOCH_AT (ROW_LORA + TOKENS * 96)
 #define BARRIERS_AT (EPOCH_AT + 16)  // a full and a free one of each group's tile of x in each stage
-#define LAST_SLOT (TABLE + (STAGES - 1) * X_STAGE)
-static_assert(X_STAGE >= WARPS * 512, "a unit of A x is summed in the slot of x that is filled last");
+static_assert(STAGES * X_STAGE >= WARPS * 512, "a unit of A x is summed where x will be");
 #define X_TOKENS (THREADS / (WK * XU * 8))  // rows of x that the thread block copies at a time
 #define X_ROUNDS ((TOKENS + X_TOKENS - 1) / X_TOKENS)
 
@@ -90,7 +85,7 @@ struct Params {
     float code[16];        // of NF4, and behind it
     float map[256];        // of nested scales
     i64 shrunk_size;
-    i32 M, N, K, KB, nested_shift, max_tiles, shrunk_stride, parts_log, workers, split0, split1;  // KB: padded to KU
+    i32 M, N, K, KB, nested_shift, max_tiles, shrunk_stride, parts, workers, split0, split1;  // KB: padded to KU
 };
 
 // Word I of a lane's column in the table: the byte I of `v` becomes the row. On Hopper dynamic shared memory begins at
@@ -325,46 +320,41 @@ DEV void stage_step(Weights& w, const Scales& s, XTile x_tile, i32 lane, i32 ste
     }
 }
 
-// Give a warp's sums of rows of x, `n` being the tile of 8 of its first, `hop` that to the next, to the block of the cluster
-// that finishes its 16 outputs: [source][output][row of x].
-template <int N> DEV void give(const float (&sums)[N][4], i32 source, i32 tile, i32 lane, i32 n, i32 hop) {
+// Give a warp's sums to the block of the cluster that finishes its 16 outputs: [source][output][row of x].
+DEV void give(const float (&acc)[NT][4], i32 source, i32 tile, i32 lane) {
     const i32 owner = tile / (OWN / 16), odd = lane & 1;
     const i32 output = source * OWN + tile % (OWN / 16) * 16 + (lane >> 2) + odd * 8;
     u32 to = smem_addr(smem) + SUMS_AT + (output * RED_STRIDE + (lane & 2) * 2) * 4;
     if (CLUSTER > 1) to = cluster_map(to, owner);
 #pragma unroll
-    for (int i = 0; i < N; i++) {  // neighbours swap halves: each then has four rows of x for one output
-        if (n + i * hop >= NT) break;
-        const float* v = sums[i];
-        const float x = __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[2], 1);
-        const float y = __shfl_xor_sync(0xffffffffu, odd ? v[1] : v[3], 1);
-        const float a = odd ? x : v[0], b = odd ? y : v[1], c = odd ? v[2] : x, d = odd ? v[3] : y;
-        const u32 at = to + (n + i * hop) * 32;
-        if (CLUSTER > 1) asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-        else asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+    for (int n = 0; n < NT; n++) {  // neighbours swap halves: each then has four rows of x for one output
+        const float x = __shfl_xor_sync(0xffffffffu, odd ? acc[n][0] : acc[n][2], 1);
+        const float y = __shfl_xor_sync(0xffffffffu, odd ? acc[n][1] : acc[n][3], 1);
+        const float a = odd ? x : acc[n][0], b = odd ? y : acc[n][1], c = odd ? acc[n][2] : x, d = odd ? acc[n][3] : y;
+        if (CLUSTER > 1) asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + n * 32), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+        else asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + n * 32), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
     }
 }
 
-// One output of this thread block for four rows of x: the sums of all groups and blocks, then adapters: always in this order.
-DEV void reduced(float (&sum)[4], i32 output, i32 quad, bool adapted) {
+// One output of this thread block for four rows of x: the sums of all groups and blocks, in a fixed order.
+DEV void reduced(float (&sum)[4], i32 output, i32 quad) {
     const u8* at = smem + SUMS_AT + (output * RED_STRIDE + quad * 4) * 4;
 #pragma unroll
-    for (int i = 0; i < SOURCES; i++) {
-        if (i == ADDERS && !adapted) break;
+    for (int i = 0; i < CLUSTER * WK; i++) {
         const float4 v = *(const float4*)(at + i * (OWN * RED_STRIDE * 4));
         if (i == 0) sum[0] = v.x, sum[1] = v.y, sum[2] = v.z, sum[3] = v.w;
         else sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
     }
 }
 
-DEV i32 slice_of(const Params& p, i32 n) { return (n >= p.split0) + (n >= p.split1); }
-DEV i32 slice_start(const Params& p, i32 slice) { return slice == 0 ? 0 : slice == 1 ? p.split0 : p.split1; }
-
 // The outputs that this thread block finishes; gated ones have another half behind the first.
 struct Outputs {
     i32 first, end;  // of a half, if gated
     i32 half;        // 0: not gated
 
+    DEV i32 slice(const Params& p, i32 n) const { return (n >= p.split0) + (n >= p.split1); }
+    DEV i32 first_slice(const Params& p) const { return slice(p, first); }
+    DEV i32 last_slice(const Params& p) const { return slice(p, end - 1 + half); }
 };
 
 DEV Outputs own_outputs(const Params& p, i32 rank) {
@@ -414,11 +404,11 @@ DEV void ask(const Params& p, Unit& u, i32 step) {
 // Ask for the A of unit `next`; false when there is none.
 DEV bool start_unit(const Params& p, i32 next, i32 warp, Unit& u) {
     const i32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const i32 tile = next >> p.parts_log, part = next & ((1 << p.parts_log) - 1), shares = WARPS << p.parts_log;
+    const i32 tile = next / p.parts, part = next - tile * p.parts;
     const ShrinkTile e = p.tiles[min(tile, p.max_tiles - 1)];
     if (tile >= *p.num_tiles) return false;
-    const i32 all = p.K / 32, share = part * WARPS + warp, begin = all * share / shares;
-    u.rows = e.rows, u.ranks = e.ranks, u.steps = all * (share + 1) / shares - begin;
+    const i32 all = p.K / 32, share = part * WARPS + warp, begin = all * share / (p.parts * WARPS);
+    u.rows = e.rows, u.ranks = e.ranks, u.steps = all * (share + 1) / (p.parts * WARPS) - begin;
     u.x = p.x + (i64)(e.row + g) * p.K + begin * 32 + t * 8;
     u.out = p.shrunk + ((i64)part * p.M + e.row) * p.shrunk_stride + e.rank;
     u.from = (const u16*)e.a + (i64)(e.rank + g) * p.K + begin * 32 + t * 8;
@@ -446,7 +436,7 @@ DEV void multiply_unit(const Params& p, Unit& u, float (&acc)[4]) {
 
 // Add the warps' sums of a unit, and give them out.
 DEV void publish_unit(const Params& p, const float (&acc)[4], u32 epoch, i32 rows, i32 ranks, u64* out) {
-    float* sums = (float*)(smem + LAST_SLOT);
+    float* sums = (float*)(smem + TABLE);
     *(float4*)(sums + threadIdx.x * 4) = make_float4(acc[0], acc[1], acc[2], acc[3]);
     __syncthreads();
     if (threadIdx.x < 128) {
@@ -456,240 +446,55 @@ DEV void publish_unit(const Params& p, const float (&acc)[4], u32 epoch, i32 row
         const i32 c = threadIdx.x & 3, from = threadIdx.x >> 2, row = (from & 3) * 2 + (c & 1), r = (from >> 2) + (c >> 1) * 8;
         if (row < rows && r < ranks) st_relaxed(out + (i64)row * p.shrunk_stride + r, (u64)epoch << 32 | __float_as_uint(sum));
     }
-#if WGMMA
-    async_after_generic();
-#endif
     __syncthreads();
 }
 
-// This thread block's units: `next`, whose A is under way, and every `workers`th.
-DEV void multiply_units(const Params& p, i32 next, i32 workers, i32 warp, Unit& unit) {
-    const u32 epoch = read_epoch(p);  // out of shared memory it costs the main loop its uniform registers
-    bool more = true;
-    while (more) {
-        float acc[4] = {};
-        multiply_unit(p, unit, acc);
-        const i32 rows = unit.rows, ranks = unit.ranks;
-        u64* out = unit.out;
-        more = start_unit(p, next += workers, warp, unit);  // its A comes in meanwhile
-        publish_unit(p, acc, epoch, rows, ranks, out);
-    }
-}
-
-// A float as the sum of two bf16, the higher one in the high half.
-DEV u32 split_bf16(float v) {
-    const u32 high = (u32)float_to_bf16(v) << 16;
-    return high | float_to_bf16(v - __uint_as_float(high));
-}
-
-// How this thread block adds adapters: rows of x in tiles of 8, of which a warp has every ADDERS-th.
-struct Adding {
-    i32 rank, first, last;  // in the cluster; slices of the cluster's outputs
-    i32 stride, most;       // most ranks of a row, in these slices and in one; 0 if no row has an adapter
-    bool odd, bias;         // ranks that are no multiples of 4; biases of adapters
-
-    // Tile `local` of those that this thread block adds: the warps of group wk have the local ones wk, wk + WK...
-    DEV i32 tile(i32 local) const { return CLUSTER == 1 ? local : (local / WK * CLUSTER + rank) * WK + local % WK; }
-
-    DEV Adding(const Params& p, i32 rank, i32 tokens) : rank(rank), stride(0), most(0) {
-        constexpr i32 shape = EPILOGUE == 2 ? 2 : 1;
-        const i32 n = (blockIdx.x / CLUSTER) * (ROWS / shape), end = min(n + ROWS / shape, p.N / shape);
-        first = slice_of(p, n), last = slice_of(p, end - 1 + (EPILOGUE == 2 ? p.N / 2 : 0));
-        i32 flags = 0;
-#pragma unroll
-        for (i32 i = 0; i < TOKENS; i += 32) {
-            const RowLora* l = (const RowLora*)(smem + ROW_LORA) + min(i + (i32)(threadIdx.x & 31), tokens - 1) * 3;
-#pragma unroll
-            for (int s = 0; s < 3; s++) {
-                if (s >= first && s <= last) most = max(most, l[s].rank);
-                flags |= l[s].rank & 3 | (l[s].bias ? 4 : 0);
-            }
-            stride = max(stride, l[last].begin + l[last].rank - l[first].begin);
-        }
-        stride = (__reduce_max_sync(0xffffffffu, stride) + 3) & ~3, most = __reduce_max_sync(0xffffffffu, most);
-        flags = __reduce_or_sync(0xffffffffu, flags);
-        odd = flags & 3, bias = flags & 4;
-    }
-};
-
-// scale * A x of the rows of `count` local tiles from `local` on, over all parts, in shared memory: [rows, stride], as sums
-// of two bf16. A warp does a row: a lane has one part of one rank.
-DEV void gather_shrunk(const Params& p, const Adding& add, i32 token0, i32 tokens, i32 local, i32 count) {
-    const i32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wide = 32 >> p.parts_log, own = lane & (wide - 1), part = lane >> (5 - p.parts_log);
-    const u64* mine = p.shrunk + ((i64)part * p.M + token0) * p.shrunk_stride + own;
+// A x of `count` rows of x from `token` on, over all parts, in shared memory: [count, stride] f32.
+DEV void gather_shrunk(const Params& p, const Outputs& own, i32 token0, i32 token, i32 count, i32 stride) {
+    const i32 first = own.first_slice(p), last = own.last_slice(p);
+    count = min(count, p.M - token0 - token);
+    const i64 part = (i64)p.M * p.shrunk_stride;
     const u32 epoch = *(const u32*)(smem + EPOCH_AT);
 #pragma unroll 1
-    for (i32 row0 = warp; row0 < count * 8; row0 += WARPS * GATHER) {
-        const RowLora* l[GATHER];
-        const u64* from[GATHER];
-        i32 ranks[GATHER];
+    for (i32 i0 = threadIdx.x; i0 < count * stride; i0 += THREADS * 2) {
+        const u64* from[2];
+        float sum[2] = {};
 #pragma unroll
-        for (int q = 0; q < GATHER; q++) {
-            const i32 row = row0 + q * WARPS, token = min(add.tile(local + row / 8) * 8 + row % 8, tokens);
-            l[q] = (const RowLora*)(smem + ROW_LORA) + min(token, tokens - 1) * 3;
-            const i32 begin = l[q][add.first].begin;
-            ranks[q] = row < count * 8 && token < tokens ? l[q][add.last].begin + l[q][add.last].rank - begin - own : 0;
-            from[q] = mine + (i64)token * p.shrunk_stride + begin;
+        for (int q = 0; q < 2; q++) {
+            const i32 i = i0 + q * THREADS, row = i / stride, r = i - row * stride;
+            const RowLora* l = (const RowLora*)(smem + ROW_LORA) + (token + row) * 3;
+            from[q] = nullptr;
+            if (i < count * stride && l[first].begin + r < l[last].begin + l[last].rank) from[q] = p.shrunk + (i64)(token0 + token + row) * p.shrunk_stride + l[first].begin + r;
         }
 #pragma unroll 1
-        for (i32 r = 0; r < add.stride; r += wide) {
-            u64 v[GATHER];
+        for (i32 j = 0; j < p.parts; j += 4) {
+            u64 v[2][4];
 #pragma unroll
-            for (int q = 0; q < GATHER; q++) v[q] = r < ranks[q] ? ld_relaxed(from[q] + r) : (u64)epoch << 32;
+            for (int q = 0; q < 2; q++)
 #pragma unroll
-            for (int q = 0; q < GATHER; q++) {
-                while ((u32)(v[q] >> 32) != epoch) v[q] = ld_relaxed(from[q] + r);
-                float sum = __uint_as_float((u32)v[q]);
-#pragma unroll 1
-                for (i32 d = wide; d < 32; d <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-                const i32 at = l[q][add.first].begin + own + r;
-                if (part == 0 && r < ranks[q]) ((u32*)smem)[(row0 + q * WARPS) * add.stride + own + r] = split_bf16(l[q][(at >= l[q][1].begin) + (at >= l[q][2].begin)].scale * sum);
-            }
+                for (int k = 0; k < 4; k++) v[q][k] = from[q] && j + k < p.parts ? ld_relaxed(from[q] + (j + k) * part) : (u64)epoch << 32;
+#pragma unroll
+            for (int q = 0; q < 2; q++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    while ((u32)(v[q][k] >> 32) != epoch) v[q][k] = ld_relaxed(from[q] + (j + k) * part);
+                    sum[q] += __uint_as_float((u32)v[q][k]);
+                }
         }
+#pragma unroll
+        for (int q = 0; q < 2; q++)
+            if (from[q]) ((float*)(smem + SHRUNK_AT))[i0 + q * THREADS] = sum[q];
     }
 }
 
-// The outputs of a warp, as this lane has them: g and g + 8 of the tile.
-struct Rows16 {
-    i32 n[2], slice[2], from[2];  // output, its slice and its place there
-    bool whole;                   // all of the tile (of each half, if gated) are in one slice, and there
-
-    DEV Rows16(const Params& p, i32 tile) {
-        const i32 g = (threadIdx.x & 31) >> 2, first = EPILOGUE == 2 ? tile * 8 : tile * 16;
-        n[0] = first + g, n[1] = EPILOGUE == 2 ? n[0] + p.N / 2 : n[0] + 8;
-#pragma unroll
-        for (int h = 0; h < 2; h++) slice[h] = slice_of(p, n[h]), from[h] = n[h] - slice_start(p, slice[h]);
-        const bool same = EPILOGUE == 2 ? slice[0] == 0 && slice[1] == 1 : slice[0] == slice_of(p, first) && slice[1] == slice[0];
-        whole = __all_sync(0xffffffffu, same && n[0] < (EPILOGUE == 2 ? p.N / 2 : p.N) && n[1] < p.N);
-    }
-};
-
-// The runs of a tile of 8 rows of x: neighbours with one adapter, whose B is read once. Lane (g, q) has row g.
-struct Runs {
-    u32 heads;    // the first rows of runs: bit 4 g + q
-    i32 head;     // that of this lane's row, or -1
-    const RowLora* own;
-    bool there;
-
-    DEV Runs(const RowLora* l, i32 rows) {
-        const i32 lane = threadIdx.x & 31, g = lane >> 2;
-        own = l + min(g, rows - 1) * 3, there = g < rows;
-        const i32 seat = there ? own->seat : -1, before = __shfl_up_sync(0xffffffffu, seat, 4);
-        heads = __ballot_sync(0xffffffffu, seat >= 0 && (g == 0 || seat != before));
-        head = seat >= 0 ? (31 - __clz(heads & ((2u << (lane | 3)) - 1))) >> 2 : -1;
-    }
-};
-
-// Four ranks of A x of one row, as fragments of the upper and the lower bf16.
-struct Fragments {
-    u32 high[2], low[2];
-
-    DEV Fragments(u32 a, u32 b, u32 c, u32 d) {
-        high[0] = __byte_perm(a, b, 0x7632), high[1] = __byte_perm(c, d, 0x7632);
-        low[0] = __byte_perm(a, b, 0x5410), low[1] = __byte_perm(c, d, 0x5410);
-    }
-};
-
-DEV void multiply_run(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, const Fragments& t, bool in) {
-    mma_bf16(sum, a0, a1, a2, a3, in ? t.high[0] : 0, in ? t.high[1] : 0);
-    mma_bf16(sum, a0, a1, a2, a3, in ? t.low[0] : 0, in ? t.low[1] : 0);
-}
-
-// sum += B t for this warp's 16 outputs and a tile of 8 rows of x; `l`: the first one's adapters, `t`: its A x.
-// For ranks that are multiples of 4 and whole tiles: all loads are under way together.
-DEV void add_tile(const Adding& add, const Rows16& out, const RowLora* l, i32 rows, const u32* t, float (&sum)[4]) {
-    const i32 lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
-    const Runs runs(l, rows);
-    const RowLora *up[2] = {l + out.slice[0], l + out.slice[1]};
-#pragma unroll 1
-    for (i32 k = q * 4; k < add.most + q * 4; k += 16) {
-        uint2 b[8][2];
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const RowLora& one = up[h][j * 3];
-                b[j][h] = ld_8_or_zero(one.b + (i64)out.from[h] * one.rank + k, runs.heads >> (j * 4) & 1 && k < one.rank);
-            }
-#pragma unroll
-        for (int half = 0; half < (EPILOGUE == 2 ? 2 : 1); half++) {
-            const RowLora& mine = runs.own[out.slice[half]];
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (runs.there && k < mine.rank) v = *(const uint4*)(t + g * add.stride + mine.begin - runs.own[add.first].begin + k);
-            const Fragments f(v.x, v.y, v.z, v.w);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                if (!(runs.heads >> (j * 4) & 1)) continue;
-                if (EPILOGUE != 2) multiply_run(sum, b[j][0].x, b[j][1].x, b[j][0].y, b[j][1].y, f, runs.head == j);
-                else if (half == 0) multiply_run(sum, b[j][0].x, 0, b[j][0].y, 0, f, runs.head == j);
-                else multiply_run(sum, 0, b[j][1].x, 0, b[j][1].y, f, runs.head == j);
-            }
-        }
-    }
-}
-
-// The same, in the same order, for any ranks and slices.
-DEV void add_odd_tile(const Params& p, const Adding& add, const Rows16& out, const RowLora* l, i32 rows, const u32* t, float (&sum)[4]) {
-    const i32 lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
-    const Runs runs(l, rows);
-#pragma unroll 1
-    for (i32 k = q * 4; k < add.most + q * 4; k += 16)
-#pragma unroll 1
-        for (i32 s = add.first; s <= add.last; s++) {
-            const i32 rank = runs.there ? runs.own[s].rank : 0;
-            const u32* from = t + g * add.stride + runs.own[s].begin - runs.own[add.first].begin + k;
-            const Fragments f(k < rank ? from[0] : 0, k + 1 < rank ? from[1] : 0, k + 2 < rank ? from[2] : 0, k + 3 < rank ? from[3] : 0);
-#pragma unroll 1
-            for (u32 left = runs.heads & 0x11111111; left; left &= left - 1) {
-                const i32 j = __ffs(left) - 1 >> 2;
-                const RowLora& one = l[j * 3 + s];
-                uint2 b[2] = {};
-#pragma unroll
-                for (int h = 0; h < 2; h++)
-                    if (out.slice[h] == s && out.n[h] < p.N) b[h] = four_of(one.b + (i64)out.from[h] * one.rank, k, one.rank, false);
-                multiply_run(sum, b[0].x, b[1].x, b[0].y, b[1].y, f, runs.head == j);
-            }
-        }
-}
-
-// to += scale * B (A x) for the outputs of tile `tile` and this warp's rows of x.
-template <int N> DEV void add_adapters(const Params& p, const Adding& add, float (&to)[N][4], i32 tile, i32 wk, i32 token0, i32 tokens) {
-    constexpr i32 locals = N * WK;
-    const i32 at = min(SHRUNK_BYTES / 32 / add.stride, locals);
-    const Rows16 out(p, tile);
-#pragma unroll 1
-    for (i32 begin = 0; begin < locals; begin += at) {
-        if (begin) __syncthreads();
-        gather_shrunk(p, add, token0, tokens, begin, min(at, locals - begin));
-        __syncthreads();
-#pragma unroll 1
-        for (i32 local = wk; local < min(begin + at, locals); local += WK) {
-            const i32 m = add.tile(local), rows = tokens - m * 8;
-            if (local < begin || m >= NT || rows <= 0) continue;
-            float sum[4] = {};
-            const RowLora* l = (const RowLora*)(smem + ROW_LORA) + m * 24;
-            const u32* t = (const u32*)smem + (local - begin) * 8 * add.stride;
-            if (out.whole && !add.odd) add_tile(add, out, l, min(rows, 8), t, sum);
-            else add_odd_tile(p, add, out, l, min(rows, 8), t, sum);
-#pragma unroll
-            for (int i = 0; i < N; i++)
-#pragma unroll
-                for (int c = 0; c < 4; c++) to[i][c] = i == local / WK ? to[i][c] + sum[c] : to[i][c];
-        }
-    }
-}
-
-// Biases onto output n of the four rows of `quad`, `rows` of which are there.
-DEV void add_bias(const Params& p, float (&v)[4], i32 n, i32 quad, i32 rows, bool biased) {
+// Bias and adapters onto output n of the four rows of `quad`, `rows` of which are there; `shrunk`: of the first.
+DEV void finish(const Params& p, const Outputs& own, float (&v)[4], i32 n, i32 quad, i32 rows, const float* shrunk, i32 stride) {
     if (p.bias)
 #pragma unroll
         for (int j = 0; j < 4; j++) v[j] += p.bias[n];
-    if (!LORA || !biased) return;
-    const i32 slice = slice_of(p, n);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const RowLora& l = ((const RowLora*)(smem + ROW_LORA))[(quad * 4 + min(j, rows - 1)) * 3 + slice];
-        if (l.bias) v[j] += l.scale * l.bias[n - slice_start(p, slice)];
+    if (LORA && stride) {
+        const i32 slice = own.slice(p, n), start = slice == 0 ? 0 : slice == 1 ? p.split0 : p.split1;
+        lora_quad(v, (const RowLora*)(smem + ROW_LORA) + quad * 12, own.first_slice(p), slice, n - start, rows, shrunk, stride);
     }
 }
 
@@ -701,33 +506,64 @@ DEV float activate(float v) {
 #endif
 }
 
-DEV void epilogue(const Params& p, const Outputs& own, i32 token0, bool adapted, bool biased) {
+// Most ranks of a row of x in this thread block's slices, to a multiple of 4.
+DEV i32 most_ranks(i32 first, i32 last, i32 tokens) {
+    const RowLora* rows = (const RowLora*)(smem + ROW_LORA);
+    i32 most = 0;
+#pragma unroll
+    for (i32 i = 0; i < TOKENS; i += 32) {
+        const RowLora* l = rows + min(i + (i32)(threadIdx.x & 31), tokens - 1) * 3;
+        most = max(most, l[last].begin + l[last].rank - l[first].begin);
+    }
+    return (__reduce_max_sync(0xffffffffu, most) + 3) & ~3;
+}
+
+// How the end deals with adapters: rows of x whose A x fit shared memory at a time.
+struct Passes {
+    i32 stride, quads;  // stride 0: no row here has an adapter
+
+    DEV Passes(const Outputs& own, const Params& p, i32 token0) {
+        stride = LORA ? most_ranks(own.first_slice(p), own.last_slice(p), min(TOKENS, p.M - token0)) : 0;
+        quads = stride ? min(SHRUNK_BYTES / 16 / stride, TOKENS / 4) : TOKENS / 4;
+    }
+};
+
+DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32 token0) {
     constexpr i32 per = EPILOGUE == 2 ? OWN / 2 : OWN;
-    const i32 outputs = EPILOGUE == 2 ? p.N / 2 : p.N;
+    const i32 outputs = EPILOGUE == 2 ? p.N / 2 : p.N, stride = passes.stride, quads = passes.quads;
 #pragma unroll 1
-    for (i32 i = threadIdx.x; i < per * (TOKENS / 4); i += THREADS) {
-        const i32 at = i % per, n = own.first + at, quad = i / per, row0 = token0 + quad * 4;
-        const i32 rows = min(p.M - row0, 4);
-        if (n >= outputs || rows <= 0) continue;
-        float old[4], sum[4], up[4];
-        if (EPILOGUE == 1)
-#pragma unroll
-            for (int j = 0; j < 4; j++) old[j] = j < rows ? ((const float*)p.y)[(i64)(row0 + j) * outputs + n] : 0.0f;
-        const i32 output = EPILOGUE == 2 ? (at >> 3) * 16 + (at & 7) : at;  // 8 of gate, the 8 of up with them
-        reduced(sum, output, quad, adapted);
-        add_bias(p, sum, n, quad, rows, biased);
-        if (EPILOGUE == 2) {
-            reduced(up, output + 8, quad, adapted);
-            add_bias(p, up, n + outputs, quad, rows, biased);
+    for (i32 quad0 = 0; quad0 < TOKENS / 4; quad0 += quads) {
+        if (LORA && quad0) {
+            __syncthreads();
+            gather_shrunk(p, own, token0, quad0 * 4, quads * 4, stride);
+            __syncthreads();
         }
+#pragma unroll 1
+        for (i32 i = threadIdx.x; i < per * min(quads, TOKENS / 4 - quad0); i += THREADS) {
+            const i32 at = i % per, n = own.first + at, quad = quad0 + i / per, row0 = token0 + quad * 4;
+            const i32 rows = min(p.M - row0, 4);
+            if (n >= outputs) continue;
+            const float* shrunk = (const float*)(smem + SHRUNK_AT) + (quad - quad0) * 4 * stride;
+            float old[4], sum[4], up[4];
+            if (EPILOGUE == 1)
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (j >= rows) break;
-            const i64 to = (i64)(row0 + j) * outputs + n;
-            if (EPILOGUE == 2) ((u16*)p.y)[to] = float_to_bf16(activate(sum[j]) * up[j]);
-            if (EPILOGUE == 0) ((u16*)p.y)[to] = float_to_bf16(sum[j]);
-            if (EPILOGUE == 1) ((float*)p.y)[to] = old[j] + sum[j];
-            if (EPILOGUE == 3) ((float*)p.y)[to] = sum[j];
+                for (int j = 0; j < 4; j++) old[j] = j < rows ? ((const float*)p.y)[(i64)(row0 + j) * outputs + n] : 0.0f;
+            const i32 output = EPILOGUE == 2 ? (at >> 3) * 16 + (at & 7) : at;  // 8 of gate, the 8 of up with them
+            reduced(sum, output, quad);
+            finish(p, own, sum, n, quad, rows, shrunk, stride);
+            if (EPILOGUE == 2) {
+                reduced(up, output + 8, quad);
+                finish(p, own, up, n + outputs, quad, rows, shrunk, stride);
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (j >= rows) break;
+                const i64 to = (i64)(row0 + j) * outputs + n;
+                if (EPILOGUE == 2) ((u16*)p.y)[to] = float_to_bf16(activate(sum[j]) * up[j]);
+                if (EPILOGUE == 0) ((u16*)p.y)[to] = float_to_bf16(sum[j]);
+                if (EPILOGUE == 1) ((float*)p.y)[to] = old[j] + sum[j];
+                if (EPILOGUE == 3) ((float*)p.y)[to] = sum[j];
+            }
         }
     }
 }
@@ -753,8 +589,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     const i32 block = blockIdx.y * gridDim.x + blockIdx.x, workers = min((i32)num_blocks(), p.workers);
     Unit unit;
     const bool works = LORA && block < workers && start_unit(p, block, warp, unit);
-    if (EARLY || !works) load_first(p, w, s, tile, kb, mine);
-    const Outputs own = own_outputs(p, rank);
+    if (!works) load_first(p, w, s, tile, kb, mine);
     if (NF4_KIND) {
 #pragma unroll
         for (int i = 0; i < (ENTRIES + THREADS - 1) / THREADS; i++) {
@@ -789,11 +624,26 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     grid_wait();
     u32 epoch = 0;
     if (LORA && threadIdx.x == 0) epoch = read_epoch(p);
-    START_X();
+    if (!works) START_X();
     if (LORA && threadIdx.x == 0) *(u32*)(smem + EPOCH_AT) = epoch;
     if (works) {
-        multiply_units(p, block, workers, warp, unit);
-        if (!EARLY) load_first(p, w, s, tile, kb, mine);
+        i32 next = block;
+        const u32 epoch = read_epoch(p);  // out of shared memory it costs the main loop its uniform registers
+        bool more = true;
+        while (more) {
+            float acc[4] = {};
+            multiply_unit(p, unit, acc);
+            const i32 rows = unit.rows, ranks = unit.ranks;
+            u64* out = unit.out;
+            more = start_unit(p, next += workers, warp, unit);  // its A comes in meanwhile
+            publish_unit(p, acc, epoch, rows, ranks, out);
+        }
+        load_first(p, w, s, tile, kb, mine);
+#if WGMMA
+        async_after_generic();
+#endif
+        __syncthreads();
+        START_X();
     }
     float acc[NT][4], part[NT][4];
 #pragma unroll
@@ -839,29 +689,21 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
         w.from += HOP;
     }
     cp_async_wait<0>();
-    const u32 passed = LORA && threadIdx.x == 0 ? note_epoch(p) : 0;
-    float added[ADDED_TILES][4] = {};
-    bool adapted = false, biased = false;
-    i32 first_added = 0;
-    if (LORA) {
-        __syncthreads();  // A x comes where table and ring were
-        const i32 tokens = min(TOKENS, p.M - token0);
-        const Adding add(p, rank, tokens);
-        adapted = add.stride, biased = add.bias, first_added = add.tile(wk);
-        if (ADDERS == 1 && adapted) add_adapters(p, add, acc, tile, wk, token0, tokens);
-        if (ADDERS > 1 && adapted) add_adapters(p, add, added, tile, wk, token0, tokens);
-    }
-    if (CLUSTER > 1) {
-        if (!APART) cluster_arrive();  // with table, ring and A x
-        cluster_wait();                // every block of the cluster has begun, or is done with what lies where sums will
-    } else if (!APART) {
+    if (APART) {
+        if (LORA) __syncthreads();        // A x comes where table and ring were
+        if (CLUSTER > 1) cluster_wait();  // every block of the cluster has begun
+    } else if (CLUSTER > 1) {
+        cluster_sync();  // every block of the cluster is done with its table and ring
+    } else {
         __syncthreads();
     }
-    const i32 outputs = wr * 4 + (warp & 3);
-    give(acc, rank * WK + wk, outputs, lane, 0, 1);
-    if (ADDERS > 1 && adapted) give(added, ADDERS, outputs, lane, first_added, ADDERS);
+    const u32 passed = LORA && threadIdx.x == 0 ? note_epoch(p) : 0;
+    give(acc, rank * WK + wk, wr * 4 + (warp & 3), lane);
+    const Outputs own = own_outputs(p, rank);
+    const Passes passes(own, p, token0);
+    if (passes.stride) gather_shrunk(p, own, token0, 0, passes.quads * 4, passes.stride);
     if (CLUSTER == 1) __syncthreads();
     else cluster_sync();
-    epilogue(p, own, token0, adapted, biased);
+    epilogue(p, own, passes, token0);
     if (LORA && passed == num_blocks()) leave(p);
 }

@@ -132,10 +132,15 @@ extern "C" __global__ void lora_embed(float* h, i32 H, const i32* token, const i
     h[(i64)row * H + n] += e->scale[0] * sum;
 }
 
-// Four ranks of a row of t, those from `rank` on as zeros. `whole`: they are aligned.
-DEV float4 four_of(const float* t, i32 k, i32 rank, bool whole) {
-    if (whole) return k < rank ? *(const float4*)(t + k) : make_float4(0, 0, 0, 0);
-    return make_float4(k < rank ? t[k] : 0, k + 1 < rank ? t[k + 1] : 0, k + 2 < rank ? t[k + 2] : 0, k + 3 < rank ? t[k + 3] : 0);
+// Four ranks of one row of t or of an output of B, those from `rank` on as zeros. `whole`: both are aligned for wide loads.
+DEV float4 four_of(const float* from, i32 k, i32 rank, bool whole) {
+    if (whole) return k < rank ? *(const float4*)(from + k) : make_float4(0, 0, 0, 0);
+    return make_float4(k < rank ? from[k] : 0, k + 1 < rank ? from[k + 1] : 0, k + 2 < rank ? from[k + 2] : 0, k + 3 < rank ? from[k + 3] : 0);
+}
+DEV uint2 four_of(const u16* from, i32 k, i32 rank, bool whole) {
+    if (whole) return k < rank ? __ldg((const uint2*)(from + k)) : make_uint2(0, 0);
+    const u32 a = k < rank ? from[k] : 0, b = k + 1 < rank ? from[k + 1] : 0, c = k + 2 < rank ? from[k + 2] : 0, d = k + 3 < rank ? from[k + 3] : 0;
+    return make_uint2(a | b << 16, c | d << 16);
 }
 
 // acc [32 rows, 32 outputs] = t B^T for the rows in `rows`, over the ranks of one slice. t is f32: it is multiplied as a
