@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 HEAD = ("", "tokens/s", "of engine", "gap p50 ms", "gap p99 ms", "p99 / p50", "longest ms")
 FIRST_HEAD = ("first token ms", "p50", "p99")
 READY_S = 540.0
-WRITERS = 4  # threads; a tenant may have so many uploads in flight
+WRITERS = 4  # threads; a server takes so many uploads at a time
 
 
 def add_command(subparsers: options.Parsers) -> None:

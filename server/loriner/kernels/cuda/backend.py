@@ -19,8 +19,9 @@ from loriner.kernels.cuda import attention
 from loriner.kernels.cuda import linear as linears
 from loriner.kernels.cuda.attention import Attention
 from loriner.kernels.cuda.launch import Device
-from loriner.kernels.cuda.linear import Adapters, LoraPlan, Operand
+from loriner.kernels.cuda.linear import Adapters, LoraPlan
 from loriner.kernels.cuda.many_rows import MAX_FUSED_ROWS, ManyRows
+from loriner.kernels.cuda.params import Operand
 from loriner.kernels.cuda.tiling import MAX_STACKED_RANK
 from loriner.kernels.operands import Nf4
 

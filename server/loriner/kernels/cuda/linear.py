@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from loriner.kernels.cuda import packing
-from loriner.kernels.cuda.launch import Device, Kernel, TensorMap, tensor_map
+from loriner.kernels.cuda.launch import Device, Kernel, tensor_map
 from loriner.kernels.cuda.packing import BLOCK, TILE
+from loriner.kernels.cuda.params import MappedParams, Operand, Params, Values, params_of
 from loriner.kernels.cuda.tiling import (
     KIND_BF16,
     KIND_F32,
@@ -39,56 +40,6 @@ LEAN_TILES = 2  # token tiles up to which they do
 DEEP_TILES = 3  # token tiles up to which registers hold two stages of weights (or one more)
 PART = 2048  # inputs of A x that a thread block sums: one or two rounds of its loads
 MOST_SHRUNK = 8 * 513 * MAX_STACKED_RANK  # values of A x that a launch may make
-NUM_VALUES = 16 + 256  # of NF4 and of nested scales
-
-Values = ctypes.c_float * NUM_VALUES
-
-
-class _Params(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("weight", "scale", "nested", "offset")],
-        *[(name, ctypes.c_void_p) for name in ("bias", "x", "y", "tiles", "num_tiles", "rows")],
-        *[(name, ctypes.c_void_p) for name in ("shrunk", "gate")],
-        ("values", Values),
-        ("shrunk_size", ctypes.c_int64),
-        *[(name, ctypes.c_int) for name in ("M", "N", "K", "KB", "nested_shift", "max_tiles")],
-        *[(name, ctypes.c_int) for name in ("shrunk_stride", "parts", "workers")],
-        *[(name, ctypes.c_int) for name in ("split0", "split1")],
-    ]
-
-
-class _MappedParams(ctypes.Structure):
-    """On Hopper, where x is copied by tensor maps. Aligned to 64 bytes over there."""
-
-    _fields_ = [("x_map", TensorMap), ("rest", _Params), ("padding", ctypes.c_uint64 * 8)]
-
-
-class Operand(NamedTuple):
-    """A fused linear of the base, ready for `Linears`."""
-
-    kind: int
-    weight: Tensor  # [tiles, KB, 512] u8 codes, or [tiles, KB, 1024] bf16
-    scale: Tensor | None  # [tiles, KB / 4, 16, 4] f32, or u8 when nested
-    nested: packing.Nested | None
-    values: Any  # `Values`: the 16 of NF4, then the 256 of nested scales
-    bias: Tensor | None  # [N] f32
-    outputs: int
-    inputs: int
-    gated: bool
-    slices: tuple[int, int]  # ends of the first and second slice, for adapters
-    tiling: Tiling
-
-    @property
-    def num_slices(self) -> int:
-        first, second = self.slices
-        return 1 + (first < self.outputs) + (second < self.outputs)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that a call reads, and that stay resident."""
-        tensors = [self.weight, self.scale]
-        tensors += [] if self.nested is None else [self.nested.outer, self.nested.offset]
-        return sum(t.nbytes for t in tensors if t is not None)
 
 
 class LoraPlan(NamedTuple):
@@ -205,13 +156,13 @@ class Linears:
         kernel = self.kernel(
             operand, epilogue, tiles, is_gelu=is_gelu, adapted=adapters is not None
         )
-        plain = _params(x, operand, y)
+        plain = params_of(x, operand, y)
         if adapters is not None:
             self._add_adapters(plain, adapters)
         params: ctypes.Structure = plain
         if self.maps:
             ring = self._ring(operand, tiles)
-            params = _MappedParams(tensor_map(x, ring.blocks, tiles * 8), plain)
+            params = MappedParams(tensor_map(x, ring.blocks, tiles * 8), plain)
         row_tiles = operand.weight.shape[0] * TILE // cut.rows
         grid = (row_tiles * cut.cluster, -(-rows // (tiles * 8)))
         kernel(grid, cut.threads, params, cluster=cut.cluster)
@@ -255,7 +206,7 @@ class Linears:
         assert ring is not None, "token_tiles are what fits"
         return ring
 
-    def _add_adapters(self, params: _Params, adapters: Adapters) -> None:
+    def _add_adapters(self, params: Params, adapters: Adapters) -> None:
         parts = num_parts(params.K)
         size = parts * params.M * MAX_STACKED_RANK
         if size > len(self._shrunk):
@@ -278,31 +229,6 @@ class Linears:
 def num_parts(inputs: int) -> int:
     """Parts of the inputs over which A x is summed apart, each by a block."""
     return max(1, round(inputs / PART))
-
-
-def _params(x: Tensor, operand: Operand, y: Tensor) -> _Params:
-    nested = operand.nested
-    return _Params(
-        weight=operand.weight.data_ptr(),
-        scale=_pointer(operand.scale),
-        nested=None if nested is None else nested.outer.data_ptr(),
-        offset=None if nested is None else nested.offset.data_ptr(),
-        values=operand.values,
-        bias=_pointer(operand.bias),
-        x=x.data_ptr(),
-        y=y.data_ptr(),
-        M=x.shape[0],
-        N=operand.outputs,
-        K=operand.inputs,
-        KB=operand.weight.shape[1],
-        nested_shift=0 if nested is None else nested.span_shift,
-        split0=operand.slices[0],
-        split1=operand.slices[1],
-    )
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _slices(sizes: Sequence[int]) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from loriner.kernels.cuda import packing
 from loriner.kernels.cuda.launch import Device
-from loriner.kernels.cuda.linear import ADD, GATED, STORE, Adapters, Operand
+from loriner.kernels.cuda.linear import ADD, GATED, STORE, Adapters
+from loriner.kernels.cuda.params import Operand
 from loriner.kernels.cuda.tiling import KIND_BF16, MAX_STACKED_RANK
 
 MAX_FUSED_ROWS = 256
