@@ -8,7 +8,8 @@ from loriner.adapters.records import OTHER_BASE, QUARANTINED, READY
 from loriner.api.adapters import Placed
 from loriner.api.formats import Gathered
 from loriner.api.running import Run
-from loriner.core import Event, FinishReason, TokenLogprob
+from loriner.api.voice import Said
+from loriner.core import FinishReason, TokenLogprob
 from loriner_proto.v1 import adapters_pb2, inference_pb2
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def opening(run: Run, service: Service) -> inference_pb2.Opening:
     record = run.record
     return inference_pb2.Opening(
         answer_id=run.answer_id,
-        model=run.model(service.model_name),
+        model=run.model,
         adapter=None if record is None else record.name,
         generation=run.generation,
         base_digest=service.base_digest,
@@ -44,9 +45,10 @@ def opening(run: Run, service: Service) -> inference_pb2.Opening:
     )
 
 
-def delta(index: int, event: Event) -> inference_pb2.Delta:
+def delta(said: Said) -> inference_pb2.Delta:
+    event = said.event
     return inference_pb2.Delta(
-        index=index,
+        index=said.index,
         text=event.text,
         token_ids=event.token_ids,
         logprobs=[_logprob(entry) for entry in event.logprobs],

@@ -49,8 +49,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             job = await self._chat_job(request)
             async with self._runner.run(job) as run:
                 choices = [Gathered() for _ in range(job.num_choices)]
-                async for index, event in run.events():
-                    choices[index].add(event)
+                async for said in run.said():
+                    choices[said.index].add(said)
                 await context.send_initial_metadata(_metadata(run))
                 return pb.ChatResponse(
                     opening=grpc_answers.opening(run, self._service),
@@ -82,8 +82,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         async with self._runner.run(job) as run:
             await context.send_initial_metadata(_metadata(run))
             await context.write(part(opening=grpc_answers.opening(run, self._service)))
-            async for index, event in run.events():
-                await context.write(part(delta=grpc_answers.delta(index, event)))
+            async for said in run.said():
+                await context.write(part(delta=grpc_answers.delta(said)))
             await context.write(part(usage=grpc_answers.usage(run)))
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from loriner.api.schema import ChatBody, CompletionBody
-from loriner.api.validation import M, validate
-from loriner.errors import InvalidRequestError, LorinerError
+from loriner.api.validation import M, renamed, validate
+from loriner.errors import InvalidRequestError
 from loriner_proto.v1 import inference_pb2 as pb
 
 _ON_LOOP_BYTES = 64 << 10  # larger messages are validated in a thread
@@ -39,18 +38,9 @@ _ROLES = {
 }
 
 
-@contextmanager
-def named_as_in_proto(prefix: str = "") -> Iterator[None]:
+def named_as_in_proto(prefix: str = "") -> AbstractContextManager[None]:
     """Within it, errors name fields by their path in the message; `prefix` is where that lies."""
-    try:
-        yield
-    except LorinerError as error:
-        param = getattr(error, "param", None)
-        if isinstance(param, str):
-            path = _path(param)
-            error.param = prefix + path  # type: ignore[attr-defined]
-            error.args = (str(error).replace(f"'{param}'", f"'{prefix}{path}'"),)
-        raise
+    return renamed(lambda param: prefix + _path(param))
 
 
 def _path(param: str) -> str:

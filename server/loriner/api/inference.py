@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Job:
     """One validated request."""
 
-    kind: str  # "chatcmpl" or "cmpl", the prefix of its id
+    kind: str  # "chatcmpl", "cmpl" or "resp", the prefix of its id
     prompts: Sequence[Prompt]
     prompt_param: str
     sampling: SamplingParams
@@ -42,7 +42,9 @@ class Job:
         return len(self.prompts) * self.sampling.n
 
 
-async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id: str) -> Job:
+async def chat_job(
+    service: Service, body: ChatBody, caller: Caller, request_id: str, kind: str = "chatcmpl"
+) -> Job:
     """Raises InvalidRequestError, ModelNotFoundError."""
     sampling = await _sampling(service, body)
     calling = await tool_calling(service, body)
@@ -51,7 +53,7 @@ async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id:
     choice = choose(body.model, body.adapters(), service.model_name)
     prompt = await prompts.from_chat(service, body, calling)
     return Job(
-        "chatcmpl",
+        kind,
         [prompt],
         "messages",
         sampling,

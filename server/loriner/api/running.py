@@ -1,6 +1,6 @@
 """Runs one inference job for a door: start, first event, all events, close.
 
-Knows the Service's `generate`; nothing of chat or text, and no door. Invariant: whatever ends the
+Knows the Service's `generate`, and no door. Invariant: whatever ends the
 job (finish, error, disconnect, deadline, shutdown), every Generation it opened is closed, and a
 door gets its `Run` with the first event, so that an error before it still has a status.
 """
@@ -19,6 +19,7 @@ from loriner.api.metrics import Metrics, RequestMeter
 from loriner.api.prompts import Prompt
 from loriner.api.quotas import Quotas, Spend
 from loriner.api.selection import public_name
+from loriner.api.voice import Said, Voice
 from loriner.core import Event, FinishReason, Scaled, Turn
 from loriner.errors import AdapterNotFoundError, EngineFailedError, EngineUnavailableError
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from loriner.engine.generation import Generation
     from loriner.engine.service import Service
 
-Numbered = tuple[int, Event]  # with the prompt's or the choice's index
+Numbered = tuple[int, Event]  # with the prompt's index
 
 
 class Runner:
@@ -58,7 +59,8 @@ class Runner:
                     raise EngineFailedError("The engine answered nothing.")
                 _raise_if_aborted(first[1])
                 record = generations[0].record
-                yield Run(job, answer_id, record, first, events, meter, spend)
+                base = self._service.model_name
+                yield Run(job, answer_id, record, first, events, meter, spend, base)
 
     async def _admit(self, job: Job, prompt: Prompt, request_id: str) -> Generation:
         caller, asked = job.caller, job.choice.named()
@@ -88,6 +90,7 @@ class Run:
         events: AsyncGenerator[Numbered, None],
         meter: RequestMeter,
         spend: Spend,
+        base: str,
     ) -> None:
         self.job = job
         self.answer_id = answer_id
@@ -95,18 +98,20 @@ class Run:
         self.created = int(time.time())
         self.cold_start = first[1].cold_start
         self.meter = meter
-        self._first, self._rest, self._spend = first, events, spend
+        self._first, self._rest, self._spend, self._base = first, events, spend, base
         self._cached_tokens = [0] * len(job.prompts)
         self._output_tokens = [0] * job.num_choices
+        self._voices = [Voice(i, job.calling) for i in range(job.num_choices)]
 
     @property
     def generation(self) -> str | None:
         """The digest that answers; None for the base."""
         return None if self.record is None else self.record.generation
 
-    def model(self, base: str) -> str:
+    @property
+    def model(self) -> str:
         """What answers, as it was asked for; the name of the base where no adapter was."""
-        return base if self.record is None else self.job.choice.name or self.record.name
+        return self._base if self.record is None else self.job.choice.name or self.record.name
 
     @property
     def prompt_tokens(self) -> int:
@@ -122,13 +127,13 @@ class Run:
         """So far."""
         return sum(self._output_tokens)
 
-    async def events(self) -> AsyncIterator[Numbered]:
-        """(choice index, event), counted; raises when an event says that its sequence failed."""
-        yield self._count(*self._first)
+    async def said(self) -> AsyncIterator[Said]:
+        """All events, read and counted; raises when one says that its sequence failed."""
+        yield self._hear(*self._first)
         async for prompt, event in self._rest:
-            yield self._count(prompt, event)
+            yield self._hear(prompt, event)
 
-    def _count(self, prompt: int, event: Event) -> Numbered:
+    def _hear(self, prompt: int, event: Event) -> Said:
         _raise_if_aborted(event)
         index = prompt * self.job.sampling.n + event.index
         if event.index == 0:  # other choices find the first one's prompt in the cache
@@ -136,7 +141,7 @@ class Run:
         self._output_tokens[index] = event.num_output_tokens
         self.meter.event(index, event)
         self._spend(len(event.token_ids))
-        return index, event
+        return self._voices[index].hear(event)
 
 
 def _count_prompts(job: Job, record: Served | None, meter: RequestMeter, spend: Spend) -> None:

@@ -68,6 +68,41 @@ CHAT: Mapping[str, tuple[object, ...]] = MappingProxyType(
     }
 )
 
+# Of chat's fields those that have no place in a response, or have another name there.
+RESPONSES: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        **_COMMON,
+        "previous_response_id": (),
+        "conversation": (),
+        "background": (False,),
+        "background_options": (),
+        "access_programs": (),
+        "image": (),
+        "include": ([],),
+        "prompt": (),
+        "max_tool_calls": (),
+        "context_management": ([],),
+        "truncation": ("disabled",),
+        "top_logprobs": (0,),
+        "logprobs": (False,),
+        "reasoning": ({},),
+        "stream_options": ({"include_obfuscation": False}, {}),
+        "messages": (),
+        "max_tokens": (),
+        "max_completion_tokens": (),
+        "response_format": (),
+        "n": (1,),
+        "return_token_ids": (False,),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "chat_template": (),
+        "documents": ([],),
+    }
+)
+
 COMPLETION: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {**_COMMON, "suffix": ("",), "prompt_embeds": ()}
 )
@@ -90,6 +125,13 @@ _HINTS: Mapping[str, str] = MappingProxyType(
             "grammar": ("guided_grammar", "ebnf"),
         }.items()
         for other in others
+    }
+    | {
+        "messages": " Use `input`.",
+        "max_tokens": " Use `max_output_tokens`.",
+        "max_completion_tokens": " Use `max_output_tokens`.",
+        "response_format": " Use `text.format`.",
+        "previous_response_id": " Nothing is stored: send the whole conversation in `input`.",
     }
 )
 
