@@ -188,7 +188,7 @@ class FakeGrammars:
     async def compile(self, constraint: Constraint) -> str:
         if "bad" in constraint.text:
             raise InvalidRequestError(f"{constraint.param} is bad.", constraint.param)
-        return f"{constraint.kind}: {constraint.text}"
+        return f"{constraint.before}{constraint.kind}: {constraint.text}"
 
 
 class FakeChat:
@@ -199,6 +199,9 @@ class FakeChat:
         self.special_ids: dict[str, int] = {}
 
     def special_id(self, text: str) -> int | None:
+        return self.special_ids.get(text)
+
+    def unspelled_id(self, text: str) -> int | None:
         return self.special_ids.get(text)
 
 

@@ -67,5 +67,5 @@ def usage(run: Run) -> shapes.Usage:
         completion_tokens=output,
         total_tokens=prompt + output,
         prompt_tokens_details=shapes.PromptTokens(run.cached_tokens),
-        completion_tokens_details=shapes.CompletionTokens(),
+        completion_tokens_details=shapes.CompletionTokens(run.reasoning_tokens),
     )

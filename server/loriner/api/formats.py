@@ -14,9 +14,9 @@ from typing import Protocol
 from msgspec import UNSET, UnsetType
 
 from loriner.api import shapes
+from loriner.api.pieces import Piece
 from loriner.api.prompts import Prompt
 from loriner.api.spoken import delta_of, message_of
-from loriner.api.tool_reader import Piece
 from loriner.api.voice import Said
 from loriner.core import Event, TokenLogprob
 
@@ -94,7 +94,7 @@ class ChatFormat:
 
     def chunk(self, said: Said) -> shapes.Answer | None:
         event, delta, finish = said.event, delta_of(said.pieces), said.finish_reason
-        if delta.content is UNSET and delta.tool_calls is UNSET and finish is None:
+        if not said.pieces and finish is None:
             if not _shows_tokens(self._head, event):
                 return None
             delta.content = ""

@@ -67,7 +67,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if request.HasField("chat"):
             with named_as_in_proto("chat."):
                 chat = await chat_body(request.chat)
-                return (await prompts.from_chat(self._service, chat)).ids
+                template = await prompts.template_of(self._service)
+                return (await prompts.from_chat(self._service, chat, template, None)).ids
         if not request.HasField("text"):
             raise InvalidRequestError("Give either `text` or `chat`.", "input")
         special = request.add_special_tokens or not request.HasField("add_special_tokens")

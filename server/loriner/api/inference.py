@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 from loriner.api import prompts
 from loriner.api.access import Caller
 from loriner.api.prompts import Prompt
-from loriner.api.schema import ChatBody, CompletionBody, SamplingBody
+from loriner.api.reasoning import MAX_TAIL, Thinking, thinking_of
+from loriner.api.schema import ChatBody, CompletionBody
 from loriner.api.selection import Choice, choose
-from loriner.api.tool_calling import ToolCalling
+from loriner.api.tool_calling import ToolCalling, spelled
 from loriner.api.tool_formats import format_of
 from loriner.core import SamplingParams
+from loriner.engine.grammars import Constraint
 
 if TYPE_CHECKING:
     from loriner.engine.service import Service
@@ -36,6 +38,7 @@ class Job:
     request_id: str
     priority: int
     calling: ToolCalling | None = None  # None: no tool may be called
+    thinking: Thinking | None = None  # None: all text is the answer
 
     @property
     def num_choices(self) -> int:
@@ -46,12 +49,21 @@ async def chat_job(
     service: Service, body: ChatBody, caller: Caller, request_id: str, kind: str = "chatcmpl"
 ) -> Job:
     """Raises InvalidRequestError, ModelNotFoundError."""
-    sampling = await _sampling(service, body)
-    calling = await tool_calling(service, body)
-    if calling is not None:
-        sampling = await calling.constrain(service, sampling)
+    sampling, constraint = body.sampling(), body.constraint()
     choice = choose(body.model, body.adapters(), service.model_name)
-    prompt = await prompts.from_chat(service, body, calling)
+    template = await prompts.template_of(service)
+    calling = tool_calling(service, body, template)
+    prompt = await prompts.from_chat(service, body, template, calling)
+    thinking = _thinking(service, body, template, prompt)
+    before = ""
+    if thinking is not None:
+        special = service.chat.special_id(thinking.closing) is not None
+        sampling = replace(sampling, special_text=special)
+        before = thinking.grammar(lambda mark: spelled(service, mark))
+    if constraint is not None:
+        sampling = await _keeping(service, sampling, replace(constraint, before=before))
+    if calling is not None:
+        sampling = await calling.constrain(service, sampling, before)
     return Job(
         kind,
         [prompt],
@@ -62,28 +74,32 @@ async def chat_job(
         request_id,
         body.priority,
         calling,
+        thinking,
     )
 
 
-async def tool_calling(service: Service, body: ChatBody) -> ToolCalling | None:
+def tool_calling(service: Service, body: ChatBody, template: str) -> ToolCalling | None:
     """None when nothing may be called. Raises InvalidRequestError."""
     use = body.tool_use()
-    if use is None:
-        return None
-    return ToolCalling(use, format_of(await prompts.template_of(service), service.tool_format))
+    return None if use is None else ToolCalling(use, format_of(template, service.tool_format))
+
+
+def _thinking(service: Service, body: ChatBody, template: str, prompt: Prompt) -> Thinking | None:
+    tail = service.decode(prompt.ids[-MAX_TAIL:])
+    return thinking_of(template, tail, continued=prompt.continued, shown=body.include_reasoning)
 
 
 async def text_job(service: Service, body: CompletionBody, caller: Caller, request_id: str) -> Job:
     """Raises InvalidRequestError, ModelNotFoundError."""
-    sampling = await _sampling(service, body)
+    sampling, constraint = body.sampling(), body.constraint()
+    if constraint is not None:
+        sampling = await _keeping(service, sampling, constraint)
     choice = choose(body.model, body.adapters(), service.model_name)
     entries = await prompts.from_completion(service, body)
     return Job("cmpl", entries, "prompt", sampling, choice, caller, request_id, body.priority)
 
 
-async def _sampling(service: Service, body: SamplingBody) -> SamplingParams:
-    """With the grammar, when the answer has one."""
-    sampling, constraint = body.sampling(), body.constraint()
-    if constraint is None:
-        return sampling
+async def _keeping(
+    service: Service, sampling: SamplingParams, constraint: Constraint
+) -> SamplingParams:
     return replace(sampling, grammar=await service.grammars.compile(constraint))

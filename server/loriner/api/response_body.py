@@ -17,6 +17,7 @@ from loriner.api.schema import (
     MAX_NAME_CHARS,
     AdapterName,
     ChatBody,
+    Effort,
     SamplingBody,
     ScaledAdapter,
     ScaledAdapters,
@@ -32,12 +33,13 @@ MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 _SAME = ("model", "adapter", "temperature", "top_p", "stream")
-_PASSED_ON = frozenset(SamplingBody.model_fields) | {"chat_template_kwargs"}
+_PASSED_ON = frozenset(SamplingBody.model_fields) | {"chat_template_kwargs", "include_reasoning"}
 _RENAMED = {
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
     "messages": "input",
     "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
 }
 
 
@@ -57,6 +59,14 @@ class TextSettings(Body):
         | None
     ) = None
     verbosity: Literal["medium"] | None = None
+
+
+class ReasoningSettings(Body):
+    model_config = ConfigDict(extra="forbid")
+
+    effort: Effort | None = None
+    summary: None = None
+    generate_summary: None = None
 
 
 class FunctionTool(Function):
@@ -80,6 +90,7 @@ class ResponseBody(Body):
     top_p: float = 1.0
     stream: bool = False
     text: TextSettings = TextSettings()
+    reasoning: ReasoningSettings = ReasoningSettings()
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] = []
     tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
     parallel_tool_calls: bool = True
@@ -105,6 +116,7 @@ class ResponseBody(Body):
         data |= {name: getattr(self, name) for name in _SAME}
         data |= {"messages": made.messages, "max_completion_tokens": self.max_output_tokens}
         data["response_format"] = self._response_format()
+        data["reasoning_effort"] = self.reasoning.effort
         if self.tools:
             data["tools"] = [_nested(tool) for tool in self.tools]
             data["parallel_tool_calls"] = self.parallel_tool_calls

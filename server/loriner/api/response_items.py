@@ -37,6 +37,18 @@ class MessageItem(Body):
     content: str | Parts
 
 
+class ThoughtText(Body):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(Body):
+    type: Literal["reasoning"]
+    content: Annotated[list[ThoughtText], Field(max_length=MAX_PARTS)] | None = None
+    summary: Annotated[list[Any], Field(max_length=0)] = []
+    encrypted_content: None = None
+
+
 class CallItem(Body):
     type: Literal["function_call"]
     call_id: str
@@ -56,11 +68,13 @@ def _kind(item: Any) -> str:
 
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
     | Annotated[CallItem, Tag("function_call")]
     | Annotated[OutputItem, Tag("function_call_output")],
     Discriminator(_kind),
 ]
-_KINDS = ("message", "function_call", "function_call_output")
+AnyItem = MessageItem | ReasoningItem | CallItem | OutputItem
+_KINDS = ("message", "reasoning", "function_call", "function_call_output")
 
 
 def check_kinds(items: Any) -> None:
@@ -74,6 +88,8 @@ def check_kinds(items: Any) -> None:
                 f"Items of type '{show(str(kind))}' are not served; {', '.join(_KINDS)} are.",
                 f"input[{i}].type",
             )
+        if kind == "reasoning":
+            continue
         name = "output" if kind == "function_call_output" else "content"
         parts = item.get(name)
         for j, part in enumerate(parts if isinstance(parts, list) else ()):
@@ -101,13 +117,28 @@ class Conversation:
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)  # path in the chat -> path in the request
+    _thoughts: list[str] = field(default_factory=list)  # of the assistant's turn to come
+    _thought_at: str = ""
 
     def say(self, role: str, content: Any, place: str) -> None:
+        if role != "assistant":
+            self.settle()
         self.places[f"messages[{len(self.messages)}]"] = place
         self.messages.append({"role": role, "content": content})
+        if self._thoughts:
+            self.messages[-1]["reasoning_content"] = "\n".join(self._thoughts)
+            self._thoughts = []
 
-    def add(self, item: MessageItem | CallItem | OutputItem, place: str) -> None:
-        if isinstance(item, MessageItem):
+    def settle(self) -> None:
+        """Reasoning that nothing followed is a turn of its own."""
+        if self._thoughts:
+            self.say("assistant", "", self._thought_at)
+
+    def add(self, item: AnyItem, place: str) -> None:
+        if isinstance(item, ReasoningItem):
+            self._thoughts += [part.text for part in item.content or ()]
+            self._thought_at = place
+        elif isinstance(item, MessageItem):
             self.say(item.role, _content(item.content), place)
         elif isinstance(item, OutputItem):
             self.say("tool", _content(item.output), place)
@@ -117,7 +148,7 @@ class Conversation:
 
     def _call(self, item: CallItem, place: str) -> None:
         """Calls that follow each other, or an answer's text, are one turn."""
-        if not self.messages or self.messages[-1]["role"] != "assistant":
+        if self._thoughts or not self.messages or self.messages[-1]["role"] != "assistant":
             self.say("assistant", None, place)
         calls = self.messages[-1].setdefault("tool_calls", [])
         self.places[f"messages[{len(self.messages) - 1}].tool_calls[{len(calls)}].function"] = place
@@ -126,9 +157,7 @@ class Conversation:
         )
 
 
-def conversation(
-    asked: str | Sequence[MessageItem | CallItem | OutputItem], instructions: str | None
-) -> Conversation:
+def conversation(asked: str | Sequence[AnyItem], instructions: str | None) -> Conversation:
     """`instructions` come first, as the system's."""
     made = Conversation()
     if instructions is not None:
@@ -138,6 +167,7 @@ def conversation(
         return made
     for i, item in enumerate(asked):
         made.add(item, f"input[{i}]")
+    made.settle()
     return made
 
 

@@ -28,6 +28,19 @@ class MessageItem(Struct):
     role: str = "assistant"
 
 
+class ReasoningText(Struct):
+    text: str
+    type: str = "reasoning_text"
+
+
+class ReasoningItem(Struct):
+    id: str
+    content: list[ReasoningText]
+    status: str = "in_progress"
+    type: str = "reasoning"
+    summary: tuple[()] = ()
+
+
 class CallItem(Struct):
     id: str
     call_id: str
@@ -64,7 +77,7 @@ class Failure(Struct):
 
 
 class Effort(Struct, frozen=True):
-    effort: None = None
+    effort: str | None = None
     summary: None = None
 
 
@@ -81,6 +94,7 @@ class Response(Struct, kw_only=True):
     prompt_cache_key: str | None
     safety_identifier: str | None
     presence_penalty: float
+    reasoning: Effort
     frequency_penalty: float
     temperature: float
     text: dict[str, Any]
@@ -99,11 +113,13 @@ class Response(Struct, kw_only=True):
     background: bool = False
     max_tool_calls: None = None
     previous_response_id: None = None
-    reasoning: Effort = Effort()
     service_tier: str = "default"
     store: bool = False
     top_logprobs: int = 0
     truncation: str = "disabled"
+
+
+Item = MessageItem | ReasoningItem | CallItem
 
 
 class ResponseEvent(Struct):
@@ -120,7 +136,7 @@ class ItemEvent(Struct):
     type: str
     sequence_number: int
     output_index: int
-    item: MessageItem | CallItem
+    item: Item
 
 
 class PartEvent(Struct):
@@ -131,26 +147,30 @@ class PartEvent(Struct):
     item_id: str
     output_index: int
     content_index: int
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class TextDelta(Struct):
+    """`response.output_text.delta`, `response.reasoning_text.delta`."""
+
+    type: str
     sequence_number: int
     item_id: str
     output_index: int
     content_index: int
     delta: str
-    type: str = "response.output_text.delta"
     logprobs: tuple[()] = ()
 
 
 class TextDone(Struct):
+    """`response.output_text.done`, `response.reasoning_text.done`."""
+
+    type: str
     sequence_number: int
     item_id: str
     output_index: int
     content_index: int
     text: str
-    type: str = "response.output_text.done"
     logprobs: tuple[()] = ()
 
 

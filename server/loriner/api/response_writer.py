@@ -75,7 +75,7 @@ class ResponseWriter:
             run.output_tokens,
             run.prompt_tokens + run.output_tokens,
             shapes.InputTokens(run.cached_tokens),
-            shapes.OutputTokens(0),
+            shapes.OutputTokens(run.reasoning_tokens),
         )
         return events
 
@@ -102,6 +102,7 @@ def _echoed(
         parallel_tool_calls=asked.parallel_tool_calls,
         prompt_cache_key=asked.prompt_cache_key,
         safety_identifier=asked.safety_identifier,
+        reasoning=shapes.Effort(chat.reasoning_effort),
         presence_penalty=chat.presence_penalty,
         frequency_penalty=chat.frequency_penalty,
         temperature=asked.temperature,

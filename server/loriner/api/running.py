@@ -101,7 +101,7 @@ class Run:
         self._first, self._rest, self._spend, self._base = first, events, spend, base
         self._cached_tokens = [0] * len(job.prompts)
         self._output_tokens = [0] * job.num_choices
-        self._voices = [Voice(i, job.calling) for i in range(job.num_choices)]
+        self._voices = [Voice(i, job.thinking, job.calling) for i in range(job.num_choices)]
 
     @property
     def generation(self) -> str | None:
@@ -126,6 +126,11 @@ class Run:
     def output_tokens(self) -> int:
         """So far."""
         return sum(self._output_tokens)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Of the output, so far."""
+        return sum(voice.num_reasoning_tokens for voice in self._voices)
 
     async def said(self) -> AsyncIterator[Said]:
         """All events, read and counted; raises when one says that its sequence failed."""

@@ -35,6 +35,7 @@ TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_TEMPLAT
 TemplateKwargs = Annotated[dict[str, TemplateValue | None], Field(max_length=MAX_TEMPLATE_KWARGS)]
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 AdapterName = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 
 
@@ -169,6 +170,8 @@ class Message(Body):
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS)] | None = None
     name: str | None = None
+    reasoning_content: str | None = None  # of an assistant's earlier turn
+    reasoning: str | None = None  # vLLM's newer name of the same
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = None
     tool_call_id: str | None = None
 
@@ -187,6 +190,8 @@ class ChatBody(SamplingBody):
     tools: Tools = []
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool = True  # vLLM
+    reasoning_effort: Effort | None = None
 
     def check(self) -> None:
         super().check()

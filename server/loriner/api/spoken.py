@@ -10,12 +10,18 @@ from collections.abc import Sequence
 from msgspec import UNSET
 
 from loriner.api import shapes
-from loriner.api.tool_reader import Arguments, Call, Content, Piece
+from loriner.api.pieces import Arguments, Call, Content, Piece, Reasoning
 
 
 def delta_of(pieces: Sequence[Piece]) -> shapes.Delta:
     """What one event's pieces add."""
-    return shapes.Delta(content=_content(pieces) or UNSET, tool_calls=_streamed(pieces) or UNSET)
+    thought = _text(pieces, Reasoning) or UNSET
+    return shapes.Delta(
+        content=_text(pieces, Content) or UNSET,
+        reasoning_content=thought,
+        reasoning=thought,
+        tool_calls=_streamed(pieces) or UNSET,
+    )
 
 
 def message_of(pieces: Sequence[Piece]) -> shapes.Message:
@@ -29,14 +35,17 @@ def message_of(pieces: Sequence[Piece]) -> shapes.Message:
         for piece in pieces
         if isinstance(piece, Call)
     ]
-    content = _content(pieces)
+    content, thought = _text(pieces, Content), _text(pieces, Reasoning) or UNSET
     return shapes.Message(
-        content=content if content or not calls else None, tool_calls=calls or UNSET
+        content=content if content or not (calls or thought) else None,
+        reasoning_content=thought,
+        reasoning=thought,
+        tool_calls=calls or UNSET,
     )
 
 
-def _content(pieces: Sequence[Piece]) -> str:
-    return "".join(piece.text for piece in pieces if isinstance(piece, Content))
+def _text(pieces: Sequence[Piece], kind: type[Content] | type[Reasoning]) -> str:
+    return "".join(piece.text for piece in pieces if isinstance(piece, kind))
 
 
 def _arguments(pieces: Sequence[Piece], call: Call) -> str:

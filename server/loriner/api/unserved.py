@@ -15,7 +15,6 @@ from loriner.errors import InvalidRequestError
 
 _COMMON: Mapping[str, tuple[object, ...]] = {
     "store": (False,),
-    "reasoning_effort": ("none",),
     "moderation": (),
     "guided_json": (),
     "guided_regex": (),
@@ -85,11 +84,11 @@ RESPONSES: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "truncation": ("disabled",),
         "top_logprobs": (0,),
         "logprobs": (False,),
-        "reasoning": ({},),
         "stream_options": ({"include_obfuscation": False}, {}),
         "messages": (),
         "max_tokens": (),
         "max_completion_tokens": (),
+        "reasoning_effort": (),
         "response_format": (),
         "n": (1,),
         "return_token_ids": (False,),
@@ -104,7 +103,7 @@ RESPONSES: Mapping[str, tuple[object, ...]] = MappingProxyType(
 )
 
 COMPLETION: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {**_COMMON, "suffix": ("",), "prompt_embeds": ()}
+    {**_COMMON, "reasoning_effort": ("none",), "suffix": ("",), "prompt_embeds": ()}
 )
 
 TOKENIZE: Mapping[str, tuple[object, ...]] = MappingProxyType(

@@ -43,10 +43,22 @@ class ChatTokenizer:
             return ""
 
     def special_id(self, text: str) -> int | None:
-        """The special token that is written `text`: not shown in answers, no text for a grammar."""
+        """The special token that is written `text`: not shown in answers."""
+        found = self._added(text)
+        return found[0] if found is not None and found[1] else None
+
+    def unspelled_id(self, text: str) -> int | None:
+        """The token that is written `text` and that no text in a grammar matches: llguidance keeps
+        special tokens out of texts, and added ones in angle brackets."""
+        found = self._added(text)
+        bracketed = text.startswith("<") and text.endswith(">")
+        return found[0] if found is not None and (found[1] or bracketed) else None
+
+    def _added(self, text: str) -> tuple[int, bool] | None:
+        """The id of the added token that is written `text`, and whether it is special."""
         self.warm()
         added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
-        found = (i for i, token in added.items() if token.content == text and token.special)
+        found = ((i, token.special) for i, token in added.items() if token.content == text)
         return next(found, None)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
