@@ -20,6 +20,7 @@ from loriner.api.tool_calling import ToolCalling, spelled
 from loriner.api.tool_formats import format_of
 from loriner.core import SamplingParams
 from loriner.engine.grammars import Constraint
+from loriner.errors import AdapterNotFoundError
 
 if TYPE_CHECKING:
     from loriner.engine.service import Service
@@ -39,6 +40,12 @@ class Job:
     priority: int
     calling: ToolCalling | None = None  # None: no tool may be called
     thinking: Thinking | None = None  # None: all text is the answer
+    templated: str | None = None  # `name@digest` of the adapter whose own template made the prompt
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template made its prompt."""
+        return self.kind != "cmpl"
 
     @property
     def num_choices(self) -> int:
@@ -51,9 +58,10 @@ async def chat_job(
     """Raises InvalidRequestError, ModelNotFoundError."""
     sampling, constraint = body.sampling(), body.constraint()
     choice = choose(body.model, body.adapters(), service.model_name)
-    template = await prompts.template_of(service)
+    own = await _own_template(service, caller, choice)
+    template = await prompts.template_of(service) if own is None else own[0]
     calling = tool_calling(service, body, template)
-    prompt = await prompts.from_chat(service, body, template, calling)
+    prompt = await prompts.from_chat(service, body, template, calling, is_own=own is not None)
     thinking = _thinking(service, body, template, prompt)
     before = ""
     if thinking is not None:
@@ -75,7 +83,19 @@ async def chat_job(
         body.priority,
         calling,
         thinking,
+        None if own is None else own[1],
     )
+
+
+async def _own_template(service: Service, caller: Caller, choice: Choice) -> tuple[str, str] | None:
+    """That of an adapter which is asked for alone. Raises what says that there is none such."""
+    named = choice.named()
+    if len(named) != 1:
+        return None
+    try:
+        return await service.own_template(caller.reach(named[0].name))
+    except AdapterNotFoundError as error:
+        raise choice.not_found(error.name) from None
 
 
 def tool_calling(service: Service, body: ChatBody, template: str) -> ToolCalling | None:

@@ -61,9 +61,15 @@ class Prompt:
 
 
 async def from_chat(
-    service: Service, body: ChatBody, template: str, calling: ToolCalling | None
+    service: Service,
+    body: ChatBody,
+    template: str,
+    calling: ToolCalling | None,
+    *,
+    is_own: bool = False,
 ) -> Prompt:
-    """Render the chat template. Raises InvalidRequestError naming the message and part."""
+    """Render the chat template; `is_own`: an adapter brought it. Raises InvalidRequestError naming
+    the message and part."""
     kwargs = _kwargs(body, template)
     generation_prompt = body.add_generation_prompt
     turns = [_plain(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
@@ -77,6 +83,7 @@ async def from_chat(
         ),
         continue_final_message=body.continue_final_message,
         template_kwargs=kwargs or None,
+        template=template if is_own else None,
     )
     return Prompt(ids, continued=turns[-1]["content"] if body.continue_final_message else None)
 

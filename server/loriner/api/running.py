@@ -21,7 +21,12 @@ from loriner.api.quotas import Quotas, Spend
 from loriner.api.selection import public_name
 from loriner.api.voice import Said, Voice
 from loriner.core import Event, FinishReason, Scaled, Turn
-from loriner.errors import AdapterNotFoundError, EngineFailedError, EngineUnavailableError
+from loriner.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    EngineFailedError,
+    EngineUnavailableError,
+)
 
 if TYPE_CHECKING:
     from loriner.adapters.mixture import Served
@@ -64,11 +69,12 @@ class Runner:
 
     async def _admit(self, job: Job, prompt: Prompt, request_id: str) -> Generation:
         caller, asked = job.caller, job.choice.named()
+        adapters = [Scaled(job.templated or caller.reach(name), scale) for name, scale in asked]
         try:
-            return await self._service.generate(
+            generation = await self._service.generate(
                 prompt.ids,
                 job.sampling,
-                adapter=[Scaled(caller.reach(name), scale) for name, scale in asked],
+                adapter=adapters,
                 request_id=request_id,
                 tenant=job.caller.tenant,
                 turn=Turn(self._quotas.weight(job.caller.tenant), job.priority),
@@ -76,6 +82,11 @@ class Runner:
             )
         except AdapterNotFoundError as error:
             raise job.choice.not_found(error.name) from None
+        record = generation.record
+        if job.is_chat and record is not None and record.has_template and not job.templated:
+            await generation.close()
+            raise AdapterConflictError("The adapter's chat template came meanwhile: ask again.")
+        return generation
 
 
 class Run:
