@@ -16,7 +16,7 @@ from loriner.api.formats import Gathered
 from loriner.api.grpc_errors import REQUEST_ID_KEY
 from loriner.api.grpc_guard import current_call
 from loriner.api.grpc_requests import chat_body, completion_body, named_as_in_proto
-from loriner.api.inference import Job, chat_job, text_job
+from loriner.api.inference import Job, chat_job, text_job, tool_calling
 from loriner.api.running import Run
 from loriner.api.shared import Shared
 from loriner.errors import InvalidRequestError
@@ -68,7 +68,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             with named_as_in_proto("chat."):
                 chat = await chat_body(request.chat)
                 template = await prompts.template_of(self._service)
-                return (await prompts.from_chat(self._service, chat, template, None)).ids
+                calling = tool_calling(self._service, chat, template)
+                return (await prompts.from_chat(self._service, chat, template, calling)).ids
         if not request.HasField("text"):
             raise InvalidRequestError("Give either `text` or `chat`.", "input")
         special = request.add_special_tokens or not request.HasField("add_special_tokens")

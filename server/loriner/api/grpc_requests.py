@@ -14,6 +14,7 @@ from typing import Any
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from loriner.api import grpc_tools
 from loriner.api.schema import ChatBody, CompletionBody
 from loriner.api.validation import M, renamed, validate
 from loriner.errors import InvalidRequestError
@@ -27,6 +28,9 @@ _CHAT_FIELDS = (
     "add_generation_prompt",
     "continue_final_message",
     "priority",
+    "parallel_tool_calls",
+    "include_reasoning",
+    "reasoning_effort",
 )
 _RENAMED = {"top_logprobs": "logprobs", "max_completion_tokens": "max_tokens"}
 _ROLES = {
@@ -50,7 +54,9 @@ def _path(param: str) -> str:
     renamed = _RENAMED.get(head, head)
     if renamed in _SAMPLING:
         return f"sampling.{renamed}{param[len(head) :]}"
-    return re.sub(r"(tool_calls\[\d+\])\.function\b", r"\1", param)
+    if param == "tool_choice.function.name":
+        return "tool_choice.function"
+    return re.sub(r"^(.*tool_calls\[\d+\]|tools\[\d+\])\.function\b", r"\1", param)
 
 
 def refuse_unknown(message: Message, path: str = "") -> None:
@@ -100,6 +106,7 @@ def _chat(request: pb.ChatRequest) -> dict[str, Any]:
     data = {**_set(request, *_CHAT_FIELDS), **_sampling(request.sampling), **_structured(request)}
     data |= _adapters(request)
     data["messages"] = [_message(message) for message in request.messages]
+    data |= grpc_tools.asked(request)
     if request.chat_template_kwargs:
         data["chat_template_kwargs"] = {
             key: getattr(value, value.WhichOneof("value") or "", None)
@@ -140,7 +147,7 @@ def _structured(request: pb.ChatRequest | pb.GenerateRequest) -> dict[str, Any]:
 
 
 def _message(message: pb.Message) -> dict[str, Any]:
-    data = {"role": _ROLES.get(message.role, ""), **_set(message, "content", "name")}
+    data = {"role": _ROLES.get(message.role, ""), **_set(message, "content", "name", "reasoning")}
     data |= _set(message, "tool_call_id")
     if message.tool_calls:
         data["tool_calls"] = [
