@@ -297,6 +297,7 @@ IMAGE = {"type": "input_image", "image_url": "data:"}
         ({"messages": []}, "messages"),
         ({"max_tokens": 5}, "max_tokens"),
         ({"n": 2}, "n"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"response_format": {"type": "text"}}, "response_format"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"adapter": [{"name": "pirate", "scale": 1e9}]}, "adapter[0].scale"),

@@ -45,7 +45,7 @@ class Job:
     @property
     def is_chat(self) -> bool:
         """Whether a chat template made its prompt."""
-        return self.kind != "cmpl"
+        return self.kind in ("chatcmpl", "resp")
 
     @property
     def num_choices(self) -> int:

@@ -84,6 +84,7 @@ RESPONSES: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "truncation": ("disabled",),
         "top_logprobs": (0,),
         "logprobs": (False,),
+        "prompt_logprobs": (),
         "stream_options": ({"include_obfuscation": False}, {}),
         "messages": (),
         "max_tokens": (),
