@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from loriner_client._config import Retry, Settings, Tls
 from loriner_client._models import (
+    Asked,
     Chat,
+    ChatOptions,
     Message,
     Sampling,
     StructuredOutputs,
@@ -55,12 +58,24 @@ def chat_query(
     priority: int | None,
     template: Mapping[str, TemplateValue] | None,
     structured_outputs: StructuredOutputs | None,
-    sampling: Sampling,
+    asked: Asked,
 ) -> Chat:
     """A text is one user's turn; a mapping has the fields of a Message."""
     turns = [Message("user", messages)] if isinstance(messages, str) else messages
     made = [turn if isinstance(turn, Message) else _message(turn) for turn in turns]
-    return Chat(made, adapter, model, sampling, priority, template or {}, structured_outputs)
+    given = cast(dict[str, Any], asked)
+    options = {name: given[name] for name in given if name in ChatOptions.__annotations__}
+    sampling = {name: given[name] for name in given if name not in options}
+    return Chat(
+        made,
+        adapter,
+        model,
+        cast(Sampling, sampling),
+        priority,
+        template or {},
+        structured_outputs,
+        cast(ChatOptions, options),
+    )
 
 
 def _message(turn: Mapping[str, str]) -> Message:

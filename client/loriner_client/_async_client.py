@@ -60,13 +60,12 @@ class AsyncClient:
         priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
         structured_outputs: m.StructuredOutputs | None = None,
-        **sampling: Unpack[m.Sampling],
+        **asked: Unpack[m.Asked],
     ) -> m.Completion:
         """Answer a conversation, or one user's text. `adapter`: a name, or several with scales,
-        {"a": 0.5, "b": 1.0}. `priority`: lower runs earlier, inside the tenant."""
-        query = chat_query(
-            messages, adapter, model, priority, template, structured_outputs, sampling
-        )
+        {"a": 0.5, "b": 1.0}. `priority`: lower runs earlier, inside the tenant. `tools`: what the
+        answer may call."""
+        query = chat_query(messages, adapter, model, priority, template, structured_outputs, asked)
         return await self._transport.call(query, self._timeout_s)
 
     def stream_chat(
@@ -78,12 +77,10 @@ class AsyncClient:
         priority: int | None = None,
         template: Mapping[str, m.TemplateValue] | None = None,
         structured_outputs: m.StructuredOutputs | None = None,
-        **sampling: Unpack[m.Sampling],
+        **asked: Unpack[m.Asked],
     ) -> AsyncStream:
         """The same, token by token: `async with client.stream_chat(...) as stream`."""
-        query = chat_query(
-            messages, adapter, model, priority, template, structured_outputs, sampling
-        )
+        query = chat_query(messages, adapter, model, priority, template, structured_outputs, asked)
         return AsyncStream(self._transport.stream(query, self._timeout_s))
 
     async def generate(

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from loriner_client import _models as m
 from loriner_client._errors import InvalidRequestError, Refusal, TransportError, error_of
+from loriner_client._tool_json import calls, options
 
 Json = dict[str, Any]
 DONE = "[DONE]"
@@ -34,6 +35,7 @@ def chat_body(query: m.Chat) -> Json:
     body["messages"] = [_message(message) for message in query.messages]
     if query.template:
         body["chat_template_kwargs"] = dict(query.template)
+    body |= options(query.options)
     if "logprobs" in query.sampling:
         body |= {"logprobs": True, "top_logprobs": query.sampling["logprobs"]}
     return body
@@ -69,7 +71,7 @@ def _which(adapter: m.Which | None) -> str | list[Json] | None:
 
 def _message(message: m.Message) -> Json:
     body: Json = {"role": message.role, "content": message.content}
-    for name in ("name", "tool_call_id"):
+    for name in ("name", "tool_call_id", "reasoning"):
         if getattr(message, name) is not None:
             body[name] = getattr(message, name)
     if message.tool_calls:
@@ -127,7 +129,7 @@ def _one(name: str) -> str:
 
 
 def completion(body: Json) -> m.Completion:
-    choices = tuple(delta(choice, choice["message"]["content"]) for choice in body["choices"])
+    choices = tuple(delta(choice, choice["message"]) for choice in body["choices"])
     return m.Completion(opening(body), choices, usage(body))
 
 
@@ -173,9 +175,10 @@ class Reader:
             self._is_open = True
             found.append(opening(event))
         for choice in event["choices"]:
-            text = choice["delta"].get("content") if "delta" in choice else choice["text"]
-            if text or choice.get("token_ids") or choice.get("finish_reason"):
-                found.append(delta(choice, text or ""))
+            adds = choice["delta"] if "delta" in choice else {"content": choice["text"]}
+            made = delta(choice, adds)
+            if made != m.Delta("", made.index):
+                found.append(made)
         if event.get("usage"):
             found.append(usage(event))
         return found
@@ -206,14 +209,17 @@ def _of_prompt(body: Json) -> Iterator[m.TokenLogprob]:
             yield m.TokenLogprob(own.token, own.logprob, own.token_id, tuple(top))
 
 
-def delta(choice: Json, text: str) -> m.Delta:
+def delta(choice: Json, adds: Json) -> m.Delta:
+    """`adds`: a message, or what is added to it."""
     return m.Delta(
-        text,
+        adds.get("content") or "",
         choice["index"],
         tuple(choice.get("token_ids") or ()),
         tuple(_logprobs(choice.get("logprobs") or {})),
         choice.get("finish_reason"),
         choice.get("stop_reason"),
+        adds.get("reasoning") or "",
+        tuple(calls(adds)),
     )
 
 
@@ -234,7 +240,8 @@ def _logprobs(found: Json) -> Iterator[m.TokenLogprob]:
 def usage(body: Json) -> m.Usage:
     found = body["usage"]
     cached = found["prompt_tokens_details"]["cached_tokens"]
-    return m.Usage(found["prompt_tokens"], found["completion_tokens"], cached)
+    thought = found["completion_tokens_details"]["reasoning_tokens"]
+    return m.Usage(found["prompt_tokens"], found["completion_tokens"], cached, thought)
 
 
 def adapter(body: Json) -> m.Adapter:

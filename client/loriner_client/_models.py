@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 A = TypeVar("A")
 TemplateValue = bool | int | float | str
@@ -49,10 +49,41 @@ class StructuredOutputs(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
+class Function:
+    """A tool: what an answer may call."""
+
+    name: str
+    description: str | None = None
+    parameters: str | Mapping[str, Any] | None = None  # a JSON schema of its arguments
+    strict: bool | None = None  # arguments fit the schema even where no call has to be made
+
+
+ToolChoice = Literal["auto", "none", "required"] | Function  # one call of this one
+
+
+class ChatOptions(TypedDict, total=False):
+    """What a conversation may ask for beside sampling."""
+
+    tools: Sequence[Function]
+    tool_choice: ToolChoice
+    parallel_tool_calls: bool
+    include_reasoning: bool
+    reasoning_effort: str
+
+
+class Asked(Sampling, ChatOptions, total=False):
+    """All of both."""
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
+    """A call. In a stream its first piece has its id and name, the others more of its
+    arguments."""
+
     id: str
     name: str
     arguments: str  # a JSON object
+    index: int = 0  # which of the answer's calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +95,7 @@ class Message:
     name: str | None = None
     tool_calls: Sequence[ToolCall] = ()
     tool_call_id: str | None = None
+    reasoning: str | None = None  # of an assistant's earlier turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +130,10 @@ class Delta:
     index: int = 0
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: str | None = None  # stop, length
+    finish_reason: str | None = None  # stop, length, tool_calls
     stop_reason: str | int | None = None  # the stop string or token that ended it
+    reasoning: str = ""  # apart from the text, where the base's template has marks for it
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +143,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0  # of the prompt, found in the server's cache
+    reasoning_tokens: int = 0  # of the completion
 
 
 Part = Opening | Delta | Usage
@@ -126,6 +161,11 @@ class Completion:
     def text(self) -> str:
         """Of the first choice."""
         return self.choices[0].text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Of the first choice."""
+        return self.choices[0].tool_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +193,7 @@ class Adapter:
     source: str
     state: str  # ready, quarantined, other base
     tier: str | None  # disk, host, gpu; None where it was not asked
+    has_template: bool = False  # it brought a chat template of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +254,7 @@ class Chat(Query[Completion]):
     priority: int | None = None
     template: Mapping[str, TemplateValue] = field(default_factory=dict)
     structured_outputs: StructuredOutputs | None = None
+    options: ChatOptions = field(default_factory=ChatOptions)
 
 
 @dataclass(frozen=True, slots=True)

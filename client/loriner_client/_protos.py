@@ -9,6 +9,7 @@ from typing import Any
 
 from loriner_client import _models as m
 from loriner_client._errors import InvalidRequestError
+from loriner_client._tool_protos import calls, options
 from loriner_client._upload import Begin, End, Upload, pieces
 from loriner_proto.v1 import adapters_pb2 as ad
 from loriner_proto.v1 import admin_pb2 as adm
@@ -22,7 +23,11 @@ _ROLES = {
     "assistant": inf.ROLE_ASSISTANT,
     "tool": inf.ROLE_TOOL,
 }
-_FINISH = {inf.FINISH_REASON_STOP: "stop", inf.FINISH_REASON_LENGTH: "length"}
+_FINISH = {
+    inf.FINISH_REASON_STOP: "stop",
+    inf.FINISH_REASON_LENGTH: "length",
+    inf.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
 _TIERS = {ad.TIER_DISK: "disk", ad.TIER_HOST: "host", ad.TIER_GPU: "gpu"}
 _STATES = {
     ad.ADAPTER_STATE_READY: "ready",
@@ -63,6 +68,7 @@ def _chat(query: m.Chat) -> inf.ChatRequest:
         priority=query.priority,
         chat_template_kwargs={key: _template(value) for key, value in query.template.items()},
         structured_outputs=_structured(query.structured_outputs),
+        **options(query.options),
     )
 
 
@@ -136,6 +142,7 @@ def _message(message: m.Message) -> inf.Message:
             for call in message.tool_calls
         ],
         tool_call_id=message.tool_call_id,
+        reasoning=message.reasoning,
     )
 
 
@@ -194,6 +201,8 @@ def _delta(delta: inf.Delta | inf.Choice) -> m.Delta:
         tuple(_logprob(entry) for entry in delta.logprobs),
         _FINISH.get(delta.finish_reason),
         getattr(delta.stop_reason, stop) if stop else None,
+        delta.reasoning,
+        tuple(calls(delta)),
     )
 
 
@@ -203,7 +212,9 @@ def _logprob(entry: inf.TokenLogprob) -> m.TokenLogprob:
 
 
 def _usage(usage: inf.Usage) -> m.Usage:
-    return m.Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+    return m.Usage(
+        usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens
+    )
 
 
 def _adapter(entry: ad.Adapter) -> m.Adapter:
@@ -220,6 +231,7 @@ def _adapter(entry: ad.Adapter) -> m.Adapter:
         source=entry.source,
         state=_STATES.get(entry.state, "unknown"),
         tier=_TIERS.get(entry.tier),
+        has_template=entry.has_template,
     )
 
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator
+from dataclasses import replace
 from types import TracebackType
 
 from loriner_client._errors import TransportError
-from loriner_client._models import Completion, Delta, Opening, Part, TokenLogprob, Usage
+from loriner_client._models import (
+    Completion,
+    Delta,
+    Opening,
+    Part,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
 
 _NO_START = "The answer did not begin with its opening."
 
@@ -111,7 +120,11 @@ def _whole(opening: Opening, deltas: Iterable[Delta], usage: Usage | None) -> Co
 def _joined(deltas: list[Delta]) -> Delta:
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] = []
+    calls: dict[int, ToolCall] = {}
     for delta in deltas:
+        for call in delta.tool_calls:
+            begun = calls.get(call.index)
+            calls[call.index] = call if begun is None else _longer(begun, call)
         token_ids += delta.token_ids
         logprobs += delta.logprobs
     last = deltas[-1]
@@ -122,4 +135,10 @@ def _joined(deltas: list[Delta]) -> Delta:
         tuple(logprobs),
         last.finish_reason,
         last.stop_reason,
+        "".join(delta.reasoning for delta in deltas),
+        tuple(calls.values()),
     )
+
+
+def _longer(begun: ToolCall, more: ToolCall) -> ToolCall:
+    return replace(begun, arguments=begun.arguments + more.arguments)

@@ -13,7 +13,10 @@ from loriner_client._errors import ConfigError
 
 Progress = Callable[[int, int], object]  # bytes sent, bytes in all
 
-_KEPT = re.compile(r"adapter_config\.json|adapter_model\.safetensors|README\.md|loriner\w*\.json")
+_KEPT = re.compile(
+    r"adapter_config\.json|adapter_model\.safetensors|README\.md|loriner\w*\.json"
+    r"|chat_template\.jinja|tokenizer_config\.json"
+)
 
 
 @dataclass(frozen=True, slots=True)

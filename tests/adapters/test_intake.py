@@ -41,7 +41,8 @@ def archive(folder: Path, content: bytes) -> Path:
 
 def test_only_the_files_of_an_adapter_are_taken(tmp_path: Path) -> None:
     extra = {"README.md": b"#", "loriner.json": b"{}", "loriner_eval.json": b"{}"}
-    strangers = {"tokenizer.json": b"{}", ".DS_Store": b"x", "chat_template.jinja": b"{{"}
+    extra |= {"chat_template.jinja": b"{{", "tokenizer_config.json": b"{}"}
+    strangers = {"tokenizer.json": b"{}", ".DS_Store": b"x", "template": b"{{"}
     source = fill(tmp_path / "in", PLAIN | extra | strangers)
     (source / "checkpoints").mkdir()
     (tmp_path / "out").mkdir()

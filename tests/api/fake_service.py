@@ -59,6 +59,7 @@ class FakeRecord:
     base_digest: str | None = BASE_DIGEST
     source: str = "upload"
     state: str = "ready"
+    has_template: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,7 @@ class FakeGrammars:
     async def compile(self, constraint: Constraint) -> str:
         if "bad" in constraint.text:
             raise InvalidRequestError(f"{constraint.param} is bad.", constraint.param)
-        return f"{constraint.kind}: {constraint.text}"
+        return f"{constraint.before}{constraint.kind}: {constraint.text}"
 
 
 class FakeChat:
@@ -201,6 +202,9 @@ class FakeChat:
         self.special_ids: dict[str, int] = {}
 
     def special_id(self, text: str) -> int | None:
+        return self.special_ids.get(text)
+
+    def unspelled_id(self, text: str) -> int | None:
         return self.special_ids.get(text)
 
 
@@ -227,6 +231,7 @@ class FakeService:
         self.chat = FakeChat()
         self.tool_format = "auto"
         self.says: list[str] | None = None  # instead of words that name the adapter
+        self.templates: dict[str, str] = {}  # by generation: what adapters brought
         self.calls: list[dict[str, Any]] = []
         self.closed: list[str] = []
         self.open: list[FakeGeneration] = []
@@ -283,6 +288,7 @@ class FakeService:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        template: str | None = None,
     ) -> list[int]:
         self.rendered.append(
             {
@@ -291,9 +297,15 @@ class FakeService:
                 "add_generation_prompt": add_generation_prompt,
                 "continue_final_message": continue_final_message,
                 "template_kwargs": template_kwargs,
+                "template": template,
             }
         )
         return self.encode("".join(message["content"] for message in messages))
+
+    async def own_template(self, adapter: str) -> tuple[str, str] | None:
+        record = self.store.resolve(adapter)
+        template = self.templates.get(record.generation)
+        return None if template is None else (template, f"{record.name}@{record.generation}")
 
     async def generate(
         self,

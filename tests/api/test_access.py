@@ -79,6 +79,14 @@ def ask(
             ),
         ),
         Operation(
+            f"response, {name}",
+            "POST",
+            "/v1/responses",
+            allowed,
+            gone,
+            {"input": "x", "adapter": adapter},
+        ),
+        Operation(
             f"text, {name}",
             "POST",
             "/v1/completions",

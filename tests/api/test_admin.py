@@ -206,7 +206,7 @@ def test_an_upload_over_the_limit_is_413(make_client: Client, service: FakeServi
 
 
 def test_a_large_text_file_is_413(client: TestClient, service: FakeService) -> None:
-    response = publish(client, **{"README.md": b"x" * (1 << 20) + b"x"})
+    response = publish(client, **{"README.md": b"x" * (4 << 20) + b"x"})
 
     assert response.status_code == 413
     assert left_behind(service) == []

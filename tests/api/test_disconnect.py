@@ -19,6 +19,11 @@ from tests.api.live import LiveServer, wait_until
 
 FREED_S = 0.5
 HI = {"messages": [{"role": "user", "content": "hi"}]}
+BODIES: dict[str, dict[str, object]] = {
+    "/v1/chat/completions": HI,
+    "/v1/completions": {"prompt": ["a", "b"]},
+    "/v1/responses": {"input": "hi"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +73,14 @@ def hang_up(sock: socket.socket, with_reset: bool) -> None:
 
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("is_stream", [False, True])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("path", BODIES)
 def test_leaving_before_the_first_token_closes_the_generation(
     live: LiveServer, service: FakeService, path: str, is_stream: bool, with_reset: bool
 ) -> None:
     service.hold = asyncio.Event()
     with connection(live) as sock:
-        send(sock, path, {**HI, "prompt": ["a", "b"], "stream": is_stream})
-        expected = 1 if "chat" in path else 2
+        send(sock, path, {**BODIES[path], "stream": is_stream})
+        expected = 2 if path == "/v1/completions" else 1
         wait_until(lambda: len(service.open) == expected)
         assert service.closed == []
         hang_up(sock, with_reset)

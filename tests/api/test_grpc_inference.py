@@ -224,11 +224,94 @@ REFUSED_CHATS = [
     (sampled(logit_bias={1: 200.0}), "sampling.logit_bias"),
     (sampled(stop_token_ids=range(129)), "sampling.stop_token_ids"),
     (chat(structured_outputs=pb.StructuredOutputs(json="bad")), "structured_outputs.json"),
+    (chat(tools=[pb.Function()]), "tools[0].name"),
+    (chat(tools=[pb.Function(name="f", parameters="{")]), "tools[0].parameters"),
+    (chat(tools=[pb.Function(name="f", parameters="[]")]), "tools[0].parameters"),
+    (chat(tool_choice=pb.ToolChoice()), "tool_choice"),
+    (
+        chat(tools=[pb.Function(name="f")], tool_choice=pb.ToolChoice(function="g")),
+        "tool_choice.function",
+    ),
+    (chat(reasoning_effort="high"), "reasoning_effort"),
+    (
+        pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="x", reasoning="y")]),
+        "messages[0].reasoning",
+    ),
     (
         chat(structured_outputs=pb.StructuredOutputs(choice=pb.Choices())),
         "structured_outputs.choice",
     ),
 ]
+
+
+WEATHER = pb.Function(
+    name="get_weather",
+    description="Weather now",
+    parameters='{"type": "object", "properties": {"city": {"type": "string"}}}',
+)
+SAYS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+def mode(name: str) -> pb.ToolChoice:
+    return pb.ToolChoice(mode=pb.ToolChoiceMode.Value(f"TOOL_CHOICE_MODE_{name}"))
+
+
+def test_calls_are_read_whole_and_streamed(door: Door, service: FakeService) -> None:
+    text = f"Let me look. {SAYS}"
+    service.says = [text[i : i + 9] for i in range(0, len(text), 9)]
+    asked = chat(tools=[WEATHER])
+    (choice,) = door.inference.Chat(asked).choices
+    (call,) = choice.tool_calls
+    parts = list(door.inference.StreamChat(pb.StreamChatRequest(chat=asked)))
+    deltas = [part.delta for part in parts if part.HasField("delta")]
+    pieces = [call for delta in deltas for call in delta.tool_calls]
+
+    assert choice.text == "Let me look." == "".join(delta.text for delta in deltas)
+    assert choice.finish_reason == pb.FINISH_REASON_TOOL_CALLS == deltas[-1].finish_reason
+    assert (call.name, call.arguments) == ("get_weather", '{"city": "Paris"}')
+    assert pieces[0].name == "get_weather" and pieces[0].HasField("id") and call.id
+    assert not any(piece.HasField("name") or piece.HasField("id") for piece in pieces[1:])
+    assert "".join(piece.arguments for piece in pieces) == call.arguments
+    function = service.rendered[0]["tools"][0]["function"]
+    assert function["description"] == "Weather now" and "city" in str(function["parameters"])
+
+
+@pytest.mark.parametrize(
+    ("choice", "has_tools", "has_grammar"),
+    [
+        (mode("AUTO"), True, False),
+        (mode("NONE"), False, False),
+        (mode("REQUIRED"), True, True),
+        (pb.ToolChoice(function="get_weather"), True, True),
+    ],
+)
+def test_a_tool_choice_is_kept(
+    door: Door, service: FakeService, choice: pb.ToolChoice, has_tools: bool, has_grammar: bool
+) -> None:
+    door.inference.Chat(chat(tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False))
+
+    assert (service.rendered[0]["tools"] is not None) is has_tools
+    assert (service.calls[0]["sampling"].grammar is not None) is has_grammar
+
+
+def test_tools_are_counted_by_tokenize(door: Door, service: FakeService) -> None:
+    door.inference.Tokenize(pb.TokenizeRequest(chat=chat(tools=[WEATHER])))
+    assert service.rendered[0]["tools"][0]["function"]["name"] == "get_weather"
+
+
+def test_reasoning_is_apart_and_counted(door: Door, service: FakeService) -> None:
+    service.chat.template = "<think></think>{{ enable_thinking }}"
+    service.says = ["<think>", "so", "</think>", "Yes."]
+    turns = [user("hi"), pb.Message(role=pb.ROLE_ASSISTANT, content="x", reasoning="y")]
+    asked = pb.ChatRequest(messages=turns, reasoning_effort="none")
+    answer = door.inference.Chat(asked)
+    hidden = door.inference.Chat(chat(include_reasoning=False))
+
+    assert (answer.choices[0].reasoning, answer.choices[0].text) == ("so", "Yes.")
+    assert answer.usage.reasoning_tokens == 3 == hidden.usage.reasoning_tokens
+    assert (hidden.choices[0].reasoning, hidden.choices[0].text) == ("", "Yes.")
+    assert service.rendered[0]["messages"][1]["reasoning_content"] == "y"
+    assert service.rendered[0]["template_kwargs"] == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize(("request_", "field"), REFUSED_CHATS)
@@ -242,7 +325,7 @@ def test_a_refused_chat_names_the_field_as_the_proto_has_it(
     assert (found.code, found.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
     assert found.fields == [field] and streamed.fields == [f"chat.{field}"]
     assert found.details["ErrorInfo"].metadata["param"] == field
-    assert found.message == streamed.message.replace("'chat.", "'") and service.calls == []
+    assert found.message == streamed.message.replace("chat.", "") and service.calls == []
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from loriner.api.response_body import ResponseBody
 from loriner.api.schema import ChatBody, CompletionBody
-from loriner.api.unserved import CHAT, COMPLETION
+from loriner.api.unserved import CHAT, COMPLETION, RESPONSES
 from loriner.core import SamplingParams
 from tests.api.conftest import Client
 from tests.api.fake_service import FakeService
@@ -381,6 +382,8 @@ def test_special_tokens_can_be_left_out_of_a_completion(
     assert [len(call["prompt_ids"]) for call in service.calls] == [3, 2]
 
 
+BODIES = (ChatBody, CompletionBody, ResponseBody)
+FIELDS = sorted({*CHAT, *RESPONSES}.union(*(body.model_fields for body in BODIES)))
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -401,15 +404,16 @@ JSON = st.recursive(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    path=st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
+    path=st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/responses"]),
     fields=st.dictionaries(
-        st.sampled_from(sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *CHAT})),
+        st.sampled_from(FIELDS),
         JSON,
         max_size=4,
     ),
 )
 def test_no_body_is_a_server_error(client: TestClient, path: str, fields: dict[str, Any]) -> None:
-    response = client.post(path, json={"messages": HI, "prompt": "hi", **fields})
+    asked = {"input": "hi"} if path == "/v1/responses" else {"messages": HI, "prompt": "hi"}
+    response = client.post(path, json={**asked, **fields})
 
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:

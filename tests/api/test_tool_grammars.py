@@ -13,8 +13,9 @@ import pytest
 from jsonschema import validate
 from llguidance import LLMatcher
 
+from loriner.api.pieces import Arguments, Call, Content
 from loriner.api.tool_formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat
-from loriner.api.tool_reader import Arguments, Call, Content, ToolReader
+from loriner.api.tool_reader import ToolReader
 from loriner.api.tool_schema import NamedTool, Tool, ToolUse, tool_use
 from loriner.engine.grammars import Constraint, Grammars, Kind, bridge
 from tests.tiny import IM_END, IM_START, VOCAB_SIZE, make_tokenizer, write_tokenizer
@@ -54,7 +55,11 @@ def use_of(choice: Any, parallel: bool = True, *, strict: bool = False) -> ToolU
 
 def matcher(grammars: Grammars, form: ToolFormat, use: ToolUse, *, special: bool) -> LLMatcher:
     """With the mark as text, or as the special token IM_START."""
-    lark = form.grammar(use, lambda text: f"<[{IM_START}]>" if special else json.dumps(text))
+
+    def spell(piece: str) -> str:
+        return f"<[{IM_START}]>" if special and piece == form.mark else json.dumps(piece)
+
+    lark = form.grammar(use, spell)
     grammar = asyncio.run(grammars.compile(Constraint(Kind.GRAMMAR, lark, "tools")))
     trie = bridge(make_tokenizer().to_str(), VOCAB_SIZE, (IM_END,))
     return LLMatcher(trie, grammar, log_level=0)

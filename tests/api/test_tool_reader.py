@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from loriner.api.pieces import Arguments, Call, Content
 from loriner.api.tool_formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat, format_of
-from loriner.api.tool_reader import Arguments, Call, Content, ToolReader
+from loriner.api.tool_reader import ToolReader
 
 Calls = list[tuple[str, str]]
 A = '{"city": "Pa}r\\"is", "n": [1, {"x": 2}]}'

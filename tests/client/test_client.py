@@ -123,6 +123,82 @@ def test_a_structure_that_cannot_be_kept_is_refused(
     assert service.calls == []
 
 
+WEATHER = lc.Function(
+    "get_weather",
+    "Weather now",
+    {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+)
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+OTHER = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+
+
+def test_calls_come_whole_and_in_pieces(client: Any, service: FakeService) -> None:
+    text = f"Let me look. {CALL}\n{OTHER}"
+    service.says = [text[i : i + 9] for i in range(0, len(text), 9)]
+    tools = [WEATHER, lc.Function("get_time")]
+    whole = client.chat("hi", tools=tools)
+    with client.stream_chat("hi", tools=tools) as stream:
+        streamed = stream.completion()
+
+    for answer in (whole, streamed):
+        assert answer.text == "Let me look." and answer.choices[0].finish_reason == "tool_calls"
+        assert [(call.name, call.arguments, call.index) for call in answer.tool_calls] == [
+            ("get_weather", '{"city": "Paris"}', 0),
+            ("get_time", "{}", 1),
+        ]
+        assert all(call.id for call in answer.tool_calls)
+    first, second = (call["tools"] for call in service.rendered)
+    assert first == second and first[0]["function"]["parameters"] == WEATHER.parameters
+
+
+def test_a_call_is_answered_in_the_next_turn(client: Any, service: FakeService) -> None:
+    service.says = [CALL]
+    (call,) = client.chat("hi", tools=[WEATHER], tool_choice=WEATHER).tool_calls
+    turns = [
+        lc.Message("user", "hi"),
+        lc.Message("assistant", None, tool_calls=[call], reasoning="so"),
+        lc.Message("tool", "sunny", tool_call_id=call.id),
+    ]
+    client.chat(turns, tools=[WEATHER], tool_choice="none", parallel_tool_calls=False)
+    _, assistant, result = service.rendered[-1]["messages"]
+
+    assert "get_weather" in service.calls[0]["sampling"].grammar
+    assert assistant["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+    assert assistant["reasoning_content"] == "so"
+    assert result["tool_call_id"] == call.id and service.rendered[-1]["tools"] is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tools": [lc.Function("a b")]},
+        {"tools": [lc.Function("f", parameters="{")]},
+        {"tools": [WEATHER], "tool_choice": lc.Function("g")},
+        {"tool_choice": "sometimes"},
+        {"reasoning_effort": "high"},
+    ],
+)
+def test_options_that_cannot_be_kept_are_refused(
+    client: Any, service: FakeService, asked: lc.ChatOptions
+) -> None:
+    with pytest.raises(lc.InvalidRequestError):
+        client.chat("hi", **asked)
+    assert service.calls == []
+
+
+def test_reasoning_comes_apart(client: Any, service: FakeService) -> None:
+    service.chat.template = "<think></think>"
+    service.says = ["<think>", "so", "</think>", "Yes."]
+    whole = client.chat("hi")
+    with client.stream_chat("hi") as stream:
+        streamed = stream.completion()
+
+    for answer in (whole, streamed):
+        assert (answer.choices[0].reasoning, answer.text) == ("so", "Yes.")
+        assert answer.usage.reasoning_tokens == 3
+    assert client.chat("hi", include_reasoning=False).choices[0].reasoning == ""
+
+
 ALL: lc.Sampling = {
     "max_tokens": 5,
     "min_tokens": 1,

@@ -53,6 +53,8 @@ def http(server: ServerProcess) -> Iterator[lc.Client]:
         yield client
 
 
+WEATHER = lc.Function("get_weather", "Weather now", ANSWER)
+TIME = lc.Function("get_time")
 CHATS: list[tuple[str, dict[str, Any]]] = [
     (HI, {**GREEDY}),
     (HI, {**GREEDY, "adapter": "a0"}),
@@ -74,6 +76,20 @@ CHATS: list[tuple[str, dict[str, Any]]] = [
     (STORY, {"seed": 6, "logprobs": 2, "structured_outputs": {"choice": ["yes", "no", "ünï"]}}),
     (HI, {"seed": 7, "structured_outputs": {"grammar": 'start: "<" /[a-f]{2,8}/ ">"'}}),
     (HI, {"seed": 8, "max_tokens": 9, "structured_outputs": {"json_object": True}}),
+    (HI, {"seed": 9, "max_tokens": 20, "tools": [WEATHER, TIME]}),
+    (HI, {"seed": 1, "tools": [WEATHER, TIME], "tool_choice": WEATHER, "adapter": "a0"}),
+    (
+        STORY,
+        {
+            "seed": 2,
+            "n": 2,
+            "tools": [WEATHER, TIME],
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+        },
+    ),
+    (STORY, {"seed": 3, "tools": [lc.Function("f", None, ANSWER, strict=True)], "max_tokens": 30}),
+    (HI, {**GREEDY, "tools": [TIME], "tool_choice": "none", "reasoning_effort": "none"}),
 ]
 
 
@@ -84,6 +100,8 @@ def plain(answer: lc.Completion) -> dict[str, Any]:
             "text": choice.text,
             "token_ids": choice.token_ids,
             "finish": (choice.finish_reason, choice.stop_reason),
+            "calls": [(call.index, call.name, call.arguments) for call in choice.tool_calls],
+            "reasoning": choice.reasoning,
             "logprobs": [
                 (one.token, pytest.approx(one.logprob, abs=1e-4), len(one.top))
                 for one in choice.logprobs
@@ -290,10 +308,18 @@ REFUSED: list[dict[str, Any]] = [
     {"structured_outputs": {"grammar": "start: nobody"}},
     {"structured_outputs": {"regex": "a+"}, "ignore_eos": True},
     {"structured_outputs": {"regex": "a+"}, "min_tokens": 2},
+    {"tools": [lc.Function("a b")]},
+    {"tools": [TIME, TIME]},
+    {"tools": [TIME], "tool_choice": WEATHER},
+    {"tools": [TIME], "structured_outputs": {"regex": "a+"}},
+    {"tools": [lc.Function("f", parameters={"type": "objekt"})], "tool_choice": "required"},
+    {"tool_choice": "required"},
+    {"reasoning_effort": "high"},
+    {"reasoning_effort": "enormous"},
 ]
 
 
-@pytest.mark.parametrize("fields", REFUSED, ids=lambda fields: json.dumps(fields)[:40])
+@pytest.mark.parametrize("fields", REFUSED, ids=lambda fields: str(fields)[:40])
 def test_a_refusal_is_the_same_through_both_doors(
     grpc: lc.Client, http: lc.Client, fields: dict[str, Any]
 ) -> None:
@@ -370,6 +396,9 @@ def _metric(server: ServerProcess, name: str) -> float:
 
 def _bare(text: str) -> str:
     """A field's name without the place that a door gives it."""
+    text = text.replace("].function", "]").replace(
+        "tool_choice.function.name", "tool_choice.function"
+    )
     return text.replace("sampling.", "").replace("top_logprobs", "logprobs")
 
 

@@ -266,3 +266,42 @@ def test_what_another_process_publishes_is_served_on_first_use(
 
     assert server.ask(HI, "late").token_ids == kit.alone(HI, "a7")
     assert "late" in server.models()
+
+
+def test_an_adapter_speaks_by_the_template_it_brought(
+    server: ServerProcess, kit: Kit, tmp_path: Path
+) -> None:
+    own = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for file in kit.adapters["a2"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "chat_template.jinja").write_text(own)
+    server.publish(folder, "own")
+    greedy = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
+
+    def ask(path: str, **fields: object) -> list[int]:
+        answer = server.http.post(path, json={**greedy, **fields})
+        assert answer.status_code == 200, answer.text
+        ids: list[int] = answer.json()["choices"][0]["token_ids"]
+        return ids
+
+    turns = [{"role": "user", "content": HI}]
+    written = f"user: {HI}\nassistant:"
+    expected = ask("/v1/completions", prompt=written, model="a2", add_special_tokens=False)
+    assert ask("/v1/chat/completions", messages=turns, model="own") == expected
+    assert ask("/v1/chat/completions", messages=turns, model="a2") == kit.alone(HI, "a2", 12)
+    assert generation_of(server, "own") != generation_of(server, "a2")
+
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    with (folder / "chat_template.jinja").open("rb") as template:
+        files = {
+            name: (folder / name).open("rb")
+            for name in ("adapter_config.json", "adapter_model.safetensors")
+        }
+        refused = server.http.post(
+            ADMIN, data={"name": "bad"}, files={**files, "chat_template.jinja": template}
+        )
+    for file in files.values():
+        file.close()
+    assert refused.status_code == 422 and "does not compile" in refused.text

@@ -117,6 +117,33 @@ def test_a_structured_answer_is_parsed(openai: Any) -> None:
     assert isinstance(parsed, Answer) and streamed == parsed
 
 
+def test_a_response_keeps_its_schema_and_streams_the_same(openai: Any) -> None:
+    from pydantic import BaseModel
+
+    class Answer(BaseModel):
+        unit: Literal["C", "F"]
+        sure: bool
+
+    fields = {"model": "b", "input": "Which unit?", "text_format": Answer, "temperature": 0}
+    whole = openai.responses.parse(**fields)
+    with openai.responses.stream(**fields) as stream:
+        streamed = stream.get_final_response()
+
+    assert isinstance(whole.output_parsed, Answer)
+    assert streamed.output_parsed == whole.output_parsed
+    assert streamed.usage.output_tokens == whole.usage.output_tokens > 0
+
+
+def test_a_response_calls_a_function(openai: Any) -> None:
+    function = {"type": "function", "name": "get_weather", "parameters": CITY}
+    named = {"type": "function", "name": "get_weather"}
+    answer = openai.responses.create(
+        model="b", input="Paris?", tools=[function], tool_choice=named, temperature=0
+    )
+    (call,) = answer.output
+    validate(json.loads(call.arguments), CITY)
+
+
 def test_a_strict_function_may_be_called_or_not(openai: Any) -> None:
     from openai import pydantic_function_tool
     from pydantic import BaseModel

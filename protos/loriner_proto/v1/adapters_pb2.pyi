@@ -30,7 +30,7 @@ TIER_HOST: Tier
 TIER_GPU: Tier
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "short_name", "generation", "ranks", "targets", "num_bytes", "pinned", "created_at", "alias_of", "base_digest", "source", "state", "tier", "num_running", "num_waiting")
+    __slots__ = ("name", "short_name", "generation", "ranks", "targets", "num_bytes", "pinned", "created_at", "alias_of", "base_digest", "source", "state", "tier", "num_running", "num_waiting", "has_template")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SHORT_NAME_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class Adapter(_message.Message):
     TIER_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    HAS_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     short_name: str
     generation: str
@@ -61,7 +62,8 @@ class Adapter(_message.Message):
     tier: Tier
     num_running: int
     num_waiting: int
-    def __init__(self, name: _Optional[str] = ..., short_name: _Optional[str] = ..., generation: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., targets: _Optional[_Iterable[str]] = ..., num_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., created_at: _Optional[int] = ..., alias_of: _Optional[str] = ..., base_digest: _Optional[str] = ..., source: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ...) -> None: ...
+    has_template: bool
+    def __init__(self, name: _Optional[str] = ..., short_name: _Optional[str] = ..., generation: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., targets: _Optional[_Iterable[str]] = ..., num_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., created_at: _Optional[int] = ..., alias_of: _Optional[str] = ..., base_digest: _Optional[str] = ..., source: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., has_template: _Optional[bool] = ...) -> None: ...
 
 class UploadRequest(_message.Message):
     __slots__ = ("header", "file", "chunk", "file_end")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 DIGEST_DOMAIN = b"loriner adapter v1\n"
+TEMPLATE_DOMAIN = b"loriner adapter with a chat template v1\n"
 EMBEDDING = "embed_tokens"
 
 
@@ -49,6 +50,7 @@ class Adapter:
     modules: Mapping[str, LoraWeight]
     base_digest: str | None = None  # the base it says it was trained on
     base_name: str | None = None  # what its config calls that base; unreliable
+    template: str | None = None  # its own chat template
 
     @classmethod
     def of(
@@ -60,6 +62,12 @@ class Adapter:
     ) -> Adapter:
         """The adapter of these weights, its generation computed from them."""
         return cls(digest_of(modules), MappingProxyType(dict(modules)), base_digest, base_name)
+
+    def with_template(self, template: str | None) -> Adapter:
+        """These weights with a chat template of their own: another generation."""
+        assert self.template is None
+        generation = templated(self.generation, template)
+        return replace(self, generation=generation, template=template)
 
     @property
     def num_bytes(self) -> int:
@@ -96,3 +104,10 @@ def digest_of(modules: Mapping[str, LoraWeight]) -> str:
             sha.update(f"{role}\0{dtype}\0{tuple(tensor.shape)}\0".encode())
             sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def templated(weights: str, template: str | None) -> str:
+    """The generation of weights with this digest and a chat template; without one, their digest."""
+    if template is None:
+        return weights
+    return hashlib.sha256(TEMPLATE_DOMAIN + f"{weights}\n{template}".encode()).hexdigest()

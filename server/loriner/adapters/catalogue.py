@@ -19,8 +19,9 @@ from typing import Any
 from loriner.adapters.records import QUARANTINED
 from loriner.errors import AdapterStoreError
 
-VERSION = 1
-_SCHEMA = """
+VERSION = 2
+_SCHEMAS = (
+    """
 CREATE TABLE generations (
     digest TEXT PRIMARY KEY,
     state TEXT NOT NULL,
@@ -51,10 +52,18 @@ CREATE TABLE history (
 CREATE INDEX names_by_digest ON names (digest);
 CREATE INDEX history_by_name ON history (name, id);
 CREATE INDEX history_by_digest ON history (digest);
-"""
+""",
+    """
+CREATE TABLE templates (
+    digest TEXT PRIMARY KEY REFERENCES generations (digest) ON DELETE CASCADE,
+    template TEXT NOT NULL
+) WITHOUT ROWID;
+""",
+)  # what each version adds
 
 _GENERATION = "digest, state, checked_base, base_digest, ranks, targets, num_bytes, num_modules"
-_COLUMNS = f"name, alias_of, source, pinned, created_at, {_GENERATION}"
+_KNOWN = f"{_GENERATION}, digest IN (SELECT digest FROM templates)"
+_COLUMNS = f"name, alias_of, source, pinned, created_at, {_KNOWN}"
 _NAMES = f"SELECT {_COLUMNS} FROM names JOIN generations USING (digest)"
 _HISTORY = f"""SELECT {_COLUMNS} FROM
     (SELECT h.id, h.name, h.digest, h.alias_of, h.source, h.created_at, n.pinned
@@ -74,6 +83,7 @@ class Generation:
     targets: tuple[str, ...]
     num_bytes: int
     num_modules: int
+    has_template: bool = False  # a chat template of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +151,7 @@ class Catalogue:
         return self._entries(f"{_HISTORY} WHERE name = ? ORDER BY id DESC", name)
 
     def generation(self, digest: str) -> Generation | None:
-        query = f"SELECT {_GENERATION} FROM generations WHERE digest = ?"
+        query = f"SELECT {_KNOWN} FROM generations WHERE digest = ?"
         return next((_generation(row) for row in self._read(query, digest)), None)
 
     def is_referenced(self, digest: str) -> bool:
@@ -181,6 +191,14 @@ class Catalogue:
                 row.num_modules,
             ),
         )
+
+    def put_template(self, digest: str, template: str) -> None:
+        self._writer.execute("INSERT OR IGNORE INTO templates VALUES (?, ?)", (digest, template))
+
+    def template(self, digest: str) -> str | None:
+        """The chat template that a generation brought."""
+        rows = self._read("SELECT template FROM templates WHERE digest = ?", digest)
+        return next((template for (template,) in rows), None)
 
     def point(self, name: str, digest: str, alias_of: str | None, source: str, at: int) -> None:
         """Point `name` at a generation; if that is a change, note it in the history."""
@@ -229,10 +247,10 @@ class Catalogue:
             (version,) = self._writer.execute("PRAGMA user_version").fetchone()
             if version > VERSION:
                 raise AdapterStoreError("The adapter store was written by a newer version.")
-            if version < VERSION:
-                for statement in _SCHEMA.split(";\n"):
+            for schema in _SCHEMAS[version:]:
+                for statement in schema.split(";\n"):
                     self._writer.execute(statement)
-                self._writer.execute(f"PRAGMA user_version = {VERSION}")
+            self._writer.execute(f"PRAGMA user_version = {VERSION}")
 
     def _entries(self, query: str, *values: object) -> list[Entry]:
         return [
@@ -247,7 +265,7 @@ class Catalogue:
 
 
 def _generation(row: Sequence[Any]) -> Generation:
-    digest, state, checked_base, base_digest, ranks, targets, num_bytes, num_modules = row
+    digest, state, checked_base, base_digest, ranks, targets, num_bytes, num_modules, own = row
     return Generation(
         digest,
         state,
@@ -257,6 +275,7 @@ def _generation(row: Sequence[Any]) -> Generation:
         tuple(json.loads(targets)),
         num_bytes,
         num_modules,
+        bool(own),
     )
 
 

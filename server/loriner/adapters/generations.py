@@ -117,9 +117,16 @@ class Generations:
             targets=adapter.targets,
             num_bytes=adapter.num_bytes,
             num_modules=len(adapter.modules),
+            has_template=adapter.template is not None,
         )
 
-    def add(self, staged: Path, generation: Generation, point: Callable[[], None]) -> bool:
+    def add(
+        self,
+        staged: Path,
+        generation: Generation,
+        template: str | None,
+        point: Callable[[], None],
+    ) -> bool:
         """Place files and row, and run `point` in the same transaction. In the section.
 
         Returns whether the generation was there already. On an error nothing of it can be served.
@@ -130,6 +137,8 @@ class Generations:
                 self.disk.place(staged, generation.digest)
             with self.catalogue.transaction():
                 self.catalogue.put_generation(generation)
+                if template is not None:
+                    self.catalogue.put_template(generation.digest, template)
                 point()
         except BaseException:
             with suppress(OSError, sqlite3.Error):  # what stays has no row; the next sweep takes it
@@ -228,6 +237,7 @@ class Generations:
         """Its files, if they still are what was published. Raises _DamagedError."""
         try:
             adapter = self.read(self.disk.folder(known.digest))
+            adapter = adapter.with_template(self.catalogue.template(known.digest))
         except InvalidAdapterError as error:
             raise _DamagedError(str(error)) from error
         except OSError as error:

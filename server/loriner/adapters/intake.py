@@ -24,7 +24,10 @@ from loriner.errors import InvalidAdapterError, PayloadTooLargeError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-_KEPT = re.compile(r"adapter_config\.json|adapter_model\.safetensors|README\.md|loriner\w*\.json")
+_KEPT = re.compile(
+    r"adapter_config\.json|adapter_model\.safetensors|README\.md|loriner\w*\.json"
+    r"|chat_template\.jinja|tokenizer_config\.json"
+)
 _CODE = re.compile(
     r".*\.(bin|pt|pth|pkl|pickle|ckpt|npy|npz|joblib|dill|h5|hdf5|keras|gguf)", re.IGNORECASE
 )
@@ -39,7 +42,7 @@ class Limits:
 
     max_bytes: int = 2 << 30  # all of it, unpacked
     max_members: int = 256
-    max_text_bytes: int = 1 << 20  # each file but the weights
+    max_text_bytes: int = 4 << 20  # each file but the weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,11 @@ class Mixture:
         pairs = zip(self.records, self.scales, strict=True)
         return generation_of([Part(r.generation, s) for r, s in pairs])
 
+    @property
+    def has_template(self) -> bool:
+        """Of several, none: the base's chat template serves them."""
+        return len(self.records) == 1 and self.records[0].has_template
+
 
 Served = AdapterRecord | Mixture
 

@@ -31,6 +31,7 @@ class AdapterRecord:
     base_digest: str | None  # the base that the adapter says it was trained on
     source: str  # where it came from: upload, path, train, ...
     state: str = READY  # ready | quarantined | other base
+    has_template: bool = False  # a chat template of its own
 
 
 @dataclass(frozen=True, slots=True)

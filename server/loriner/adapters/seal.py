@@ -23,7 +23,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from loriner.adapters.adapter import Adapter, LoraWeight, digest_of
+from loriner.adapters.adapter import Adapter, LoraWeight, digest_of, templated
 from loriner.adapters.formats import Modules
 from loriner.adapters.formats.peft_tensors import sort_tensors
 from loriner.adapters.header import read_header
@@ -124,7 +124,7 @@ def make_seal(folder: Path, adapter: Adapter, modules: Modules) -> Seal | None:
         name: LoraWeight(of["a"], of["b"], of.get("bias"), scalings[name])
         for name, of in roles.items()
     }
-    if digest_of(found) != adapter.generation:
+    if templated(digest_of(found), adapter.template) != adapter.generation:
         return None
     form = msgspec.msgpack.encode(Form(scalings, tuple(stretches)))
     return Seal(adapter.generation, form, tuple(digests))

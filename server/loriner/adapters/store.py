@@ -20,6 +20,7 @@ from loriner.adapters.intake import Limits, collect
 from loriner.adapters.names import AdapterName, AdapterRef, is_digest, parse_name, parse_ref, show
 from loriner.adapters.records import READY, AdapterRecord, PublishReport, check_expected
 from loriner.adapters.seal import seal_folder
+from loriner.adapters.template import CheckTemplate, refuse_template, take_template
 from loriner.errors import AdapterNotFoundError, AdapterStoreError, InvalidAdapterError
 
 Records = list[AdapterRecord]
@@ -43,6 +44,7 @@ class Store:
         *,
         limits: Limits | None = None,
         base_tensor: BaseTensor | None = None,
+        check_template: CheckTemplate = refuse_template,
         max_history: int = 32,
     ) -> None:
         assert max_history > 0
@@ -50,6 +52,7 @@ class Store:
         self.base_digest = base_digest
         self._limits = limits or Limits()
         self._max_history = max_history
+        self._check_template = check_template
         with storage_errors():
             self._generations = Generations(root, modules, base_digest, base_tensor)
         self._catalogue = self._generations.catalogue
@@ -89,18 +92,22 @@ class Store:
         with storage_errors(), self.staging() as staged:
             self._check_expected(full, expected_generation)
             ignored = collect(folder, staged, self._limits).ignored
-            adapter = self._generations.read(staged)
+            template, unused = take_template(staged, self._check_template)
+            adapter = self._generations.read(staged).with_template(template)
             generation = self._generations.describe(adapter)
             seal_folder(staged, adapter, self._generations.modules)
             sync_tree(staged)
             with self._generations.exclusive():
                 self._check_expected(full, expected_generation)
                 existed = self._generations.add(
-                    staged, generation, lambda: self._point(full, generation, None, source)
+                    staged,
+                    generation,
+                    adapter.template,
+                    lambda: self._point(full, generation, None, source),
                 )
                 entry = self._entry(AdapterRef(full))
                 self._generations.remove_garbage()
-        return self._report(entry, existed, ignored)
+        return self._report(entry, existed, (*ignored, *unused))
 
     def resolve(self, name: str) -> AdapterRecord:
         """What `name` or `name@digest` stands for now.
@@ -202,6 +209,12 @@ class Store:
         with storage_errors():
             return self._generations.load(generation)
 
+    def template(self, generation: str) -> str | None:
+        """The chat template that a generation brought. Raises what `load` raises."""
+        with storage_errors():
+            known = self._generations.known(generation)
+            return self._catalogue.template(known.digest)
+
     def _check_expected(self, name: AdapterName, expected: str | None) -> None:
         entry = self._catalogue.find(str(name))
         check_expected(entry.generation.digest if entry else None, str(name), expected)
@@ -265,6 +278,7 @@ class Store:
             base_digest=generation.base_digest,
             source=entry.source,
             state=self._generations.state(generation),
+            has_template=generation.has_template,
         )
 
     def _report(self, entry: Entry, existed: bool, ignored: tuple[str, ...]) -> PublishReport:

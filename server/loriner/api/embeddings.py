@@ -49,7 +49,7 @@ class EmbeddingDoor:
             answer = shapes.EmbeddingList(
                 id=run.answer_id,
                 data=cast(list[shapes.Embedding], entries),
-                model=run.model(self._service.model_name),
+                model=run.model,
                 usage=shapes.PromptUsage(run.prompt_tokens, run.prompt_tokens),
                 loriner=origin_of(run, self._service),
             )
@@ -67,8 +67,8 @@ def floats(embedding: bytes) -> array[float]:
 async def _entries(run: Run, is_base64: bool) -> list[msgspec.Raw]:
     """Each written as it comes, so that the event loop never waits for all of them."""
     entries = [msgspec.Raw()] * run.job.num_choices
-    async for index, event in run.events():
-        vector = event.embedding
+    async for said in run.said():
+        index, vector = said.index, said.event.embedding
         written = base64.b64encode(vector).decode() if is_base64 else floats(vector).tolist()
         entries[index] = msgspec.Raw(msgspec.json.encode(shapes.Embedding(index, written)))
     return entries

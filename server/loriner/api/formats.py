@@ -15,9 +15,10 @@ from typing import Protocol
 from msgspec import UNSET, UnsetType
 
 from loriner.api import shapes
+from loriner.api.pieces import Piece
 from loriner.api.prompts import Prompt
-from loriner.api.spoken import Spoken, whole_message
-from loriner.api.tool_calling import ToolCalling
+from loriner.api.spoken import delta_of, message_of
+from loriner.api.voice import Said
 from loriner.core import Event, TokenLogprob
 
 _FLOOR = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lacks
@@ -44,20 +45,22 @@ class Gathered:
     """One choice of a whole body, as its events arrive."""
 
     texts: list[str] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: Sequence[TokenLogprob] = ()  # of a prompt's first choice
     finish_reason: str = "stop"
     stop_reason: str | int | None = None
 
-    def add(self, event: Event) -> None:
+    def add(self, said: Said) -> None:
+        event = said.event
         self.texts.append(event.text)
+        self.pieces.extend(said.pieces)
         self.token_ids.extend(event.token_ids)
         self.logprobs.extend(event.logprobs)
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
-        if event.finish_reason is not None:
-            self.finish_reason = event.finish_reason.value
-            self.stop_reason = event.stop_reason
+        if said.finish_reason is not None:
+            self.finish_reason, self.stop_reason = said.finish_reason, event.stop_reason
 
 
 class Format(Protocol):
@@ -66,7 +69,7 @@ class Format(Protocol):
     def opening(self, num_choices: int) -> list[shapes.Answer]:
         """Chunks sent before the first event's own."""
 
-    def chunk(self, index: int, event: Event) -> shapes.Answer | None:
+    def chunk(self, said: Said) -> shapes.Answer | None:
         """The chunk for one event; None when it has nothing to show yet."""
 
     def closing(self, usage: shapes.Usage) -> shapes.Answer:
@@ -79,11 +82,9 @@ class Format(Protocol):
 class ChatFormat:
     """POST /v1/chat/completions."""
 
-    def __init__(self, head: Head, prompt: Prompt, calling: ToolCalling | None = None) -> None:
+    def __init__(self, head: Head, prompt: Prompt) -> None:
         self._head = head
         self._prompt = prompt
-        self._calling = calling
-        self._spoken: dict[int, Spoken] = {}  # choice -> what it has said, when it may call
 
     def opening(self, num_choices: int) -> list[shapes.Answer]:
         chunks = [
@@ -98,14 +99,14 @@ class ChatFormat:
         chunks[0].prompt_logprobs = _of_prompt(self._head, self._head.prompt_logprobs)
         return chunks
 
-    def chunk(self, index: int, event: Event) -> shapes.Answer | None:
-        delta, finish = self._delta(index, event)
-        if delta.content is UNSET and delta.tool_calls is UNSET and finish is None:
+    def chunk(self, said: Said) -> shapes.Answer | None:
+        event, delta, finish = said.event, delta_of(said.pieces), said.finish_reason
+        if not said.pieces and finish is None:
             if not _shows_tokens(self._head, event):
                 return None
             delta.content = ""
         choice = shapes.ChatDeltaChoice(
-            index=index,
+            index=said.index,
             delta=delta,
             logprobs=self._logprobs(event.logprobs),
             finish_reason=finish,
@@ -113,14 +114,6 @@ class ChatFormat:
             token_ids=_ids(self._head, event.token_ids),
         )
         return self._answer([choice], True)
-
-    def _delta(self, index: int, event: Event) -> tuple[shapes.Delta, str | None]:
-        """What the event adds, and the finish_reason that comes with it."""
-        finish = None if event.finish_reason is None else event.finish_reason.value
-        if self._calling is None:
-            return shapes.Delta(content=event.text or UNSET), finish
-        spoken = self._spoken.setdefault(index, Spoken(self._calling))
-        return spoken.delta(event.text, finish), spoken.finish_reason
 
     def closing(self, usage: shapes.Usage) -> shapes.Answer:
         answer = self._answer([], True)
@@ -132,14 +125,13 @@ class ChatFormat:
             [
                 shapes.ChatChoice(
                     index=i,
-                    message=message,
+                    message=message_of(choice.pieces),
                     logprobs=self._logprobs(choice.logprobs),
-                    finish_reason=reason,
+                    finish_reason=choice.finish_reason,
                     stop_reason=choice.stop_reason,
                     token_ids=_ids(self._head, choice.token_ids),
                 )
                 for i, choice in enumerate(choices)
-                for message, reason in [self._message(choice)]
             ],
             False,
         )
@@ -147,12 +139,6 @@ class ChatFormat:
         answer.prompt_token_ids = _ids(self._head, self._prompt.ids)
         answer.prompt_logprobs = _of_prompt(self._head, self._head.prompt_logprobs)
         return answer
-
-    def _message(self, choice: Gathered) -> tuple[shapes.Message, str]:
-        text = "".join(choice.texts)
-        if self._calling is None:
-            return shapes.Message(content=text), choice.finish_reason
-        return whole_message(self._calling, text, choice.finish_reason)
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> shapes.ChatLogprobs | None:
         if not self._head.logprobs:
@@ -193,7 +179,8 @@ class TextFormat:
     def _scores(self) -> bool:
         return self._head.prompt_top is not None or self._head.echoed_top is not None
 
-    def chunk(self, index: int, event: Event) -> shapes.Answer | None:
+    def chunk(self, said: Said) -> shapes.Answer | None:
+        index, event = said.index, said.event
         if self._scores and index not in self._begun:
             return self._chunk(self._begin(index, event))
         if not _is_worth_sending(self._head, event):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loriner.adapters.records import OTHER_BASE, QUARANTINED, READY
+from loriner.api import grpc_tools
 from loriner.api.adapters import Placed
 from loriner.api.formats import Gathered
 from loriner.api.running import Run
-from loriner.core import Event, FinishReason, TokenLogprob
+from loriner.api.spoken import delta_of, message_of
+from loriner.api.voice import Said
+from loriner.core import TokenLogprob
 from loriner_proto.v1 import adapters_pb2, inference_pb2
 
 if TYPE_CHECKING:
@@ -16,8 +19,9 @@ if TYPE_CHECKING:
     from loriner.engine.service import Service
 
 _FINISH = {
-    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    "stop": inference_pb2.FINISH_REASON_STOP,
+    "length": inference_pb2.FINISH_REASON_LENGTH,
+    "tool_calls": inference_pb2.FINISH_REASON_TOOL_CALLS,
 }
 _STATES = {
     READY: adapters_pb2.ADAPTER_STATE_READY,
@@ -35,7 +39,7 @@ def opening(run: Run, service: Service) -> inference_pb2.Opening:
     record = run.record
     return inference_pb2.Opening(
         answer_id=run.answer_id,
-        model=run.model(service.model_name),
+        model=run.model,
         adapter=None if record is None else record.name,
         generation=run.generation,
         base_digest=service.base_digest,
@@ -45,24 +49,30 @@ def opening(run: Run, service: Service) -> inference_pb2.Opening:
     )
 
 
-def delta(index: int, event: Event) -> inference_pb2.Delta:
+def delta(said: Said) -> inference_pb2.Delta:
+    event, adds = said.event, delta_of(said.pieces)
     return inference_pb2.Delta(
-        index=index,
-        text=event.text,
+        index=said.index,
+        text=adds.content or "",
+        reasoning=adds.reasoning or "",
+        tool_calls=[grpc_tools.call_delta(made) for made in adds.tool_calls or ()],
         token_ids=event.token_ids,
         logprobs=[_logprob(entry) for entry in event.logprobs],
-        finish_reason=_finish(event.finish_reason),
+        finish_reason=_finish(said.finish_reason),
         stop_reason=_stop(event.stop_reason),
     )
 
 
 def choice(index: int, gathered: Gathered) -> inference_pb2.Choice:
+    message = message_of(gathered.pieces)
     return inference_pb2.Choice(
         index=index,
-        text="".join(gathered.texts),
+        text=message.content or "",
+        reasoning=message.reasoning or "",
+        tool_calls=[grpc_tools.call(made) for made in message.tool_calls or ()],
         token_ids=gathered.token_ids,
         logprobs=[_logprob(entry) for entry in gathered.logprobs],
-        finish_reason=_finish(FinishReason(gathered.finish_reason)),
+        finish_reason=_finish(gathered.finish_reason),
         stop_reason=_stop(gathered.stop_reason),
     )
 
@@ -72,6 +82,7 @@ def usage(run: Run) -> inference_pb2.Usage:
         prompt_tokens=run.prompt_tokens,
         completion_tokens=run.output_tokens,
         cached_tokens=run.cached_tokens,
+        reasoning_tokens=run.reasoning_tokens,
     )
 
 
@@ -95,6 +106,7 @@ def record(found: AdapterRecord) -> adapters_pb2.Adapter:
         alias_of=found.alias_of,
         base_digest=found.base_digest,
         source=found.source,
+        has_template=found.has_template,
         state=_STATES.get(found.state, adapters_pb2.ADAPTER_STATE_UNSPECIFIED),
     )
 
@@ -114,7 +126,7 @@ def published(report: PublishReport) -> adapters_pb2.UploadResponse:
     )
 
 
-def _finish(reason: FinishReason | None) -> inference_pb2.FinishReason:
+def _finish(reason: str | None) -> inference_pb2.FinishReason:
     if reason is None:
         return inference_pb2.FINISH_REASON_UNSPECIFIED
     return _FINISH.get(reason, inference_pb2.FINISH_REASON_UNSPECIFIED)

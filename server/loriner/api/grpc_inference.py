@@ -22,7 +22,7 @@ from loriner.api.grpc_requests import (
     embedding_body,
     named_as_in_proto,
 )
-from loriner.api.inference import Job, chat_job, embedding_job, text_job
+from loriner.api.inference import Job, chat_job, embedding_job, text_job, tool_calling
 from loriner.api.running import Run
 from loriner.api.shared import Shared
 from loriner.errors import InvalidRequestError
@@ -55,8 +55,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             job = await self._chat_job(request)
             async with self._runner.run(job) as run:
                 choices = [Gathered() for _ in range(job.num_choices)]
-                async for index, event in run.events():
-                    choices[index].add(event)
+                async for said in run.said():
+                    choices[said.index].add(said)
                 await context.send_initial_metadata(_metadata(run))
                 return pb.ChatResponse(
                     opening=grpc_answers.opening(run, self._service),
@@ -76,8 +76,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             job = await embedding_job(self._service, body, call.caller, call.request_id)
             async with self._runner.run(job) as run:
                 made = [pb.Embedding()] * job.num_choices
-                async for index, event in run.events():
-                    made[index] = pb.Embedding(values=floats(event.embedding))
+                async for said in run.said():
+                    made[said.index] = pb.Embedding(values=floats(said.event.embedding))
                 await context.send_initial_metadata(_metadata(run))
                 return pb.EmbedResponse(
                     opening=grpc_answers.opening(run, self._service),
@@ -89,7 +89,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if request.HasField("chat"):
             with named_as_in_proto("chat."):
                 chat = await chat_body(request.chat)
-                return (await prompts.from_chat(self._service, chat)).ids
+                template = await prompts.template_of(self._service)
+                calling = tool_calling(self._service, chat, template)
+                return (await prompts.from_chat(self._service, chat, template, calling)).ids
         if not request.HasField("text"):
             raise InvalidRequestError("Give either `text` or `chat`.", "input")
         special = request.add_special_tokens or not request.HasField("add_special_tokens")
@@ -104,8 +106,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         async with self._runner.run(job) as run:
             await context.send_initial_metadata(_metadata(run))
             await context.write(part(opening=grpc_answers.opening(run, self._service)))
-            async for index, event in run.events():
-                await context.write(part(delta=grpc_answers.delta(index, event)))
+            async for said in run.said():
+                await context.write(part(delta=grpc_answers.delta(said)))
             await context.write(part(usage=grpc_answers.usage(run)))
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from loriner.api import grpc_tools
 from loriner.api.schema import ChatBody, CompletionBody, EmbeddingBody
-from loriner.api.validation import M, validate
-from loriner.errors import InvalidRequestError, LorinerError
+from loriner.api.validation import M, renamed, validate
+from loriner.errors import InvalidRequestError
 from loriner_proto.v1 import inference_pb2 as pb
 
 _ON_LOOP_BYTES = 64 << 10  # larger messages are validated in a thread
@@ -28,6 +28,9 @@ _CHAT_FIELDS = (
     "add_generation_prompt",
     "continue_final_message",
     "priority",
+    "parallel_tool_calls",
+    "include_reasoning",
+    "reasoning_effort",
 )
 _RENAMED = {"top_logprobs": "logprobs", "max_completion_tokens": "max_tokens"}
 _ROLES = {
@@ -39,18 +42,9 @@ _ROLES = {
 }
 
 
-@contextmanager
-def named_as_in_proto(prefix: str = "") -> Iterator[None]:
+def named_as_in_proto(prefix: str = "") -> AbstractContextManager[None]:
     """Within it, errors name fields by their path in the message; `prefix` is where that lies."""
-    try:
-        yield
-    except LorinerError as error:
-        param = getattr(error, "param", None)
-        if isinstance(param, str):
-            path = _path(param)
-            error.param = prefix + path  # type: ignore[attr-defined]
-            error.args = (str(error).replace(f"'{param}'", f"'{prefix}{path}'"),)
-        raise
+    return renamed(lambda param: prefix + _path(param))
 
 
 def _path(param: str) -> str:
@@ -62,7 +56,9 @@ def _path(param: str) -> str:
     renamed = _RENAMED.get(head, head)
     if renamed in _SAMPLING:
         return f"sampling.{renamed}{param[len(head) :]}"
-    return re.sub(r"(tool_calls\[\d+\])\.function\b", r"\1", param)
+    if param == "tool_choice.function.name":
+        return "tool_choice.function"
+    return re.sub(r"^(.*tool_calls\[\d+\]|tools\[\d+\])\.function\b", r"\1", param)
 
 
 def refuse_unknown(message: Message, path: str = "") -> None:
@@ -123,6 +119,7 @@ def _chat(request: pb.ChatRequest) -> dict[str, Any]:
     data = {**_set(request, *_CHAT_FIELDS), **_sampling(request.sampling), **_structured(request)}
     data |= _adapters(request)
     data["messages"] = [_message(message) for message in request.messages]
+    data |= grpc_tools.asked(request)
     if request.chat_template_kwargs:
         data["chat_template_kwargs"] = {
             key: getattr(value, value.WhichOneof("value") or "", None)
@@ -163,7 +160,7 @@ def _structured(request: pb.ChatRequest | pb.GenerateRequest) -> dict[str, Any]:
 
 
 def _message(message: pb.Message) -> dict[str, Any]:
-    data = {"role": _ROLES.get(message.role, ""), **_set(message, "content", "name")}
+    data = {"role": _ROLES.get(message.role, ""), **_set(message, "content", "name", "reasoning")}
     data |= _set(message, "tool_call_id")
     if message.tool_calls:
         data["tool_calls"] = [

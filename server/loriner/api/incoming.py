@@ -34,7 +34,7 @@ class Incoming:
             raise InvalidRequestError(
                 f"The upload has a part `{show(name)}`; beside name and expected_generation it may "
                 "have adapter_config.json, adapter_model.safetensors, README.md, loriner*.json, "
-                "or archive (.tar, .tar.gz, .zip).",
+                "chat_template.jinja, tokenizer_config.json, or archive (.tar, .tar.gz, .zip).",
                 show(name),
             )
         if name in self.names:

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 from loriner.api import prompts
 from loriner.api.access import Caller
 from loriner.api.prompts import Prompt
+from loriner.api.reasoning import MAX_TAIL, Thinking, thinking_of
 from loriner.api.schema import ChatBody, CompletionBody, EmbeddingBody, SamplingBody
 from loriner.api.selection import Choice, choose
-from loriner.api.tool_calling import ToolCalling
+from loriner.api.tool_calling import ToolCalling, spelled
 from loriner.api.tool_formats import format_of
 from loriner.core import SamplingParams
 from loriner.engine.admission import MAX_LOGPROBS_PER_REQUEST
-from loriner.errors import InvalidRequestError
+from loriner.engine.grammars import Constraint
+from loriner.errors import AdapterNotFoundError, InvalidRequestError
 
 if TYPE_CHECKING:
     from loriner.engine.service import Service
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 class Job:
     """One validated request."""
 
-    kind: str  # "chatcmpl", "cmpl" or "embd", the prefix of its id
+    kind: str  # "chatcmpl", "cmpl", "resp" or "embd", the prefix of its id
     prompts: Sequence[Prompt]
     prompt_param: str
     sampling: SamplingParams
@@ -39,23 +41,42 @@ class Job:
     priority: int
     calling: ToolCalling | None = None  # None: no tool may be called
     embeds: bool = False  # each prompt becomes a vector; `sampling` says nothing then
+    thinking: Thinking | None = None  # None: all text is the answer
+    templated: str | None = None  # `name@digest` of the adapter whose own template made the prompt
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template made its prompt."""
+        return self.kind in ("chatcmpl", "resp")
 
     @property
     def num_choices(self) -> int:
         return len(self.prompts) * self.sampling.n
 
 
-async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id: str) -> Job:
+async def chat_job(
+    service: Service, body: ChatBody, caller: Caller, request_id: str, kind: str = "chatcmpl"
+) -> Job:
     """Raises InvalidRequestError, ModelNotFoundError."""
-    sampling = await _sampling(service, body)
-    calling = await tool_calling(service, body)
-    if calling is not None:
-        sampling = await calling.constrain(service, sampling)
+    sampling, constraint = body.sampling(), body.constraint()
     choice = choose(body.model, body.adapters(), service.model_name)
-    prompt = await prompts.from_chat(service, body, calling)
+    own = await _own_template(service, caller, choice)
+    template = await prompts.template_of(service) if own is None else own[0]
+    calling = tool_calling(service, body, template)
+    prompt = await prompts.from_chat(service, body, template, calling, is_own=own is not None)
     _check_prompt_logprobs(body, [prompt])
+    thinking = _thinking(service, body, template, prompt)
+    before = ""
+    if thinking is not None:
+        special = service.chat.special_id(thinking.closing) is not None
+        sampling = replace(sampling, special_text=special)
+        before = thinking.grammar(lambda mark: spelled(service, mark))
+    if constraint is not None:
+        sampling = await _keeping(service, sampling, replace(constraint, before=before))
+    if calling is not None:
+        sampling = await calling.constrain(service, sampling, before)
     return Job(
-        "chatcmpl",
+        kind,
         [prompt],
         "messages",
         sampling,
@@ -63,21 +84,40 @@ async def chat_job(service: Service, body: ChatBody, caller: Caller, request_id:
         caller,
         request_id,
         body.priority,
-        calling,
+        calling=calling,
+        thinking=thinking,
+        templated=None if own is None else own[1],
     )
 
 
-async def tool_calling(service: Service, body: ChatBody) -> ToolCalling | None:
+async def _own_template(service: Service, caller: Caller, choice: Choice) -> tuple[str, str] | None:
+    """That of an adapter which is asked for alone. One that is not there is refused when the
+    request is admitted, and counted then."""
+    named = choice.named()
+    if len(named) != 1:
+        return None
+    try:
+        return await service.own_template(caller.reach(named[0].name))
+    except AdapterNotFoundError:
+        return None
+
+
+def tool_calling(service: Service, body: ChatBody, template: str) -> ToolCalling | None:
     """None when nothing may be called. Raises InvalidRequestError."""
     use = body.tool_use()
-    if use is None:
-        return None
-    return ToolCalling(use, format_of(await prompts.template_of(service), service.tool_format))
+    return None if use is None else ToolCalling(use, format_of(template, service.tool_format))
+
+
+def _thinking(service: Service, body: ChatBody, template: str, prompt: Prompt) -> Thinking | None:
+    tail = service.decode(prompt.ids[-MAX_TAIL:])
+    return thinking_of(template, tail, continued=prompt.continued, shown=body.include_reasoning)
 
 
 async def text_job(service: Service, body: CompletionBody, caller: Caller, request_id: str) -> Job:
     """Raises InvalidRequestError, ModelNotFoundError."""
-    sampling = await _sampling(service, body)
+    sampling, constraint = body.sampling(), body.constraint()
+    if constraint is not None:
+        sampling = await _keeping(service, sampling, constraint)
     choice = choose(body.model, body.adapters(), service.model_name)
     entries = await prompts.from_completion(service, body)
     _check_prompt_logprobs(body, entries)
@@ -112,9 +152,7 @@ def _check_prompt_logprobs(body: SamplingBody, entries: Sequence[Prompt]) -> Non
             )
 
 
-async def _sampling(service: Service, body: SamplingBody) -> SamplingParams:
-    """With the grammar, when the answer has one."""
-    sampling, constraint = body.sampling(), body.constraint()
-    if constraint is None:
-        return sampling
+async def _keeping(
+    service: Service, sampling: SamplingParams, constraint: Constraint
+) -> SamplingParams:
     return replace(sampling, grammar=await service.grammars.compile(constraint))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loriner.adapters.names import show
+from loriner.api.reasoning import effort_kwargs
 from loriner.api.schema import (
     ChatBody,
     CompletionBody,
@@ -60,23 +61,29 @@ _RESERVED_KWARGS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt, ready to run. `text` is what `echo` gives back."""
+    """One prompt, ready to run. `text` is what `echo` gives back, `continued` the last message
+    when the answer goes on with it."""
 
     ids: list[int]
     text: str = ""
+    continued: str | None = None
 
 
-async def from_chat(service: Service, body: ChatBody, calling: ToolCalling | None = None) -> Prompt:
-    """Render the chat template. Raises InvalidRequestError naming the message and part."""
-    reserved = _RESERVED_KWARGS & body.chat_template_kwargs.keys()
-    if reserved:
-        raise InvalidRequestError(
-            f"chat_template_kwargs may not set {', '.join(sorted(reserved))}.",
-            "chat_template_kwargs",
-        )
+async def from_chat(
+    service: Service,
+    body: ChatBody,
+    template: str,
+    calling: ToolCalling | None,
+    *,
+    is_own: bool = False,
+) -> Prompt:
+    """Render the chat template; `is_own`: an adapter brought it. Raises InvalidRequestError naming
+    the message and part."""
+    kwargs = _kwargs(body, template)
     generation_prompt = body.add_generation_prompt
     turns = [_plain(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
-    turns, tools = await _with_tools(service, turns, None if calling is None else calling.use)
+    use = None if calling is None else calling.use
+    turns, tools = _with_tools(template, service.tool_format, turns, use)
     ids = await service.render_chat(
         turns,
         tools=tools,
@@ -84,21 +91,34 @@ async def from_chat(service: Service, body: ChatBody, calling: ToolCalling | Non
             not body.continue_final_message if generation_prompt is None else generation_prompt
         ),
         continue_final_message=body.continue_final_message,
-        template_kwargs=dict(body.chat_template_kwargs) or None,
+        template_kwargs=kwargs or None,
+        template=template if is_own else None,
     )
-    return Prompt(ids)
+    return Prompt(ids, continued=turns[-1]["content"] if body.continue_final_message else None)
 
 
-async def _with_tools(
-    service: Service, turns: list[Turn], use: ToolUse | None
+def _kwargs(body: ChatBody, template: str) -> dict[str, Any]:
+    """What the template is given beside messages and tools."""
+    asked = effort_kwargs(template, body.reasoning_effort)
+    reserved = (_RESERVED_KWARGS | asked.keys()) & body.chat_template_kwargs.keys()
+    if reserved:
+        beside = " beside reasoning_effort" if reserved <= asked.keys() else ""
+        raise InvalidRequestError(
+            f"chat_template_kwargs may not set {', '.join(sorted(reserved))}{beside}.",
+            "chat_template_kwargs",
+        )
+    return {**body.chat_template_kwargs, **asked}
+
+
+def _with_tools(
+    template: str, tool_format: str, turns: list[Turn], use: ToolUse | None
 ) -> tuple[list[Turn], list[dict[str, Any]] | None]:
     """The turns and the tools to render: those that a template cannot write are in the turns."""
     if use is None and not any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
         return turns, None
-    template = await template_of(service)
     if knows_tools(template):
         return turns, None if use is None else use.described()
-    form = format_of(template, service.tool_format)
+    form = format_of(template, tool_format)
     return explained(turns, use, form, has_system=knows_system(template)), None
 
 
@@ -202,6 +222,11 @@ def _plain(message: Message, param: str) -> dict[str, Any]:
     }
     if message.name is not None:
         plain["name"] = message.name
+    if thought := message.reasoning_content or message.reasoning:
+        if message.role != "assistant":
+            field = f"{param}.reasoning"
+            raise InvalidRequestError(f"'{field}' is of an assistant alone.", field)
+        plain["reasoning_content"] = thought
     if message.tool_calls:
         plain["tool_calls"] = [
             _tool_call(call, f"{param}.tool_calls[{i}]")

@@ -1,6 +1,6 @@
 """Runs one inference job for a door: start, first event, all events, close.
 
-Knows the Service's `generate`; nothing of chat or text, and no door. Invariant: whatever ends the
+Knows the Service's `generate`, and no door. Invariant: whatever ends the
 job (finish, error, disconnect, deadline, shutdown), every Generation it opened is closed, and a
 door gets its `Run` with the first event, so that an error before it still has a status.
 """
@@ -20,14 +20,20 @@ from loriner.api.metrics import Metrics, RequestMeter
 from loriner.api.prompts import Prompt
 from loriner.api.quotas import Quotas, Spend
 from loriner.api.selection import public_name
+from loriner.api.voice import Said, Voice
 from loriner.core import Event, FinishReason, Scaled, TokenLogprob, Turn
-from loriner.errors import AdapterNotFoundError, EngineFailedError, EngineUnavailableError
+from loriner.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    EngineFailedError,
+    EngineUnavailableError,
+)
 
 if TYPE_CHECKING:
     from loriner.engine.generation import Generation
     from loriner.engine.service import Service
 
-Numbered = tuple[int, Event]  # with the prompt's or the choice's index
+Numbered = tuple[int, Event]  # with the prompt's index
 
 
 class Runner:
@@ -57,7 +63,8 @@ class Runner:
                 if first is None:
                     raise EngineFailedError("The engine answered nothing.")
                 _raise_if_aborted(first[1])
-                yield Run(job, answer_id, record, first, events, meter, spend)
+                base = self._service.model_name
+                yield Run(job, answer_id, record, first, events, meter, spend, base)
 
     def _at_once(self, job: Job) -> int:
         """How many prompts are queued at a time: of those to embed, which may be very many, what
@@ -105,12 +112,12 @@ class Runner:
         self, job: Job, prompt: Prompt, request_id: str, same: Sequence[Scaled] | None
     ) -> Generation:
         caller, asked = job.caller, job.choice.named()
+        adapters = [Scaled(job.templated or caller.reach(name), scale) for name, scale in asked]
         try:
-            named = [Scaled(caller.reach(name), scale) for name, scale in asked]
-            return await self._service.generate(
+            generation = await self._service.generate(
                 prompt.ids,
                 job.sampling,
-                adapter=named if same is None else same,
+                adapter=adapters if same is None else same,
                 request_id=request_id,
                 tenant=job.caller.tenant,
                 turn=Turn(self._quotas.weight(job.caller.tenant), job.priority),
@@ -119,6 +126,11 @@ class Runner:
             )
         except AdapterNotFoundError as error:
             raise job.choice.not_found(error.name) from None
+        record = generation.record
+        if job.is_chat and record is not None and record.has_template and not job.templated:
+            await generation.close()
+            raise AdapterConflictError("The adapter's chat template came meanwhile: ask again.")
+        return generation
 
 
 class Run:
@@ -133,6 +145,7 @@ class Run:
         events: AsyncGenerator[Numbered, None],
         meter: RequestMeter,
         spend: Spend,
+        base: str,
     ) -> None:
         self.job = job
         self.answer_id = answer_id
@@ -140,18 +153,20 @@ class Run:
         self.created = int(time.time())
         self.cold_start = first[1].cold_start
         self.meter = meter
-        self._first, self._rest, self._spend = first, events, spend
+        self._first, self._rest, self._spend, self._base = first, events, spend, base
         self._cached_tokens = [0] * len(job.prompts)
         self._output_tokens = [0] * job.num_choices
+        self._voices = [Voice(i, job.thinking, job.calling) for i in range(job.num_choices)]
 
     @property
     def generation(self) -> str | None:
         """The digest that answers; None for the base."""
         return None if self.record is None else self.record.generation
 
-    def model(self, base: str) -> str:
+    @property
+    def model(self) -> str:
         """What answers, as it was asked for; the name of the base where no adapter was."""
-        return base if self.record is None else self.job.choice.name or self.record.name
+        return self._base if self.record is None else self.job.choice.name or self.record.name
 
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
@@ -172,13 +187,18 @@ class Run:
         """So far."""
         return sum(self._output_tokens)
 
-    async def events(self) -> AsyncIterator[Numbered]:
-        """(choice index, event), counted; raises when an event says that its sequence failed."""
-        yield self._count(*self._first)
-        async for prompt, event in self._rest:
-            yield self._count(prompt, event)
+    @property
+    def reasoning_tokens(self) -> int:
+        """Of the output, so far."""
+        return sum(voice.num_reasoning_tokens for voice in self._voices)
 
-    def _count(self, prompt: int, event: Event) -> Numbered:
+    async def said(self) -> AsyncIterator[Said]:
+        """All events, read and counted; raises when one says that its sequence failed."""
+        yield self._hear(*self._first)
+        async for prompt, event in self._rest:
+            yield self._hear(prompt, event)
+
+    def _hear(self, prompt: int, event: Event) -> Said:
         _raise_if_aborted(event)
         index = prompt * self.job.sampling.n + event.index
         if event.index == 0:  # other choices find the first one's prompt in the cache
@@ -186,7 +206,7 @@ class Run:
         self._output_tokens[index] = event.num_output_tokens
         self.meter.event(index, event)
         self._spend(len(event.token_ids))
-        return index, event
+        return self._voices[index].hear(event)
 
 
 def _same(record: Served | None) -> list[Scaled]:

@@ -36,7 +36,7 @@ TemplateKwargs = Annotated[dict[str, TemplateValue | None], Field(max_length=MAX
 
 
 NumTop = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 AdapterName = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 
 
@@ -187,6 +187,8 @@ class Message(Body):
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS)] | None = None
     name: str | None = None
+    reasoning_content: str | None = None  # of an assistant's earlier turn
+    reasoning: str | None = None  # vLLM's newer name of the same
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = None
     tool_call_id: str | None = None
 
@@ -205,6 +207,8 @@ class ChatBody(SamplingBody):
     tools: Tools = []
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool = True  # vLLM
+    reasoning_effort: Effort | None = None
 
     def check(self) -> None:
         super().check()

@@ -70,6 +70,8 @@ class Message(Struct):
     content: str | None
     role: str = "assistant"
     refusal: str | None = None
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET  # vLLM's newer name of the same
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
@@ -85,6 +87,8 @@ class ChatChoice(Struct):
 class Delta(Struct):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 

@@ -1,6 +1,6 @@
-"""What a choice with tools says: text and calls -> OpenAI's deltas and its whole message.
+"""Pieces of what a choice says -> OpenAI's deltas and its whole message.
 
-Invariant: the deltas of a text add up to its message.
+Invariant: the deltas of a choice add up to its message.
 """
 
 from __future__ import annotations
@@ -10,34 +10,22 @@ from collections.abc import Sequence
 from msgspec import UNSET
 
 from loriner.api import shapes
-from loriner.api.tool_calling import ToolCalling
-from loriner.api.tool_reader import Arguments, Call, Content, Piece
+from loriner.api.pieces import Arguments, Call, Content, Piece, Reasoning
 
 
-class Spoken:
-    """One streamed choice."""
-
-    def __init__(self, calling: ToolCalling) -> None:
-        self._calling, self._reader = calling, calling.reader()
-        self._num_calls = 0
-        self.finish_reason: str | None = None
-
-    def delta(self, text: str, finish: str | None) -> shapes.Delta:
-        """What `text` adds; `finish` comes with the last."""
-        pieces = self._reader.feed(text)
-        if finish is not None:
-            pieces += self._reader.finish()
-        self._num_calls += sum(isinstance(piece, Call) for piece in pieces)
-        if finish is not None:
-            self.finish_reason = self._calling.finish_reason(finish, self._num_calls)
-        content = _content(pieces)
-        return shapes.Delta(content=content or UNSET, tool_calls=_streamed(pieces) or UNSET)
+def delta_of(pieces: Sequence[Piece]) -> shapes.Delta:
+    """What one event's pieces add."""
+    thought = _text(pieces, Reasoning) or UNSET
+    return shapes.Delta(
+        content=_text(pieces, Content) or UNSET,
+        reasoning_content=thought,
+        reasoning=thought,
+        tool_calls=_streamed(pieces) or UNSET,
+    )
 
 
-def whole_message(calling: ToolCalling, text: str, finish: str) -> tuple[shapes.Message, str]:
-    """The message of a choice that is not streamed, and its finish_reason."""
-    reader = calling.reader()
-    pieces = [*reader.feed(text), *reader.finish()]
+def message_of(pieces: Sequence[Piece]) -> shapes.Message:
+    """The message of a choice that is not streamed."""
     calls = [
         shapes.ToolCall(
             id=piece.call_id,
@@ -47,15 +35,17 @@ def whole_message(calling: ToolCalling, text: str, finish: str) -> tuple[shapes.
         for piece in pieces
         if isinstance(piece, Call)
     ]
-    content = _content(pieces)
-    message = shapes.Message(
-        content=content if content or not calls else None, tool_calls=calls or UNSET
+    content, thought = _text(pieces, Content), _text(pieces, Reasoning) or UNSET
+    return shapes.Message(
+        content=content if content or not (calls or thought) else None,
+        reasoning_content=thought,
+        reasoning=thought,
+        tool_calls=calls or UNSET,
     )
-    return message, calling.finish_reason(finish, len(calls))
 
 
-def _content(pieces: Sequence[Piece]) -> str:
-    return "".join(piece.text for piece in pieces if isinstance(piece, Content))
+def _text(pieces: Sequence[Piece], kind: type[Content] | type[Reasoning]) -> str:
+    return "".join(piece.text for piece in pieces if isinstance(piece, kind))
 
 
 def _arguments(pieces: Sequence[Piece], call: Call) -> str:

@@ -46,8 +46,9 @@ class TokenDoor:
             special = asked.add_special_tokens is not False
             ids = await prompts.from_text(self._service, asked.prompt or "", special)
         else:
-            calling = await tool_calling(self._service, chat)
-            ids = (await prompts.from_chat(self._service, chat, calling)).ids
+            template = await prompts.template_of(self._service)
+            calling = tool_calling(self._service, chat, template)
+            ids = (await prompts.from_chat(self._service, chat, template, calling)).ids
         answer: dict[str, Any] = {"count": len(ids), "tokens": ids}
         answer["max_model_len"] = self._service.max_model_len
         if asked.return_token_strs:

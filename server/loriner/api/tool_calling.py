@@ -37,10 +37,14 @@ class ToolCalling:
         called = num_calls > 0 and reason == "stop" and not self.use.is_named
         return "tool_calls" if called else reason
 
-    async def constrain(self, service: Service, sampling: SamplingParams) -> SamplingParams:
-        """Raises InvalidRequestError naming the function whose schema cannot be kept."""
+    async def constrain(
+        self, service: Service, sampling: SamplingParams, before: str
+    ) -> SamplingParams:
+        """`before`: Lark, of what may stand before the answer. Raises InvalidRequestError naming
+        the function whose schema cannot be kept."""
         mark = service.chat.special_id(self.form.mark)
-        sampling = replace(sampling, special_text=mark is not None)
+        if mark is not None:
+            sampling = replace(sampling, special_text=True)
         if not (self.use.must_call or self.use.is_strict):
             return sampling
         if self.form.is_bare and not self.use.must_call:
@@ -54,8 +58,12 @@ class ToolCalling:
                 text = json.dumps(function.parameters)
                 param = f"tools[{i}].function.parameters"
                 await service.grammars.compile(Constraint(Kind.JSON, text, param))
-        lark = self.form.grammar(
-            self.use, lambda text: json.dumps(text) if mark is None else f"<[{mark}]>"
-        )
-        grammar = await service.grammars.compile(Constraint(Kind.GRAMMAR, lark, "tools"))
+        lark = self.form.grammar(self.use, lambda text: spelled(service, text))
+        grammar = await service.grammars.compile(Constraint(Kind.GRAMMAR, lark, "tools", before))
         return replace(sampling, grammar=grammar)
+
+
+def spelled(service: Service, mark: str) -> str:
+    """Lark: the token that a mark is on this base, or its text."""
+    token = service.chat.unspelled_id(mark)
+    return json.dumps(mark) if token is None else f"<[{token}]>"

@@ -15,7 +15,7 @@ from loriner.api.tool_schema import NOTHING, Function, ToolUse
 from loriner.engine.grammars import SPACE
 from loriner.errors import InvalidRequestError
 
-Spell = Callable[[str], str]  # a mark -> Lark: a string, or the special token that it is
+Spell = Callable[[str], str]  # a piece -> Lark: a string, or the token that it is
 GUIDANCE = {"whitespace_flexible": True, "whitespace_pattern": SPACE, "lenient": False}
 
 
@@ -59,7 +59,7 @@ class ToolFormat:
         return f"{start}\nTEXT: /(.|\\n)*/\n{tag}\n{self._calls(use.functions)}"
 
     def _lark(self, pieces: Sequence[str], spell: Spell) -> str:
-        return " ".join(spell(one) if one == self.mark else json.dumps(one) for one in pieces)
+        return " ".join(map(spell, pieces))
 
     def _around(self, name: str) -> tuple[str, str]:
         if self.has_args_mark:
@@ -82,8 +82,8 @@ HERMES = ToolFormat(
     name="hermes",
     mark="<tool_call>",
     opening=("<tool_call>", "\n"),
-    between=("\n</tool_call>\n", "<tool_call>", "\n"),
-    closing=("\n</tool_call>",),
+    between=("\n", "</tool_call>", "\n", "<tool_call>", "\n"),
+    closing=("\n", "</tool_call>"),
 )
 LLAMA3 = ToolFormat(
     name="llama3",

@@ -12,8 +12,9 @@ import re
 import secrets
 import string
 from collections.abc import Collection
-from dataclasses import dataclass
 
+from loriner.api.pieces import Arguments, Call, Content, Piece
+from loriner.api.reasoning import overlap
 from loriner.api.tool_formats import ToolFormat
 
 _ID_CHARS = string.ascii_letters + string.digits
@@ -23,31 +24,6 @@ _HEAD = re.compile(
 _NAMED = re.compile(r"([A-Za-z0-9_.-]{1,64})(?:\[CALL_ID\]\w*)?\[ARGS\]\s*(?=\{)")
 _NAMED_START = re.compile(r"[A-Za-z0-9_.-]{1,64}(\[[A-Z_]*(\](\w*(\[[A-Z]*(\]\s*)?)?)?)?)?")
 _BETWEEN = re.compile(r"(?:\s|</tool_call>|[,;\]])+")
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A call begins."""
-
-    index: int
-    call_id: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    """More of the arguments of call `index`."""
-
-    index: int
-    text: str
-
-
-Piece = Content | Call | Arguments
 
 
 class JsonEnd:
@@ -110,7 +86,9 @@ class ToolReader:
         if self._max_calls is None:
             return pieces
         return [
-            piece for piece in pieces if isinstance(piece, Content) or piece.index < self._max_calls
+            piece
+            for piece in pieces
+            if not isinstance(piece, Call | Arguments) or piece.index < self._max_calls
         ]
 
     def _begin(self, pieces: list[Piece], is_last: bool) -> None:
@@ -130,7 +108,7 @@ class ToolReader:
             return
         size = len(before)
         if not is_last:  # space before a mark is no content
-            size = len(before[: size - _overlap(before, mark)].rstrip())
+            size = len(before[: size - overlap(before, mark)].rstrip())
         self._say(pieces, before[:size])
         self._held = before[size:]
 
@@ -218,9 +196,3 @@ class ToolReader:
     def _say(self, pieces: list[Piece], text: str) -> None:
         if text:
             pieces.append(Content(text))
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest tail of `text` that begins `mark`."""
-    sizes = range(min(len(text), len(mark) - 1), 0, -1)
-    return next((size for size in sizes if mark.startswith(text[-size:])), 0)

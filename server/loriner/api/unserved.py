@@ -15,7 +15,6 @@ from loriner.errors import InvalidRequestError
 
 _COMMON: Mapping[str, tuple[object, ...]] = {
     "store": (False,),
-    "reasoning_effort": ("none",),
     "moderation": (),
     "guided_json": (),
     "guided_regex": (),
@@ -82,8 +81,44 @@ CHAT: Mapping[str, tuple[object, ...]] = MappingProxyType(
     }
 )
 
+# Of chat's fields those that have no place in a response, or have another name there.
+RESPONSES: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        **_COMMON,
+        "previous_response_id": (),
+        "conversation": (),
+        "background": (False,),
+        "background_options": (),
+        "access_programs": (),
+        "image": (),
+        "include": ([],),
+        "prompt": (),
+        "max_tool_calls": (),
+        "context_management": ([],),
+        "truncation": ("disabled",),
+        "top_logprobs": (0,),
+        "logprobs": (False,),
+        "prompt_logprobs": (),
+        "stream_options": ({"include_obfuscation": False}, {}),
+        "messages": (),
+        "max_tokens": (),
+        "max_completion_tokens": (),
+        "reasoning_effort": (),
+        "response_format": (),
+        "n": (1,),
+        "return_token_ids": (False,),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "chat_template": (),
+        "documents": ([],),
+    }
+)
+
 COMPLETION: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {**_COMMON, "suffix": ("",), "prompt_embeds": ()}
+    {**_COMMON, "reasoning_effort": ("none",), "suffix": ("",), "prompt_embeds": ()}
 )
 
 EMBEDDING: Mapping[str, tuple[object, ...]] = MappingProxyType(
@@ -128,6 +163,13 @@ _HINTS: Mapping[str, str] = MappingProxyType(
             "grammar": ("guided_grammar", "ebnf"),
         }.items()
         for other in others
+    }
+    | {
+        "messages": " Use `input`.",
+        "max_tokens": " Use `max_output_tokens`.",
+        "max_completion_tokens": " Use `max_output_tokens`.",
+        "response_format": " Use `text.format`.",
+        "previous_response_id": " Nothing is stored: send the whole conversation in `input`.",
     }
 )
 

@@ -6,16 +6,32 @@ valid model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from loriner.adapters.names import show
-from loriner.errors import InvalidRequestError
+from loriner.errors import InvalidRequestError, LorinerError
 
 M = TypeVar("M", bound=BaseModel)
+
+
+@contextmanager
+def renamed(path_of: Callable[[str], str]) -> Iterator[None]:
+    """Within it, errors name fields as `path_of` has them."""
+    try:
+        yield
+    except LorinerError as error:
+        param = getattr(error, "param", None)
+        if isinstance(param, str) and (path := path_of(param)) != param:
+            error.param = path  # type: ignore[attr-defined]
+            name = rf"(?<![\w.]){re.escape(param)}(?!\w)"
+            error.args = (re.sub(name, lambda _: path, str(error), count=1),)
+        raise
 
 
 def validate(model: type[M], data: dict[str, Any]) -> M:

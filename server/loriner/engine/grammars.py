@@ -55,11 +55,13 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What the whole answer must match; `param` is the field as the caller wrote it."""
+    """What the whole answer must match; `param` is the field as the caller wrote it. `before`: Lark
+    with a rule of that name, of what may stand before the answer."""
 
     kind: Kind
     text: str
     param: str
+    before: str = ""
 
 
 def bridge(tokenizer: str, vocab_size: int, eos_ids: tuple[int, ...]) -> LLTokenizer:
@@ -126,6 +128,8 @@ def _checked(constraint: Constraint, bridged: Future[LLTokenizer]) -> str:
         grammar = _FORMS[constraint.kind](constraint.text)
     except Exception as error:  # noqa: BLE001  the converter's parsers raise what they like
         raise _refused(constraint, str(error)) from None
+    if constraint.before:
+        grammar = _preceded(constraint.before, grammar)
     _, problems = LLMatcher.validate_grammar_with_warnings(grammar, trie, limits=LIMITS)
     if problems:  # a warning says that a part of it would not be kept
         raise _refused(constraint, problems[0])
@@ -134,6 +138,15 @@ def _checked(constraint: Constraint, bridged: Future[LLTokenizer]) -> str:
     if matcher.is_error():
         raise _refused(constraint, matcher.get_error())
     return grammar
+
+
+def _preceded(before: str, grammar: str) -> str:
+    """`before`, then `grammar`, each with rules of its own."""
+    lead = {"name": "start", "lark_grammar": f"start: before @answer\n{before}"}
+    if not grammar.lstrip().startswith("{"):
+        return json.dumps({"grammars": [lead, {"name": "answer", "lark_grammar": grammar}]})
+    (answer,) = json.loads(grammar)["grammars"]
+    return json.dumps({"grammars": [lead, {**answer, "name": "answer"}]})
 
 
 def _refused(constraint: Constraint, why: str) -> InvalidRequestError:

@@ -47,13 +47,14 @@ class Service:
         self.tool_format = server_config.tool_format
         self.model_name = server_config.served_name or engine_config.model.resolve().name
         self.created = int(time.time())
+        self.chat = ChatTokenizer(engine_config.model)
         self.store = Store(
             server_config.store,
             self.model_config.modules(),
             self.base_digest,
             base_tensor=checkpoint.dense,
+            check_template=self.chat.own_template,
         )
-        self.chat = ChatTokenizer(engine_config.model)
         self.grammars = Grammars(
             engine_config.model, self.model_config.vocab_size, self.model_config.eos_token_ids
         )
@@ -97,6 +98,7 @@ class Service:
         await self._engine.stop()
         self._on_down()
         self.grammars.close()
+        self.chat.close()
         await self._holds.wait(STOP_S)
         self.store.close()
 
@@ -149,8 +151,10 @@ class Service:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        template: str | None = None,
     ) -> list[int]:
-        """Messages -> token ids by the base's chat template, off the event loop."""
+        """Messages -> token ids by the base's chat template, or one that an adapter brought, off
+        the event loop."""
         return await asyncio.to_thread(
             self.chat.render,
             messages,
@@ -158,7 +162,13 @@ class Service:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             template_kwargs=dict(template_kwargs or {}),
+            template=template,
         )
+
+    async def own_template(self, adapter: str) -> tuple[str, str] | None:
+        """The chat template that an adapter brought, and `name@digest` of just that generation;
+        None: the base's serves. Raises AdapterNotFoundError."""
+        return await asyncio.to_thread(own_template, self.store, adapter)
 
     async def generate(
         self,
@@ -290,3 +300,10 @@ class Service:
             raise errors.EngineUnavailableError("The server is shutting down.")
         if self._engine.state != "ready":
             raise errors.EngineUnavailableError(f"The engine is {self._engine.state}.")
+
+
+def own_template(store: Store, adapter: str) -> tuple[str, str] | None:
+    """See `Service.own_template`."""
+    record = store.resolve(adapter)
+    template = store.template(record.generation) if record.has_template else None
+    return None if template is None else (template, f"{record.name}@{record.generation}")
