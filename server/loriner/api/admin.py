@@ -20,8 +20,7 @@ from loriner.api.access import Caller, Right
 from loriner.api.adapters import Placed
 from loriner.api.auth import NOTHING, GuardedRoute, Told
 from loriner.api.responses import json_response
-from loriner.api.schema import MAX_NAME_CHARS
-from loriner.api.schema_base import Body
+from loriner.api.schema_base import MAX_NAME_CHARS, Body
 from loriner.api.shared import Shared
 from loriner.api.standing import status_of
 from loriner.errors import InvalidRequestError

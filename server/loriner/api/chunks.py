@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from loriner.api import shapes, sse
 from loriner.api.formats import Format, Gathered, Head
 from loriner.api.running import Run
-from loriner.api.schema import SamplingBody
+from loriner.api.schema_sampling import SamplingBody
 from loriner.api.status import error_body
 from loriner.api.voice import Said
 

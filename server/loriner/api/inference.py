@@ -14,7 +14,8 @@ from loriner.api import prompts
 from loriner.api.access import Caller
 from loriner.api.prompts import Prompt
 from loriner.api.reasoning import MAX_TAIL, Thinking, thinking_of
-from loriner.api.schema import ChatBody, CompletionBody, EmbeddingBody, SamplingBody
+from loriner.api.schema import ChatBody, CompletionBody, EmbeddingBody
+from loriner.api.schema_sampling import SamplingBody
 from loriner.api.selection import Choice, choose
 from loriner.api.tool_calling import ToolCalling, spelled
 from loriner.api.tool_formats import format_of

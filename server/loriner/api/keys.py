@@ -18,8 +18,7 @@ from loriner.api import body
 from loriner.api.access import Right
 from loriner.api.auth import GuardedRoute, Told
 from loriner.api.responses import json_response
-from loriner.api.schema import MAX_NAME_CHARS
-from loriner.api.schema_base import Body
+from loriner.api.schema_base import MAX_NAME_CHARS, Body
 from loriner.api.shared import Shared
 from loriner.api.tenants import Key, Quota
 

@@ -21,7 +21,7 @@ from loriner.api.access import Caller, Right
 from loriner.api.answering import Answering, MakeWriter, Reply
 from loriner.api.auth import GuardedRoute, Told
 from loriner.api.chunks import ChunkWriter
-from loriner.api.formats import ChatFormat, Head, TextFormat
+from loriner.api.formats import ChatFormat, Head
 from loriner.api.inference import Job, chat_job, text_job
 from loriner.api.response_body import ResponseBody, path_of
 from loriner.api.response_shapes import Response as Answered
@@ -32,6 +32,7 @@ from loriner.api.schema import ChatBody, CompletionBody
 from loriner.api.schema_base import Body
 from loriner.api.selection import choose, public_name
 from loriner.api.shared import Shared
+from loriner.api.text_format import TextFormat
 from loriner.api.validation import renamed
 from loriner.errors import AdapterNotFoundError, ModelNotFoundError
 

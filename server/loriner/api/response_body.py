@@ -13,16 +13,14 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from loriner.api.response_items import MAX_ITEMS, Item, check_kinds, conversation
-from loriner.api.schema import (
-    MAX_NAME_CHARS,
+from loriner.api.schema import ChatBody, Effort
+from loriner.api.schema_base import MAX_NAME_CHARS, Body
+from loriner.api.schema_sampling import (
     AdapterName,
-    ChatBody,
-    Effort,
     SamplingBody,
     ScaledAdapter,
     ScaledAdapters,
 )
-from loriner.api.schema_base import Body
 from loriner.api.structured import JsonObjectAnswer, Schema, TextAnswer
 from loriner.api.tool_schema import MAX_TOOLS, Function
 from loriner.api.unserved import RESPONSES, refuse_unserved

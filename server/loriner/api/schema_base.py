@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+MAX_NAME_CHARS = 256
+
 
 class Body(BaseModel):
     """Errors never show what was sent."""
