@@ -28,8 +28,9 @@ from loriner.engine.detokenizer import Detokenizer
 from loriner.engine.guides import Guides
 from loriner.engine.kv_cache import BlockManager
 from loriner.engine.runner import Pending, Runner
+from loriner.engine.runs import Run
 from loriner.engine.sampler import Sampled
-from loriner.engine.scheduler import Run, Scheduler
+from loriner.engine.scheduler import Scheduler
 from loriner.engine.snapshots import Counters
 from loriner.errors import EngineFailedError, LorinerError
 
@@ -69,7 +70,7 @@ class Engine:
             self.blocks,
             self.registry,
             max_sequences=config.max_sequences,
-            max_step_tokens=config.max_step_tokens,
+            max_step_tokens=config.step_tokens(runner.usual_step_tokens),
             load_of=self._load_of,
         )
         self.counters = Counters()
