@@ -12,7 +12,18 @@ def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         "bench", help="measure Loriner, on a CPU beside other engines, on a GPU beside its limits"
     )
     kinds = bench.add_subparsers(dest="bench", required=True, metavar="KIND")
-    from loriner.bench import base_folder, cpu, decode, kernels, load, many, prefill, serve, train
+    from loriner.bench import (
+        base_folder,
+        cpu,
+        decode,
+        fairness,
+        kernels,
+        load,
+        many,
+        prefill,
+        serve,
+        train,
+    )
 
-    for kind in (cpu, base_folder, decode, kernels, prefill, load, serve, many, train):
+    for kind in (cpu, base_folder, decode, kernels, prefill, load, serve, fairness, many, train):
         kind.add_command(kinds)
