@@ -22,8 +22,8 @@ from loriner.engine.cpu_runner import CpuRunner
 from loriner.engine.engine import Engine
 from loriner.engine.readings import Read
 from loriner.engine.runner import Runner
+from loriner.engine.runs import Run
 from loriner.engine.sampler import Sampled, needs_host, sample
-from loriner.engine.scheduler import Run
 from loriner.engine.step_input import StepInput
 from loriner.model.batch_meta import BatchMeta
 
@@ -123,6 +123,7 @@ class WatchedEngine(Engine):
         self.logits: dict[Key, list[Tensor]] = {}
         self.outputs: dict[Key, list[int]] = {}
         self.text: dict[Key, str] = {}
+        self.logprobs: dict[Key, list[float]] = {}  # of the tokens, where they were asked for
         self.ends: dict[Key, Event] = {}
         self.max_mixed = 0  # most distinct adapters seen in one step
         self._sampled: tuple[Run, ...] = ()
@@ -151,6 +152,7 @@ class WatchedEngine(Engine):
         for event in events:
             key = (event.request_id, event.index)
             self.outputs.setdefault(key, []).extend(event.token_ids)
+            self.logprobs.setdefault(key, []).extend(one.logprob for one in event.logprobs)
             self.text[key] = self.text.get(key, "") + event.text
             if event.finish_reason is not None:
                 assert key not in self.ends, "a sequence ended twice"
@@ -166,7 +168,13 @@ class WatchedEngine(Engine):
 
 
 def engine_config(model: Path, **overrides: object) -> EngineConfig:
-    small = {"kv_bytes": 64 * MIB, "max_sequences": 16, "num_threads": 1, "device": "cpu"}
+    small: dict[str, object] = {
+        "kv_bytes": 64 * MIB,
+        "max_sequences": 16,
+        "max_step_tokens": 512,
+        "num_threads": 1,
+        "device": "cpu",
+    }
     return EngineConfig(model=model, **{**small, **overrides})  # type: ignore[arg-type]
 
 

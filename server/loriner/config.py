@@ -39,7 +39,9 @@ class EngineConfig:
     device: str = setting("auto", "auto, cpu or cuda")
     max_model_len: int = setting(0, "longest prompt + answer, tokens (0: the model's own)", low=0)
     max_sequences: int = setting(32, "most sequences that run in one step", low=1, high=4096)
-    max_step_tokens: int = setting(512, "token budget of one step", low=1)
+    max_step_tokens: int = setting(
+        0, "token budget of one step (0: 32 on a CPU, 512 on a GPU, max_sequences if more)", low=0
+    )
     block_size: int = setting(16, "tokens in one KV block", low=1, high=256)
     kv_bytes: int = setting(
         0, "memory for the KV cache (0: 512 MiB on a CPU, from what is free on a GPU)", low=0
@@ -63,9 +65,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_limits(self)
-        if self.max_step_tokens < self.max_sequences:
+        if self.max_step_tokens and self.max_step_tokens < self.max_sequences:
             raise ConfigError("max_step_tokens must be at least max_sequences: each takes one.")
         check_choice(self, "device", ("auto", "cpu", "cuda"))
+
+    def step_tokens(self, usual: int) -> int:
+        """Token budget of one step on a device where this one is `usual`."""
+        return self.max_step_tokens or max(usual, self.max_sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,10 @@ class ServerConfig:
     max_upload_bytes: int = setting(2 * GIB, "largest upload", low=1)
     max_body_bytes: int = setting(8 * MIB, "largest JSON body", low=1)
     tenant_share: float = setting(
-        0.5, "of the queue, the most that one tenant without a quota may fill", low=0, high=1
+        0.5,
+        "of the queue that others leave, the most that one tenant without a quota may fill",
+        low=0,
+        high=1,
     )
     shutdown_s: float = setting(30.0, "grace for running requests at shutdown", low=0)
     tool_format: str = setting(

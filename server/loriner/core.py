@@ -173,6 +173,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt",
         "num_settled",
+        "num_when_preempted",
         "reading",
         "reads_prompt",
         "request",
@@ -197,8 +198,9 @@ class Sequence:
         # steps have ended; set by the engine
         self.num_settled = 0  # of those, by steps that have ended; set by the block manager
         self.num_cached = 0  # of the prompt, found in the prefix cache; set by the block manager
-        self.num_charged = 0  # output tokens that its tenant was charged for; set by `Turns`
+        self.num_charged = 0  # tokens that its tenant was charged for or got free; set by `Turns`
         self.num_preemptions = 0
+        self.num_when_preempted = 0  # tokens it had at the last preemption; set by the scheduler
         self.blocks: list[int] = []  # set by the block manager
         self.row = -1  # of the block table, while there are blocks; set by the block manager
         self.hashes: list[bytes] = []  # keys of the full blocks so far; set by the block manager

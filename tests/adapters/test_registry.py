@@ -200,6 +200,21 @@ def test_evicting_takes_it_out_of_both_tiers_unless_it_runs(disk: Disk) -> None:
     closing(make(disk), check)
 
 
+def test_one_that_is_evicted_before_its_turn_to_load_is_forgotten(disk: Disk) -> None:
+    def check(registry: Registry) -> None:
+        disk.gate.clear()
+        disk.wanted |= {"a", "b"}
+        registry.prefetch("a")
+        registry.prefetch("b")
+        disk.wanted.remove("b")
+        assert registry.evict("b")
+        disk.gate.set()
+        wait_for(registry, "a", Readiness.SEATED)
+        assert disk.loads == ["a"] and registry.tier("b") == "disk"
+
+    closing(make(disk), check)
+
+
 def test_several_loaders_work_side_by_side(disk: Disk) -> None:
     barrier = threading.Barrier(3, timeout=5)
 

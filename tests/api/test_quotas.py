@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,27 @@ def test_sequences_are_counted_and_given_back(quotas: Quotas, tenants: Tenants) 
 
 
 def test_no_tenant_fills_the_queue_unless_its_quota_says_so(tenants: Tenants) -> None:
-    quotas = Quotas(tenants, share=4)
+    quotas = Quotas(tenants, places=8, share=0.5)
     with quotas.running("a", 4), pytest.raises(QuotaExceededError), quotas.running("a", 1):
         pass
     with quotas.running("default", 100):
         pass
     tenants.set_quota("a", Quota(max_sequences=9))
     with quotas.running("a", 9):
+        pass
+
+
+def test_however_many_flood_another_finds_room(tenants: Tenants) -> None:
+    quotas = Quotas(tenants, places=128, share=0.5)
+    with ExitStack() as floods:
+        for tenant in "abcdef":
+            with pytest.raises(QuotaExceededError):
+                while True:
+                    floods.enter_context(quotas.running(tenant, 1))
+        with quotas.running("quiet", 1):
+            pass
+        assert quotas._num_sequences < 128
+    with quotas.running("quiet", 64):
         pass
 
 

@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 
 from loriner.bench import sse_client
-from loriner.bench.clients import ClientFailedError, stream
+from loriner.bench.clients import ClientFailedError, flooding, stream
 
 OPENING = b'data: {"choices":[{"prompt_token_ids":[9,9]}]}\n\n'
 DONE = b"data: [DONE]\n\n"
@@ -97,3 +97,38 @@ def test_a_refused_request_fails_the_run_with_the_servers_words() -> None:
 
     with serving(answer) as port, pytest.raises(ClientFailedError, match="no such adapter"):
         stream(port, [[{}]], num_clients=1)
+
+
+def test_a_flood_asks_over_and_over_with_its_key_until_its_block_ends() -> None:
+    keys: list[str | None] = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        keys.append(handler.headers["authorization"])
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(token(1) + DONE)
+
+    with serving(answer) as port:
+        with flooding(port, [[{}]], num_clients=1, key="secret"):
+            deadline = time.monotonic() + 20
+            while len(keys) < 5:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        num_asked = len(keys)
+        time.sleep(0.1)
+
+    assert set(keys) == {"Bearer secret"} and len(keys) <= num_asked + 1
+
+
+def test_a_flood_that_breaks_off_fails_the_run() -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(429)
+        handler.end_headers()
+        handler.wfile.write(b'{"error":{"message":"too many"}}')
+
+    with (
+        serving(answer) as port,
+        pytest.raises(ClientFailedError, match="too many"),
+        flooding(port, [[{}]], num_clients=1),
+    ):
+        time.sleep(2)

@@ -14,7 +14,7 @@ from loriner.adapters.store import Store
 from loriner.cli import main
 from loriner.engine.cpu_runner import CpuRunner
 
-KINDS = ("decode", "kernels", "prefill", "load", "serve", "many", "train")
+KINDS = ("decode", "kernels", "prefill", "load", "serve", "fairness", "many", "train")
 
 
 class Ran:
@@ -142,6 +142,19 @@ def test_serve_streams_over_http_beside_the_engine_alone(bench: Any, tmp_path: P
     assert http["of_engine"] == pytest.approx(http["tokens_per_s"] / alone["tokens_per_s"])
     assert 0 < http["gap_p99_ms"] <= http["gap_longest_ms"]
     assert ran.of["first_token"][0]["p50_ms"] > 0
+
+
+def test_fairness_asks_alone_and_in_another_tenants_flood(bench: Any, tmp_path: Path) -> None:
+    ran = bench(
+        "fairness",
+        "--prompts 8 --asked 3 --turns 1 --streams 6 --adapters 2 --ranks 2 --folder",
+        f"{tmp_path} -- --kv-bytes 16M --max-sequences 2",
+    )
+    (measured,) = ran.of["fairness"]
+
+    assert measured["ratio"] == measured["flooded_p95_ms"] / measured["alone_p95_ms"]
+    assert measured["output_tokens_per_s"] > 0 and measured["waiting"] > 0
+    assert 0 < measured["preemptions"] <= 3
 
 
 MANY = "many --adapters 9 --streams 3 --seats 4 --hosted 2 --checked 3 --new 6 --ranks 2,4 --folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import pytest
 import loriner_client as lc
 from loriner.api.tenants import Tenants
 from tests.e2e.kit import Kit
-from tests.servers import ServerProcess
+from tests.servers import ServerProcess, wait_until
 
 HI = "hi"
 GREEDY: lc.Sampling = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+LONG: lc.Sampling = {"temperature": 0.0, "max_tokens": 1500, "ignore_eos": True}
 
 
 def test_at_a_signal_streams_finish_whichever_door_they_came_through(
@@ -50,6 +52,36 @@ def test_a_tenants_key_works_through_both_doors_and_is_revoked_in_both(
         for address in (server.grpc_address, server.url):
             with lc.Client(address, key=token) as mine, pytest.raises(lc.AuthenticationError):
                 mine.chat(HI)
+
+
+def test_a_tenants_flood_neither_refuses_nor_holds_up_another(kit: Kit, tmp_path: Path) -> None:
+    tenants = Tenants(tmp_path / "store")
+    _, flooding = tenants.create_key("flood", ["infer"])
+    _, asking = tenants.create_key("quiet", ["infer"])
+    flags = ("--max-sequences", "2", "--max-waiting", "6")
+    with (
+        ServerProcess(kit.base, tmp_path / "store", *flags, key="root") as server,
+        lc.Client(server.url, key=flooding, retry=lc.Retry(attempts=1)) as flood,
+        lc.Client(server.url, key=asking, retry=lc.Retry(attempts=1)) as quiet,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        begun = [threads.submit(flood.chat, prompt, **LONG) for prompt in "abcd"]
+        wait_until(lambda: metric(server, "sequences_waiting") == 2, server=server)
+        with pytest.raises(lc.QuotaExceededError):
+            flood.chat("e", **LONG)
+        answer = quiet.chat(HI, **GREEDY).choices[0]
+        was_first = not any(one.done() for one in begun)
+        answers = [one.result(60).choices[0] for one in begun]
+        wait_until(lambda: metric(server, "preemptions_total") >= 1, server=server)
+
+    assert was_first and list(answer.token_ids) == kit.alone(HI, None, 12)
+    for prompt, whole in zip("abcd", answers, strict=True):
+        assert list(whole.token_ids) == kit.alone(prompt, None, LONG["max_tokens"])
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    lines = server.http.get("/metrics").text.splitlines()
+    return float(dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")[f"loriner_{name}"])
 
 
 def check_tenants(mine: lc.Client, theirs: lc.Client, kit: Kit) -> None:

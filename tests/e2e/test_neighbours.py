@@ -36,6 +36,7 @@ class Ask:
     max_tokens: int
     temperature: float
     n: int
+    tenant: str = ""
 
     def request(self, request_id: str) -> Request:
         generator = torch.Generator().manual_seed(self.prompt_seed)
@@ -44,6 +45,7 @@ class Ask:
             prompt,
             request_id=request_id,
             generation=None if self.adapter is None else f"g{self.adapter}",
+            salt=self.tenant,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             seed=self.prompt_seed,
@@ -115,6 +117,7 @@ asks = st.builds(
     max_tokens=st.integers(1, 10),
     temperature=st.sampled_from([0.0, 1.0]),
     n=st.sampled_from([1, 1, 1, 2]),
+    tenant=st.sampled_from(["", "", "", "other"]),
 )
 actions = st.one_of(
     st.tuples(st.just("submit"), asks),
@@ -134,6 +137,7 @@ actions = st.one_of(
     script=st.lists(actions, min_size=4, max_size=30),
     num_blocks=st.sampled_from([24, 40, 256]),
     max_step_tokens=st.sampled_from([5, 16, 512]),
+    max_sequences=st.sampled_from([2, 4, 16]),
     max_seats=st.sampled_from([1, 2, 8]),
     prefix_cache=st.booleans(),
     late=st.booleans(),
@@ -143,6 +147,7 @@ def test_a_sequence_has_the_tokens_it_has_alone(
     script: list[tuple[str, object]],
     num_blocks: int,
     max_step_tokens: int,
+    max_sequences: int,
     max_seats: int,
     prefix_cache: bool,
     late: bool,
@@ -152,7 +157,7 @@ def test_a_sequence_has_the_tokens_it_has_alone(
         prefix_cache=prefix_cache,
         late=late,
         max_step_tokens=max_step_tokens,
-        max_sequences=min(16, max_step_tokens),
+        max_sequences=min(max_sequences, max_step_tokens),
         max_seats=max_seats,
     )
     submitted: list[Ask] = []

@@ -40,6 +40,7 @@ class IdleRunner:
     """Every token is an `a`."""
 
     is_async = True
+    usual_step_tokens = 512
     max_len = 8192
     num_blocks = 20_000
     operand_bytes = 0

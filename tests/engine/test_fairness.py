@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 
 from loriner.core import Sequence, Turn
-from loriner.engine.fairness import OUTPUT_COST, PROMPT_COST
+from loriner.engine.fairness import HEAD_START, OUTPUT_COST, PROMPT_COST
 from loriner.engine.kv_cache import BlockManager
-from loriner.engine.scheduler import Run, Scheduler
+from loriner.engine.runs import Run
+from loriner.engine.scheduler import Scheduler
 from tests.fakes import Clock, FakeRegistry, make_sequence
 
 SEATS = 4
@@ -96,23 +97,6 @@ def test_two_that_always_wait_are_served_alike_whatever_they_send() -> None:
     assert min(served.values()) > 10 * bound
 
 
-def test_a_flood_delays_another_by_no_more_than_what_runs() -> None:
-    scheduler, served = make(), Counter[str]()
-    for _ in range(500):
-        ask(scheduler, "flood")
-    for _ in range(20):
-        step(scheduler, 6, served)
-    for _ in range(10):
-        mine = ask(scheduler, "other")
-        steps = 0
-        while mine in scheduler.waiting:
-            step(scheduler, 6, served)
-            steps += 1
-        assert steps <= 7, "it waited for more than one running sequence's end"
-        while mine in scheduler.running:
-            step(scheduler, 6, served)
-
-
 @pytest.mark.parametrize("weight", [2.0, 4.0])
 def test_twice_the_weight_is_twice_the_tokens(weight: float) -> None:
     scheduler, served = make(), Counter[str]()
@@ -134,20 +118,22 @@ def test_an_adapter_that_costs_more_counts_for_more() -> None:
     assert served["base"] / served["lora"] == pytest.approx(3.0, rel=0.1)
 
 
-def test_idling_earns_nothing() -> None:
+def test_idling_earns_no_more_than_the_head_start() -> None:
     scheduler, served = make(), Counter[str]()
     for _ in range(300):
         if len(scheduler.waiting) < 8:
             ask(scheduler, "busy")
         step(scheduler, 5, served)
     before = served.copy()
-    for _ in range(200):
+    for _ in range(600):
         for tenant in ("busy", "back"):
             if sum(s.request.salt == tenant for s in scheduler.waiting) < 8:
                 ask(scheduler, tenant)
         step(scheduler, 5, served)
     gained = served - before
-    assert gained["back"] / gained["busy"] == pytest.approx(1.0, rel=0.15)
+    bound = 2 * OUTPUT_COST * SEATS * 5
+    assert 0 < gained["back"] - gained["busy"] <= HEAD_START + bound
+    assert gained["busy"] > 2 * HEAD_START
 
 
 def test_no_room_is_left_empty_while_anybody_waits() -> None:
@@ -160,17 +146,19 @@ def test_no_room_is_left_empty_while_anybody_waits() -> None:
         assert len(runs) == SEATS
 
 
-def test_a_preempted_sequence_comes_back_first_and_is_charged_once() -> None:
+def test_a_preempted_sequence_is_first_of_its_tenant_and_charged_once() -> None:
     scheduler = make(num_blocks=6, max_sequences=2)
-    first, second = ask(scheduler, "a", 8), ask(scheduler, "b", 8)
+    first, second = ask(scheduler, "a", 8), ask(scheduler, "a", 8)
     served: Counter[str] = Counter()
     step(scheduler, 99, served)
-    ask(scheduler, "c", 4)
+    ask(scheduler, "a", 12, turn=Turn(priority=-9))
     while not scheduler.num_preemptions:
         step(scheduler, 99, served)
-    charged = scheduler.turns.served("b")
+    scheduler.turns.settle()
+    charged = scheduler.turns.served("a")
     scheduler.finish(first)
     runs = step(scheduler, 99, served)
+    scheduler.turns.settle()
 
-    assert runs[0].sequence is second
-    assert scheduler.turns.served("b") <= charged + OUTPUT_COST * second.num_output
+    assert [run.sequence for run in runs] == [second]
+    assert scheduler.turns.served("a") == charged + OUTPUT_COST

@@ -100,7 +100,8 @@ def random_request(rng: random.Random, request_id: str) -> Request:
     if rng.random() < 0.4:
         prompt = list(range(rng.randint(9, 25)))  # shared prefixes
     generation = None if rng.random() < 0.3 else f"g{rng.randrange(5)}"
-    return make_request(prompt, request_id=request_id, generation=generation, **params)
+    salt = rng.choice("aaaab")
+    return make_request(prompt, request_id=request_id, generation=generation, salt=salt, **params)
 
 
 def answers(engine: WatchedEngine) -> dict[Key, tuple[Any, ...]]:
@@ -116,6 +117,7 @@ def test_one_step_behind_gives_the_tokens_of_the_synchronous_engine(lab: Lab, se
     settings = {
         "num_blocks": rng.choice([28, 48, 256]),
         "max_step_tokens": rng.choice([16, 40, 512]),
+        "max_sequences": rng.choice([2, 5, 16]),
         "max_seats": rng.choice([1, 2, 8]),
         "prefix_cache": rng.random() < 0.7,
     }
@@ -270,6 +272,54 @@ def test_a_preempted_sequence_keeps_the_token_that_was_under_way(lab: Lab) -> No
     tight.run_all(requests)
     assert tight.scheduler.num_preemptions > 0
     assert tight.outputs == roomy.outputs
+
+
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "greedy": {"ignore_eos": True},
+    "seeded": {"temperature": 1.1, "seed": 5, "top_p": 0.9, "ignore_eos": True},
+    "looking back": {"temperature": 0.8, "seed": 6, "frequency_penalty": 0.7, "ignore_eos": True},
+    "with log-probabilities": {"logprobs": 2, "ignore_eos": True},
+    "structured": {"grammar": LLMatcher.grammar_from_regex(r"\{([a-z]{3},){9}[0-9]{5}\}")},
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_who_gives_way_to_another_tenant_goes_on_as_if_alone(
+    lab: Lab, way: str, prefix_cache: bool, late: bool
+) -> None:
+    def ask(tenant: str, index: int, num_tokens: int) -> Request:
+        prompt = range(7 * index, 7 * index + 9)
+        return make_request(
+            prompt,
+            request_id=f"{tenant}{index}",
+            generation=f"g{index % 3}",
+            salt=tenant,
+            **{"max_tokens": num_tokens, **WAYS[way]},
+        )
+
+    flood, visits = [ask("a", i, 50) for i in range(3)], [ask("b", i, 3) for i in range(6)]
+    engine = lab.engine(late=late, max_sequences=2, prefix_cache=prefix_cache)
+    for request in flood:
+        engine.submit(request)
+    until(engine, lambda: len(engine.scheduler.waiting) == 1)
+    for visit in visits:
+        engine.submit(visit)
+        for _ in range(7):
+            engine.step()
+    engine.run_all()
+
+    assert engine.scheduler.num_preemptions > 2
+    for request in flood + visits:
+        alone = lab.engine(late=False, prefix_cache=False)
+        alone.run_all([request])
+        key = request.request_id, 0
+        assert answers(engine)[key] == answers(alone)[key]
+        assert engine.logprobs[key] == pytest.approx(alone.logprobs[key], abs=1e-4)
+        assert bool(alone.logprobs[key]) == (request.sampling.logprobs is not None)
+        alone.close()
+    engine.close()
 
 
 def test_an_adapter_evicted_while_its_last_rows_are_under_way_does_no_harm(lab: Lab) -> None:

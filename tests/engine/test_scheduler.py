@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from loriner.core import Sequence
 from loriner.engine.kv_cache import BlockManager
-from loriner.engine.scheduler import DRAIN_S, Run, Scheduler
+from loriner.engine.runs import Run
+from loriner.engine.scheduler import DRAIN_S, Scheduler
 from loriner.errors import AdapterError
 from tests.fakes import Clock, FakeRegistry, make_sequence
 

@@ -262,7 +262,7 @@ class Registry:
             generation, _ = self._queue.popitem(last=False)
             if self._is_needed(generation):
                 self.loaders.begin(generation)
-            elif self._entries[generation].weights is None:
+            elif generation in self._entries and self._entries[generation].weights is None:
                 del self._entries[generation]
 
     def _is_needed(self, generation: str) -> bool:

@@ -39,17 +39,20 @@ class Usage:
 
 
 class Quotas:
-    """`share`: most sequences of a tenant that has no bound of its own, so that none fills the
-    queue; the operator's own tenant is exempt. `now` is a monotonic clock in seconds."""
+    """`places`: of all sequences, queued or running. A tenant that has no bound of its own gets
+    `share` of those that the others leave, so that several who flood leave room as well; the
+    operator's own tenant is exempt. `now` is a monotonic clock in seconds."""
 
     def __init__(
         self,
         tenants: Tenants,
-        share: int | None = None,
+        places: int | None = None,
+        share: float = 1.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tenants = tenants
-        self._share = share
+        self._places, self._share = places, share
+        self._num_sequences = 0  # of all tenants
         self._now = now
         self._usage: defaultdict[str, Usage] = defaultdict(Usage)
         self._publishing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -70,19 +73,22 @@ class Quotas:
                 f"The tenant has {usage.num_sequences} sequences under way and may have {limit}.",
                 RETRY_AFTER_S,
             )
+        self._num_sequences += num_sequences
         usage.num_sequences += num_sequences
         try:
             yield _free if quota.tokens_per_minute is None else partial(self._spend, tenant)
         finally:
             usage.num_sequences -= num_sequences
+            self._num_sequences -= num_sequences
             self._forget_idle(tenant)
 
     def max_sequences(self, tenant: str) -> int | None:
-        """That the tenant may have at once; None: no bound of its own."""
+        """Most that the tenant may have now; None: no bound."""
         limit = self._tenants.quota(tenant).max_sequences
-        if limit is None and tenant != DEFAULT_TENANT:
-            return self._share
-        return limit
+        if limit is not None or tenant == DEFAULT_TENANT or self._places is None:
+            return limit
+        others = self._num_sequences - self._usage[tenant].num_sequences
+        return max(1, int(self._share * (self._places - others)))
 
     def _spend(self, tenant: str, num_tokens: int) -> None:
         rate = self._tenants.quota(tenant).tokens_per_minute

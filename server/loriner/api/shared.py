@@ -36,7 +36,7 @@ def share(service: Service, config: ServerConfig) -> Shared:
     metrics, tenants = Metrics(service), Tenants(config.store)
     engine = service.engine_config
     places = engine.max_waiting + engine.max_sequences
-    quotas = Quotas(tenants, max(1, int(places * config.tenant_share)))
+    quotas = Quotas(tenants, places, config.tenant_share)
     return Shared(
         service,
         config,

@@ -17,6 +17,7 @@ def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         cost,
         cpu,
         decode,
+        fairness,
         kernels,
         load,
         many,
@@ -25,5 +26,6 @@ def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         train,
     )
 
-    for kind in (cpu, base_folder, decode, kernels, prefill, load, serve, many, train, cost):
+    serving = (decode, kernels, prefill, load, serve, fairness, many)
+    for kind in (cpu, base_folder, *serving, train, cost):
         kind.add_command(kinds)

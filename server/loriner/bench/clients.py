@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,38 +32,74 @@ class Answer:
     tokens: tuple[float, ...]  # when each came, monotonic seconds
 
 
+Streams = Sequence[Sequence[Mapping[str, object]]]
+
+
 def stream(
-    port: int, streams: Sequence[Sequence[Mapping[str, object]]], num_clients: int
+    port: int, streams: Streams, num_clients: int, key: str = "", *, pause_s: float = 0.0
 ) -> list[Answer]:
-    """Send the bodies of each stream one after another, all streams at once.
+    """Send the bodies of each stream one after another, all streams at once; before each a pause
+    of at most `pause_s`.
 
     Raises ClientFailedError.
     """
     num_clients = min(num_clients, len(streams))
-    start_at = time.monotonic() + START_S
+    job = {"port": port, "key": key, "pause_s": pause_s, "endless": False}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        clients = []
+        with _started(folder, job, streams, num_clients) as clients:
+            for client in clients:
+                _, stderr = client.communicate(timeout=TIMEOUT_S)
+                if client.returncode != 0:
+                    raise ClientFailedError(_last_line(stderr) or "a client failed")
+        return [a for i in range(num_clients) for a in _answers(folder / f"out-{i}")]
+
+
+@contextmanager
+def flooding(port: int, streams: Streams, num_clients: int, key: str = "") -> Iterator[None]:
+    """Streams that send their bodies over and over while the block runs.
+
+    Raises ClientFailedError when one ended before.
+    """
+    job = {"port": port, "key": key, "pause_s": 0.0, "endless": True}
+    with (
+        tempfile.TemporaryDirectory() as name,
+        _started(Path(name), job, streams, num_clients) as clients,
+    ):
+        yield
+        for client in clients:
+            if client.poll() is not None:
+                _, stderr = client.communicate()
+                raise ClientFailedError(_last_line(stderr) or "a client ended too early")
+
+
+@contextmanager
+def _started(
+    folder: Path, job: Mapping[str, object], streams: Streams, num_clients: int
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that share the streams; none is left when the block ends."""
+    clients = []
+    start_at = time.monotonic() + START_S
+    try:
         for i in range(num_clients):
-            job = {"port": port, "start_at": start_at, "streams": streams[i::num_clients]}
-            (folder / f"job-{i}").write_text(json.dumps(job))
+            own = {**job, "start_at": start_at, "streams": streams[i::num_clients]}
+            (folder / f"job-{i}").write_text(json.dumps(own))
             command = [sys.executable, "-S", "-P", str(SCRIPT)]
             command += [str(folder / f"job-{i}"), str(folder / f"out-{i}")]
             clients.append(
                 subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             )
-        try:
-            for client in clients:
-                _, stderr = client.communicate(timeout=TIMEOUT_S)
-                if client.returncode != 0:
-                    last = stderr.decode(errors="replace").strip().splitlines()[-1:]
-                    raise ClientFailedError(last[0] if last else "a client failed")
-        finally:
-            for client in clients:
-                if client.poll() is None:
-                    client.kill()
-                    client.wait()
-        return [a for i in range(num_clients) for a in _answers(folder / f"out-{i}")]
+        yield clients
+    finally:
+        for client in clients:
+            if client.poll() is None:
+                client.kill()
+                client.communicate()
+
+
+def _last_line(stderr: bytes) -> str:
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
 
 
 def _answers(file: Path) -> list[Answer]:

@@ -7,13 +7,9 @@ client processes stream. Invariant: both rates are of the time in which every st
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +19,7 @@ import httpx
 
 from loriner.bench import options
 from loriner.bench.clients import Answer, stream
-from loriner.bench.served import free_port, stop, wait_ready
+from loriner.bench.served import serving
 from loriner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +28,6 @@ if TYPE_CHECKING:
 
 HEAD = ("", "tokens/s", "of engine", "gap p50 ms", "gap p99 ms", "p99 / p50", "longest ms")
 FIRST_HEAD = ("first token ms", "p50", "p99")
-READY_S = 540.0
 WRITERS = 4  # threads; a server takes so many uploads at a time
 
 
@@ -111,8 +106,9 @@ def measure_http(
         model = args.base or folder / "base"
         if args.base is None:
             write_base(base, model)
-        with serving(args, model, folder) as port:
-            publish(port, adapters, num_adapters(args), folder / "uploads")
+        with serving(serve_flags(args, model), folder) as port:
+            names = [f"random-{i}" for i in range(num_adapters(args))]
+            publish(port, adapters, names, folder / "uploads")
             warm = [[body(args, base, stream_id, 0, 2)] for stream_id in range(args.streams)]
             stream(port, warm, args.clients)
             asked = [
@@ -122,42 +118,35 @@ def measure_http(
             return stream(port, asked, args.clients)
 
 
-@contextlib.contextmanager
-def serving(args: argparse.Namespace, model: Path, folder: Path) -> Iterator[int]:
-    """A server that is ready; its port."""
-    port = free_port()
-    (folder / "uploads").mkdir()
-    command = [sys.executable, "-m", "loriner", "serve", "--model", str(model)]
-    command += ["--device", args.device, "--port", str(port), "--store", str(folder / "store")]
-    command += ["--adapter-root", str(folder / "uploads"), "--no-prefix-cache"]
-    command += ["--max-sequences", str(args.streams), "--max-seats", str(args.streams)]
-    command += ["--max-step-tokens", str(max(2048, args.streams))]
-    command += ["--num-threads", str(args.threads), *args.flags]
-    log = folder / "log"
-    with log.open("wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out, env=dict(os.environ))
-    try:
-        wait_ready(server, f"http://127.0.0.1:{port}", log, READY_S)
-        yield port
-    except BaseException:
-        sys.stderr.write(log.read_text(errors="replace")[-4000:])
-        raise
-    finally:
-        stop(server)
+def serve_flags(args: argparse.Namespace, model: Path) -> list[str]:
+    flags = ["--model", str(model), "--device", args.device, "--no-prefix-cache"]
+    flags += ["--max-sequences", str(args.streams), "--max-seats", str(args.streams)]
+    flags += ["--max-step-tokens", str(max(2048, args.streams))]
+    return [*flags, "--num-threads", str(args.threads), *args.flags]
 
 
-def publish(port: int, adapters: RandomAdapters, count: int, folder: Path) -> None:
-    """Through the admin door, from a path; each folder goes when it is published."""
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as http:
+def publish(
+    port: int,
+    adapters: RandomAdapters,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    key: str = "",
+    num_writers: int = WRITERS,
+) -> None:
+    """Adapter number i by the i-th name, through the admin door, from a path; each folder goes
+    when it is published."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=300) as http:
 
         def one(index: int) -> None:
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 written = adapters.write(index, Path(own) / "adapter")
-                asked = {"name": f"random-{index}", "path": str(written)}
+                asked = {"name": names[index], "path": str(written)}
                 http.post("/admin/adapters", json=asked).raise_for_status()
 
-        with ThreadPoolExecutor(WRITERS) as threads:
-            list(threads.map(one, range(count)))
+        with ThreadPoolExecutor(num_writers) as threads:
+            list(threads.map(one, range(len(names))))
 
 
 def body(

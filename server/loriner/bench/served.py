@@ -1,4 +1,4 @@
-"""`loriner serve` from outside: seconds from the command to /ready, and the memory it holds."""
+"""`loriner serve` from outside: one for a benchmark; seconds to /ready, and the memory it holds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from loriner.bench.machine import resident_mib
 from loriner.errors import LorinerError
 
 TIMEOUT_S = 120.0
+READY_S = 540.0  # of a large base
 
 
 class ServeFailedError(LorinerError):
@@ -50,6 +53,26 @@ def measure_serve(model: Path, threads: int) -> Served:
             return Served(seconds, ready, resident_mib(server.pid))
         finally:
             stop(server)
+
+
+@contextmanager
+def serving(flags: Sequence[str], folder: Path) -> Iterator[int]:
+    """A server that is ready; its port. Its store is `store` in `folder`, and paths in `uploads`
+    there may be published."""
+    port, log = free_port(), folder / "log"
+    (folder / "uploads").mkdir()
+    command = [sys.executable, "-m", "loriner", "serve", "--port", str(port)]
+    command += ["--store", str(folder / "store"), "--adapter-root", str(folder / "uploads")]
+    with log.open("wb") as out:
+        server = subprocess.Popen([*command, *flags], stdout=out, stderr=out, env=dict(os.environ))
+    try:
+        wait_ready(server, f"http://127.0.0.1:{port}", log, READY_S)
+        yield port
+    except BaseException:
+        sys.stderr.write(log.read_text(errors="replace")[-4000:])
+        raise
+    finally:
+        stop(server)
 
 
 def free_port() -> int:

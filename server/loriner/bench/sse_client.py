@@ -7,7 +7,9 @@ a client library costs more time for a chunk than the server does. Standard libr
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import random
 import sys
 import time
 from pathlib import Path
@@ -22,12 +24,13 @@ class StreamFailedError(Exception):
     """The server answered with an error, or not to the end."""
 
 
-async def complete(port: int, body: dict[str, Any]) -> dict[str, Any]:
+async def complete(port: int, body: dict[str, Any], key: str = "") -> dict[str, Any]:
     """One streaming completion: monotonic seconds of its start and of each token."""
     payload = json.dumps({**body, "stream": True, "return_token_ids": True}).encode()
+    right = f"authorization: Bearer {key}\r\n" if key else ""
     head = (
         "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
+        f"{right}content-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
     )
     start = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -59,14 +62,19 @@ async def read_events(reader: asyncio.StreamReader) -> list[float]:
     raise StreamFailedError(f"the stream broke off after {len(times)} tokens")
 
 
-async def in_turn(port: int, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [await complete(port, body) for body in bodies]
+async def in_turn(job: dict[str, Any], bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    answers = []
+    for body in itertools.cycle(bodies) if job["endless"] else bodies:
+        await asyncio.sleep(random.uniform(0, job["pause_s"]))
+        answers.append(await complete(job["port"], body, job["key"]))
+    return answers
 
 
 async def main(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """`streams`: the bodies that each stream sends one after another, from `start_at` on."""
+    """`streams`: the bodies that each stream sends one after another, from `start_at` on, with
+    `key`, after a pause of at most `pause_s` before each; over and over where it is `endless`."""
     await asyncio.sleep(job["start_at"] - time.monotonic())
-    return await asyncio.gather(*(in_turn(job["port"], bodies) for bodies in job["streams"]))
+    return await asyncio.gather(*(in_turn(job, bodies) for bodies in job["streams"]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 
 from loriner.core import UNKNOWN, Sequence
 from loriner.engine.kv_cache import BlockManager
-from loriner.engine.scheduler import Run
+from loriner.engine.runs import Run
 from loriner.engine.step_input import Draw, Ints, Reading, Span, StepInput
 
 

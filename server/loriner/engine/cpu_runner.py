@@ -55,6 +55,7 @@ class CpuRunner:
     """The resident base, its KV cache and the seats of its adapters."""
 
     is_async = False
+    usual_step_tokens = 32  # a row costs the same from there on: longer steps only make others wait
 
     def __init__(
         self,

@@ -93,6 +93,7 @@ class CudaRunner:
     """The resident base, its KV cache and the seats of its adapters on one GPU."""
 
     is_async = True
+    usual_step_tokens = 512
 
     def __init__(
         self,
@@ -114,7 +115,8 @@ class CudaRunner:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
-        workspace = workspace_bytes(model, config.max_step_tokens, config.max_sequences)
+        step_tokens = config.step_tokens(self.usual_step_tokens)
+        workspace = workspace_bytes(model, step_tokens, config.max_sequences)
         shares = share_out(config, total, total - free, workspace)
         self._pool_bytes = shares.pool
         self.kv = self._make_kv(shares.kv)
@@ -150,9 +152,8 @@ class CudaRunner:
         sampler = Sampler(self.ops.device, self.model_config.vocab_size, self._config.max_sequences)
         chooser = GpuChooser(sampler, eos_ids)
         config = self._config
-        limits = Limits(
-            config.max_step_tokens, config.max_sequences, self.max_len, config.block_size
-        )
+        step_tokens = config.step_tokens(self.usual_step_tokens)
+        limits = Limits(step_tokens, config.max_sequences, self.max_len, config.block_size)
         self._steps = DeviceSteps(
             computation, chooser, limits, self.device, self.pool.seat_id, eos_ids
         )

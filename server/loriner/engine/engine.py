@@ -30,8 +30,9 @@ from loriner.engine.guides import Guides
 from loriner.engine.kv_cache import BlockManager
 from loriner.engine.readings import Embedding, PromptLogprobs, Read
 from loriner.engine.runner import Pending, Runner
+from loriner.engine.runs import Run
 from loriner.engine.sampler import Sampled
-from loriner.engine.scheduler import Run, Scheduler
+from loriner.engine.scheduler import Scheduler
 from loriner.engine.snapshots import Counters
 from loriner.engine.token_names import TokenNames
 from loriner.errors import EngineFailedError, LorinerError
@@ -73,7 +74,7 @@ class Engine:
             self.blocks,
             self.registry,
             max_sequences=config.max_sequences,
-            max_step_tokens=config.max_step_tokens,
+            max_step_tokens=config.step_tokens(runner.usual_step_tokens),
             load_of=self._load_of,
         )
         self.counters = Counters()

@@ -42,11 +42,23 @@ class BlockManager:
 
     def can_allocate(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether `sequence` can hold its first `num_tokens` tokens, reusing what it can."""
+        return self.num_missing(sequence, num_tokens) <= 0
+
+    def num_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        """How many more blocks must be free before `can_allocate`; not above 0 when it is so."""
         if sequence.blocks:
-            return self._blocks_for(num_tokens) - len(sequence.blocks) <= len(self._free)
+            return self.num_needed(num_tokens) - len(sequence.blocks) - len(self._free)
         matched = self._matched(sequence)
         matched_free = sum(1 for block in matched if self._references[block] == 0)
-        return self._blocks_for(num_tokens) - len(matched) <= len(self._free) - matched_free
+        return self.num_needed(num_tokens) - len(matched) - (len(self._free) - matched_free)
+
+    def num_needed(self, num_tokens: int) -> int:
+        """Blocks of so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def num_own(self, sequence: Sequence) -> int:
+        """Blocks that nobody else holds: they fall free with it."""
+        return sum(1 for block in sequence.blocks if self._references[block] == 1)
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> None:
         """Give `sequence` blocks for its first `num_tokens` tokens; the first call takes over the
@@ -54,7 +66,7 @@ class BlockManager:
         assert self.can_allocate(sequence, num_tokens)
         if not sequence.blocks:
             self._begin(sequence)
-        missing = self._blocks_for(num_tokens) - len(sequence.blocks)
+        missing = self.num_needed(num_tokens) - len(sequence.blocks)
         if missing > 0:
             self._extend(sequence, [self._take_free() for _ in range(missing)])
 
@@ -138,9 +150,6 @@ class BlockManager:
             parent = keys[-1] if keys else _root(sequence)
             keys.append(hashlib.sha256(parent + tokens).digest())
         return keys
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
 
     def _take_free(self) -> int:
         block = next(iter(self._free))

@@ -48,6 +48,7 @@ class Runner(Protocol):
     model_config: ModelConfig
     max_len: int  # tokens of the longest context
     is_async: bool  # whether a step can be launched while the one before it runs
+    usual_step_tokens: int  # token budget of a step: more would save little
 
     @property
     def num_blocks(self) -> int:

@@ -1,7 +1,8 @@
 """Who runs in this step: token budget, KV blocks, seats, turns of tenants, preemption.
 
-Knows sequences and counts, no tensors. Decoding sequences go first, then prefills already begun,
-then waiting ones by their tenants' turns, in order of arrival within one. A sequence whose adapter
+Knows sequences and counts, no tensors. Of one tenant decoding sequences go first, then prefills
+already begun, then waiting ones; of several each gets rows by its turn, and one that holds less
+than its share takes places, blocks and seats of others (`preemption.py`). A sequence whose adapter
 is loading or has no seat is passed over, so it never blocks others; once it has waited `DRAIN_S`
 for a seat, nobody whose turn is later takes a seat before it, so it never starves. A sequence may
 be scheduled while the step before still runs and its newest token is not known; counts tell enough.
@@ -13,43 +14,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from itertools import chain
 
 from loriner.adapters.registry import Readiness, Registry
 from loriner.core import Sequence
+from loriner.engine import preemption
 from loriner.engine.fairness import Turns
 from loriner.engine.kv_cache import BlockManager
+from loriner.engine.runs import Run, Step
 
 DRAIN_S = 0.5
-
-
-class Run(NamedTuple):
-    """`num_rows` tokens of `sequence` from `start` on are rows of this step."""
-
-    sequence: Sequence
-    start: int
-    num_rows: int
-    samples: bool  # the last row is the newest token, and its logits choose the next
-    num_preemptions: int  # of the sequence, so far: when it has grown, the blocks are gone
-
-    @classmethod
-    def of(cls, sequence: Sequence, num_rows: int) -> Run:
-        """The next `num_rows` tokens."""
-        start = sequence.num_computed
-        is_last = start + num_rows == len(sequence.token_ids)
-        samples = is_last and not sequence.request.embeds
-        return cls(sequence, start, num_rows, samples, sequence.num_preemptions)
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_rows
-
-    @property
-    def holds(self) -> bool:
-        """Whether the sequence still has the blocks that these rows were written to."""
-        sequence = self.sequence
-        return not sequence.done and sequence.num_preemptions == self.num_preemptions
 
 
 class Scheduler:
@@ -89,44 +64,53 @@ class Scheduler:
 
     def schedule(self) -> list[Run]:
         """Choose this step's rows; sequences that cannot run are in `failed`."""
-        runs: list[Run] = []
-        budget = self._continue_running(runs)
-        if budget and self.waiting and len(self.running) < self.max_sequences:
-            self._admit(runs, budget)
-        return runs
+        if self.turns.contested:
+            self.turns.settle()
+        step = Step(self.max_step_tokens)
+        decoding, begun = self._ready()
+        if self._grow(decoding):
+            decoding, begun = self._ready()
+        has_place = len(self.running) < self.max_sequences
+        waiting = self.waiting if has_place or self.turns.claimable else ()
+        if begun or waiting:
+            ready = chain(decoding, begun)
+            self._fill(step, self.turns.order(ready, list(waiting), step.passed_tenants))
+        else:
+            self._fill(step, decoding)
+        return list(step.runs.values())
 
     def finish(self, sequence: Sequence) -> None:
         """Forget `sequence`, wherever it is; its blocks and pin are free at once."""
         if sequence.index == 0:
             self._leaders.pop(sequence.request.request_id, None)
         if sequence in self.running:
-            del self.running[sequence]
-            self._release(sequence)
-            self.turns.settle(sequence)
+            self._stop(sequence)
         elif sequence in self.waiting:
             self._wait_no_more(sequence)
 
-    def _continue_running(self, runs: list[Run]) -> int:
-        """Schedule running sequences, preempting the latest admitted when blocks run out."""
-        budget = self.max_step_tokens
-        block_size = self.blocks.block_size
-        for sequence in self._ready():
-            if budget == 0:
-                break
-            start, wanted = sequence.num_computed, len(sequence.token_ids)
-            end = min(wanted, start + budget)
-            if end > len(sequence.blocks) * block_size:
-                if sequence not in self.running or not self._make_room(sequence, end, runs):
-                    continue
-                self.blocks.allocate(sequence, end)
-            samples = end == wanted and not sequence.request.embeds
-            runs.append(Run(sequence, start, end - start, samples, sequence.num_preemptions))
-            budget -= end - start
-        return budget
+    def _fill(self, step: Step, order: Iterable[Sequence]) -> None:
+        """Give rows to those in `order`, and admit those of them that wait."""
+        for sequence in order:
+            if sequence in self.running:
+                if step.budget:
+                    self._run(sequence, step)
+            elif sequence in step.gave_way or step.full:
+                continue
+            elif step.budget or len(self.running) >= self.max_sequences:
+                self._admit(sequence, step)
+            else:
+                return
 
-    def _ready(self) -> list[Sequence]:
-        """Those that can go on, decoding ones first. Not one whose last token or whose embedding
-        is on its way, nor one whose newest token the host must see before the next."""
+    def _run(self, sequence: Sequence, step: Step) -> None:
+        count = min(sequence.num_uncomputed, step.budget)
+        run = Run.of(sequence, count)
+        step.add(run)
+        self.turns.charge(sequence, min(run.end, sequence.num_prompt))
+
+    def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Those that can go on: decoding ones, and those whose prefill has begun. Not one whose
+        last token or whose embedding is on its way, nor one whose newest token the host must see
+        before the next."""
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
@@ -138,42 +122,95 @@ class Scheduler:
             left = num_tokens - sequence.num_computed
             if left:
                 (decoding if left == 1 else prefilling).append(sequence)
-        return decoding + prefilling
+        return decoding, prefilling
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, runs: list[Run]) -> bool:
-        if self.blocks.can_allocate(sequence, num_tokens):
-            return True
-        chosen = {run.sequence for run in runs}
-        while not self.blocks.can_allocate(sequence, num_tokens):
-            victim = next(s for s in reversed(self.running) if s not in chosen)
+    def _grow(self, decoding: Iterable[Sequence]) -> bool:
+        """Blocks for the newest token of each; says whether any had to be preempted for them."""
+        block_size, num_preemptions = self.blocks.block_size, self.num_preemptions
+        for sequence in decoding:
+            num_tokens = len(sequence.token_ids)
+            if num_tokens <= len(sequence.blocks) * block_size:
+                continue
+            while sequence in self.running and not self.blocks.can_allocate(sequence, num_tokens):
+                self._preempt(preemption.who_grew_most(self.running, self.turns))
+            if sequence in self.running:
+                self.blocks.allocate(sequence, num_tokens)
+        return self.num_preemptions > num_preemptions
+
+    def _admit(self, sequence: Sequence, step: Step) -> None:
+        """Let a waiting one run, if it can have all that it needs."""
+        tenant = sequence.request.salt
+        if sequence.generation in step.passed or self._waits_for_sibling(sequence):
+            return
+        if step.draining and self._takes_a_seat(sequence):
+            return
+        if not sequence.all_known:
+            # Preempted while a step chose its next token, which comes before the next.
+            step.passed_tenants.add(tenant)
+            return
+        if self._claim_places(sequence) is None:
+            step.passed_tenants.add(tenant)
+            return
+        if not self._seat(sequence, step):
+            step.passed.add(sequence.generation)
+            return
+        victims = self._claim_all(sequence)
+        if victims is None:
+            step.full = True  # it is its turn: a long prompt is not overtaken for ever
+            return
+        self._give_way(victims, step)
+        self._start(sequence)
+        if step.budget:
+            self._run(sequence, step)
+
+    def _claim_places(self, sequence: Sequence) -> list[Sequence] | None:
+        missing = len(self.running) + 1 - self.max_sequences
+        if missing <= 0:
+            return []
+        place = preemption.of_place
+        return preemption.claim(sequence, self.running, self.turns, place, 1, missing)
+
+    def _claim_all(self, sequence: Sequence) -> list[Sequence] | None:
+        """Who gives way to `sequence` for its place and its blocks; None when it has to wait."""
+        victims, blocks = self._claim_places(sequence) or [], self.blocks
+        missing = blocks.num_missing(sequence, len(sequence.token_ids))
+        missing -= sum(map(blocks.num_own, victims))
+        if missing <= 0:
+            return victims
+        others = [one for one in self.running if one not in victims]
+        wanted = blocks.num_needed(len(sequence.token_ids))
+        more = preemption.claim(sequence, others, self.turns, blocks.num_own, wanted, missing)
+        return None if more is None else victims + more
+
+    def _give_way(self, victims: Iterable[Sequence], step: Step) -> None:
+        for victim in victims:
+            step.drop(victim)
             self._preempt(victim)
-            if victim is sequence:
-                return False
-        return True
 
-    def _admit(self, runs: list[Run], budget: int) -> None:
-        draining = False
-        passed: set[str | None] = set()  # generations that no sequence of this step can have
-        for sequence in self.turns.order(self.waiting, self.running):
-            if budget == 0 or len(self.running) >= self.max_sequences:
-                return
-            if sequence.generation in passed:
-                continue
-            if not sequence.all_known:
-                return  # preempted while a step chose its next token, which comes before the next
-            if (draining and self._takes_a_seat(sequence)) or self._waits_for_sibling(sequence):
-                continue
+    def _seat(self, sequence: Sequence, step: Step) -> bool:
+        """Whether its adapter has a seat, which others may have to give up for it."""
+        readiness = self._readiness(sequence)
+        if readiness is Readiness.NO_SEAT and self._claim_seat(sequence, step):
             readiness = self._readiness(sequence)
-            if readiness is Readiness.FAILED:
-                self._fail(sequence)
-            if readiness is Readiness.NO_SEAT:
-                draining |= self._clock() - sequence.request.arrival_s > DRAIN_S
-            if readiness is not Readiness.SEATED:
-                passed.add(sequence.generation)
-                continue
-            if not self.blocks.can_allocate(sequence, len(sequence.token_ids)):
-                return  # it is its turn: a long prompt is not overtaken for ever
-            budget -= self._start(sequence, runs, budget)
+        if readiness is Readiness.FAILED:
+            self._fail(sequence)
+        if readiness is Readiness.NO_SEAT:
+            step.draining |= self._clock() - sequence.request.arrival_s > DRAIN_S
+        return readiness is Readiness.SEATED
+
+    def _claim_seat(self, sequence: Sequence, step: Step) -> bool:
+        """Make others give up a seat; says whether they did."""
+        tenant = sequence.request.salt
+        if tenant in step.refused_seats or not self.turns.contested:
+            return False
+        if self._claim_all(sequence) is None:
+            return False
+        kept = self.registry.pool.kept
+        users = preemption.claim_seat(sequence, self.running, self.turns, kept)
+        self._give_way(users, step)
+        if not users:
+            step.refused_seats.add(tenant)
+        return bool(users)
 
     def _takes_a_seat(self, sequence: Sequence) -> bool:
         """Whether `sequence` would prolong the use of a seat that a waiting one needs."""
@@ -185,7 +222,7 @@ class Scheduler:
             return Readiness.SEATED
         return self.registry.want(sequence.generation)
 
-    def _start(self, sequence: Sequence, runs: list[Run], budget: int) -> int:
+    def _start(self, sequence: Sequence) -> None:
         self._wait_no_more(sequence)
         self.running[sequence] = None
         self.blocks.allocate(sequence, len(sequence.token_ids))
@@ -193,9 +230,6 @@ class Scheduler:
         if sequence.generation is not None:
             self.registry.pool.acquire(sequence.generation)
             sequence.seated = True
-        count = min(sequence.num_uncomputed, budget)
-        runs.append(Run.of(sequence, count))
-        return count
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
         """Choices after the first wait until the first has put their common prompt in the cache,
@@ -219,9 +253,9 @@ class Scheduler:
             self.failed.append((other, failure))
 
     def _preempt(self, sequence: Sequence) -> None:
-        del self.running[sequence]
-        self._release(sequence)
+        self._stop(sequence)
         sequence.num_preemptions += 1
+        sequence.num_when_preempted = len(sequence.token_ids)
         self.num_preemptions += 1
         self._wait(sequence)
         self.waiting.move_to_end(sequence, last=False)
@@ -238,7 +272,10 @@ class Scheduler:
         if not self._wanted[sequence.generation]:
             del self._wanted[sequence.generation]
 
-    def _release(self, sequence: Sequence) -> None:
+    def _stop(self, sequence: Sequence) -> None:
+        """It runs no more: its blocks and its pin are free."""
+        del self.running[sequence]
+        self.turns.end(sequence)
         self.blocks.free(sequence)
         if sequence.seated:
             assert sequence.generation is not None
