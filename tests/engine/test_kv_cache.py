@@ -19,6 +19,13 @@ def compute(blocks: BlockManager, sequence: Sequence) -> None:
     blocks.commit(sequence, sequence.num_computed)
 
 
+@pytest.mark.parametrize(("num_tokens", "found"), [(1, 0), (8, 4), (9, 4), (10, 8)])
+def test_two_tokens_of_a_prompt_are_always_computed(num_tokens: int, found: int) -> None:
+    blocks = BlockManager(8, 4, prefix_cache=True)
+    compute(blocks, make_sequence(range(12)))
+    assert blocks.match(make_sequence(range(num_tokens))) == found
+
+
 def test_a_prefix_is_reused_but_the_last_token_is_always_computed() -> None:
     blocks = BlockManager(8, 4, prefix_cache=True)
     first, same = make_sequence(range(8)), make_sequence(range(8))
@@ -59,14 +66,14 @@ def test_a_block_is_found_only_after_it_was_computed() -> None:
 
 def test_free_blocks_without_a_prefix_are_used_first_then_the_oldest_prefix() -> None:
     blocks = BlockManager(4, 4, prefix_cache=True)
-    old, new = make_sequence(range(5)), make_sequence(range(50, 55))
+    old, new = make_sequence(range(6)), make_sequence(range(50, 56))
     compute(blocks, old)
     compute(blocks, new)
     blocks.free(old)
     blocks.free(new)
     blocks.allocate(make_sequence(range(90, 99)), 9)
-    assert blocks.match(make_sequence(range(5))) == 0
-    assert blocks.match(make_sequence(range(50, 55))) == 4
+    assert blocks.match(make_sequence(range(6))) == 0
+    assert blocks.match(make_sequence(range(50, 56))) == 4
 
 
 def test_without_the_prefix_cache_nothing_is_shared() -> None:

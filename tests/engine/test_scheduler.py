@@ -49,6 +49,21 @@ def test_a_long_prompt_runs_in_chunks_within_the_budget() -> None:
     assert [[r.num_rows for r in step(scheduler)] for _ in range(4)] == [[16], [16], [8], [1]]
 
 
+def test_the_last_two_rows_of_a_prompt_run_together() -> None:
+    for num_prompt, expected in ((17, [15, 2]), (16, [16]), (18, [16, 2]), (33, [16, 15, 2])):
+        scheduler = make(max_step_tokens=16)
+        add(scheduler, make_sequence(range(num_prompt)))
+        found = [step(scheduler)[0].num_rows for _ in expected]
+        assert found == expected
+        assert step(scheduler)[0].num_rows == 1  # what is generated comes singly
+
+
+def test_a_step_of_one_row_takes_any_prompt() -> None:
+    scheduler = make(max_step_tokens=1)
+    add(scheduler, make_sequence(range(3)))
+    assert [step(scheduler)[0].num_rows for _ in range(4)] == [1, 1, 1, 1]
+
+
 def test_decodes_go_before_prefills() -> None:
     scheduler = make(max_step_tokens=8)
     short, long = make_sequence([1, 2], request_id="s"), make_sequence(range(30), request_id="l")
@@ -138,12 +153,12 @@ def test_a_waiting_adapter_is_not_starved_by_a_popular_one() -> None:
 
 def test_choices_wait_for_their_common_prompt() -> None:
     scheduler = make()
-    choices = [make_sequence(range(9), n=3, index=i) for i in range(3)]
+    choices = [make_sequence(range(10), n=3, index=i) for i in range(3)]
     add(scheduler, *choices)
     assert [r.sequence.index for r in step(scheduler)] == [0]
     runs = step(scheduler)
     assert [r.sequence.index for r in runs] == [0, 1, 2]
-    assert [r.num_rows for r in runs] == [1, 1, 1]
+    assert [r.num_rows for r in runs] == [1, 2, 2]
 
 
 def test_max_sequences_is_kept() -> None:

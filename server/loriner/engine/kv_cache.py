@@ -15,6 +15,7 @@ from collections import OrderedDict
 import numpy as np
 
 from loriner.core import Sequence
+from loriner.engine.runs import LAST_ROWS
 
 
 class BlockManager:
@@ -131,7 +132,8 @@ class BlockManager:
         if not self.prefix_cache or sequence.reads_prompt:
             return []
         blocks = []
-        count = (sequence.num_known - 1) // self.block_size
+        left = 1 if sequence.num_output else min(LAST_ROWS, sequence.num_known)
+        count = (sequence.num_known - left) // self.block_size
         for key in self._keys(sequence, count)[:count]:
             block = self._block_of.get(key)
             if block is None:

@@ -11,6 +11,11 @@ from typing import NamedTuple
 from loriner.core import Sequence
 
 
+# The last rows of a prompt run together: on a GPU a single row goes through decode's attention, which
+# adds in another order than prefill's, and a token might depend on how the prompt was cut.
+LAST_ROWS = 2
+
+
 class Run(NamedTuple):
     """`num_rows` tokens of `sequence` from `start` on are rows of this step."""
 
@@ -27,6 +32,15 @@ class Run(NamedTuple):
         is_last = start + num_rows == len(sequence.token_ids)
         samples = is_last and not sequence.request.embeds
         return cls(sequence, start, num_rows, samples, sequence.num_preemptions)
+
+    @classmethod
+    def within(cls, sequence: Sequence, budget: int) -> Run:
+        """As many of its tokens as `budget` rows hold, but for a prompt's `LAST_ROWS`."""
+        left = sequence.num_uncomputed
+        count = min(left, budget)
+        if sequence.num_output == 0 and 0 < left - count < LAST_ROWS < left:
+            count = max(1, left - LAST_ROWS)
+        return cls.of(sequence, count)
 
     @property
     def end(self) -> int:

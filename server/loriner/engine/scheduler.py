@@ -102,8 +102,7 @@ class Scheduler:
                 return
 
     def _run(self, sequence: Sequence, step: Step) -> None:
-        count = min(sequence.num_uncomputed, step.budget)
-        run = Run.of(sequence, count)
+        run = Run.within(sequence, step.budget)
         step.add(run)
         self.turns.charge(sequence, min(run.end, sequence.num_prompt))
 
