@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from loriner.core import Sequence
 
-
-# The last rows of a prompt run together: on a GPU a single row goes through decode's attention, which
+# A prompt's last rows run together: on a GPU a single row goes through decode's attention, which
 # adds in another order than prefill's, and a token might depend on how the prompt was cut.
 LAST_ROWS = 2
 
