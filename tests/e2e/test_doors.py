@@ -233,7 +233,14 @@ def test_what_cannot_be_embedded_is_refused_alike(
             client.embed(inputs, **fields)
         error = caught.value
         param = (error.param or "").replace("inputs", "input").replace("adapters", "adapter")
-        found.append((type(error), str(error).replace("adapters", "adapter"), error.code, param))
+        found.append(
+            (
+                type(error),
+                str(error).replace("inputs", "input").replace("adapters", "adapter"),
+                error.code,
+                param,
+            )
+        )
     assert found[0] == found[1] and found[0][3]
 
 
