@@ -21,17 +21,9 @@ from typing import Any
 from loriner.adapters.mixture import Mixture
 from loriner.adapters.names import parse_name, parse_ref
 from loriner.config import EngineConfig
-from loriner.core import (
-    EngineStats,
-    Event,
-    FinishReason,
-    GenerationStats,
-    SamplingParams,
-    Scaled,
-    TokenLogprob,
-    Turn,
-)
+from loriner.core import Event, FinishReason, SamplingParams, Scaled, TokenLogprob, Turn
 from loriner.engine.grammars import Constraint
+from loriner.engine.stats import EngineStats, GenerationStats
 from loriner.errors import (
     AdapterConflictError,
     AdapterNotFoundError,

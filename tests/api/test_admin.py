@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from loriner.api import adapters
-from loriner.core import EngineStats
+from loriner.engine.stats import EngineStats
 from tests.api.conftest import Client
 from tests.api.fake_service import FakeService, resident
 

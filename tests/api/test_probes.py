@@ -12,7 +12,7 @@ from loriner import __version__
 from loriner.api import metrics
 from loriner.api.app import build_app
 from loriner.config import ServerConfig
-from loriner.core import EngineStats
+from loriner.engine.stats import EngineStats
 from loriner.errors import EngineFailedError
 from tests.api.fake_service import BASE_DIGEST, FakeService, resident
 

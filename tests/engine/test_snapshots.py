@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from loriner.adapters.pool import SeatWeights
-from loriner.core import EngineStats, GenerationStats
 from loriner.engine.cpu_runner import CpuRunner
 from loriner.engine.snapshots import Latest, Snapshots
+from loriner.engine.stats import EngineStats, GenerationStats
 from tests.engines import WatchedEngine, build_engine, engine_config
 from tests.fakes import make_request
 from tests.tiny import write_tiny_base

@@ -25,8 +25,8 @@ from loriner.errors import AdapterNotFoundError, OverloadedError, PermissionDeni
 
 if TYPE_CHECKING:
     from loriner.adapters.records import AdapterRecord, PublishReport
-    from loriner.core import GenerationStats
     from loriner.engine.service import Service
+    from loriner.engine.stats import GenerationStats
 
 T = TypeVar("T")
 logger = logging.getLogger("loriner.admin")

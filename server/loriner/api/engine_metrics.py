@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from loriner.core import EngineStats, GenerationStats
+from loriner.engine.stats import EngineStats, GenerationStats
 
 if TYPE_CHECKING:
     from loriner.engine.service import Service

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from loriner.config import EngineConfig
-from loriner.core import EngineStats, Event, Request
+from loriner.core import Event, Request
+from loriner.engine.stats import EngineStats
 
 HEAD = struct.Struct("<I")
 MAX_FRAME_BYTES = 256 << 20

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from loriner.config import EngineConfig
-from loriner.core import EngineStats, Event
+from loriner.core import Event
 from loriner.engine.messages import (
     HEAD,
     MAX_FRAME_BYTES,
@@ -33,6 +33,7 @@ from loriner.engine.messages import (
     frame,
 )
 from loriner.engine.snapshots import Latest
+from loriner.engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from loriner import errors
 from loriner.adapters.records import AdapterRecord, PublishReport
 from loriner.adapters.store import Store
 from loriner.config import EngineConfig, ServerConfig
-from loriner.core import EngineStats, Event, FinishReason, Request, SamplingParams, Scaled, Turn
+from loriner.core import Event, FinishReason, Request, SamplingParams, Scaled, Turn
 from loriner.engine.admission import check_ids, check_length, fit
 from loriner.engine.chat import ChatTokenizer
 from loriner.engine.generation import Generation
@@ -28,6 +28,7 @@ from loriner.engine.holds import Holds
 from loriner.engine.messages import Abort, Evict, Submit
 from loriner.engine.pins import Pins
 from loriner.engine.process import EngineProcess
+from loriner.engine.stats import EngineStats
 from loriner.model.weights import Checkpoint
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from loriner.core import EngineStats, GenerationStats
+from loriner.engine.stats import EngineStats, GenerationStats
 
 if TYPE_CHECKING:
     from loriner.engine.engine import Engine
