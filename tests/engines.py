@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from loriner.adapters import formats
 from loriner.adapters.loaders import Source
-from loriner.adapters.pool import SeatWeights
+from loriner.adapters.pool import SeatWeights, pack
 from loriner.config import MIB, EngineConfig
 from loriner.core import UNKNOWN, Event, Request, SamplingParams
 from loriner.engine.batch import Batch
@@ -26,6 +27,8 @@ from loriner.engine.runs import Run
 from loriner.engine.sampler import Sampled, needs_host, sample
 from loriner.engine.step_input import StepInput
 from loriner.model.batch_meta import BatchMeta
+from loriner.model.config import ModelConfig
+from loriner.model.transformer import layout
 
 Key = tuple[str, int]  # request id, choice
 
@@ -185,3 +188,13 @@ def build_engine(
     that do not run at the same time."""
     torch.manual_seed(0)
     return WatchedEngine(config, runner or RecordingRunner(config), weights.__getitem__)
+
+
+def seat_weights(
+    config: ModelConfig, folder: Path, names: Iterable[str]
+) -> Mapping[str, SeatWeights]:
+    """The adapters of these names in `folder`, packed in f32 as a CPU engine seats them."""
+    placed, modules = layout(config), config.modules()
+    return {
+        name: pack(formats.load(folder / name, modules), placed, torch.float32) for name in names
+    }

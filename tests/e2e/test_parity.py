@@ -24,7 +24,13 @@ from loriner.adapters.pool import SeatWeights, pack
 from loriner.core import Request
 from loriner.model.transformer import layout
 from tests.canaries import CANARIES
-from tests.engines import RecordingRunner, WatchedEngine, build_engine, engine_config
+from tests.engines import (
+    RecordingRunner,
+    WatchedEngine,
+    build_engine,
+    engine_config,
+    seat_weights,
+)
 from tests.fakes import make_request
 
 ADAPTERS = Path(__file__).parents[2].parent / "shared" / "adapters"
@@ -54,11 +60,7 @@ def runner(smollm2: Path) -> RecordingRunner:
 
 @pytest.fixture(scope="module")
 def weights(runner: RecordingRunner) -> Mapping[str, SeatWeights]:
-    placed, modules = layout(runner.model_config), runner.model_config.modules()
-    return {
-        name: pack(formats.load(ADAPTERS / name, modules), placed, torch.float32)
-        for name in served_names()
-    }
+    return seat_weights(runner.model_config, ADAPTERS, served_names())
 
 
 @pytest.fixture(scope="module")

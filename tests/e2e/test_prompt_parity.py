@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import loriner
-from loriner.adapters import formats
-from loriner.adapters.pool import SeatWeights, pack
+from loriner.adapters.pool import SeatWeights
 from loriner.core import Request, TokenLogprob
 from loriner.engine.cpu_runner import CpuRunner
-from loriner.model.transformer import layout
 from tests.canaries import CANARIES
-from tests.engines import build_engine, engine_config
+from tests.engines import build_engine, engine_config, seat_weights
 from tests.fakes import make_request
 
 ADAPTERS = Path(loriner.__file__).parent / "data" / "adapters"
@@ -47,12 +45,7 @@ def runner(smollm2: Path) -> CpuRunner:
 
 @pytest.fixture(scope="module")
 def weights(runner: CpuRunner) -> Mapping[str, SeatWeights]:
-    placed, modules = layout(runner.model_config), runner.model_config.modules()
-    return {
-        name: pack(formats.load(ADAPTERS / name, modules), placed, torch.float32)
-        for name in NAMES
-        if name is not None
-    }
+    return seat_weights(runner.model_config, ADAPTERS, filter(None, NAMES))
 
 
 @pytest.fixture(scope="module")
