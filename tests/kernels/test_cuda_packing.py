@@ -274,7 +274,6 @@ def test_threads_copy_whole_rows_of_x(tiles: int, kind: int) -> None:
         ring = tiling.ring_of(cut, kind, tiles, HOPPER_SMEM)
         assert ring is not None
         assert cut.threads % (cut.input_groups * ring.blocks * 8) == 0
-        assert tiles * 8 * 3 <= cut.threads, "one thread reads one row's adapter in one slice"
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -282,10 +281,12 @@ def test_every_step_fits_the_shared_memory_of_each_card(card: str) -> None:
     (num_sms, clusters), most = CARDS[card], MAX_SMEM[card]
     for shape, kind, rows in itertools.product(SHAPES, KINDS, (1, 8, 9, 33, 64, 65, 256)):
         cut = tiling.choose(*shape, num_sms, clusters=clusters)
-        tiles = tiling.token_tiles_of(cut, kind, rows, most)
+        is_wide = card == "H100"
+        tiles = tiling.token_tiles_of(cut, kind, rows, most, is_wide=is_wide)
         ring = tiling.ring_of(cut, kind, tiles, most)
         assert ring is not None and cut.smem(kind, tiles, ring) <= most, (shape, kind, rows)
-        larger = [n for n in tiling.TOKEN_TILES if n > tiles]
+        wide = is_wide and kind != tiling.KIND_BF16
+        larger = [n for n in tiling.TOKEN_TILES if n > tiles and (wide or n <= tiling.MOST_TILES)]
         assert tiles * 8 >= rows or not any(tiling.ring_of(cut, kind, n, most) for n in larger)
         assert most < HOPPER_SMEM or tiles * 8 >= min(rows, 64)
 

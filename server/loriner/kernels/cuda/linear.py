@@ -152,7 +152,7 @@ class Linears:
         """
         rows = x.shape[0]
         cut = operand.tiling
-        tiles = token_tiles_of(cut, operand.kind, rows, self.device.max_smem)
+        tiles = token_tiles_of(cut, operand.kind, rows, self.device.max_smem, is_wide=self.maps)
         kernel = self.kernel(
             operand, epilogue, tiles, is_gelu=is_gelu, adapted=adapters is not None
         )
@@ -164,7 +164,7 @@ class Linears:
             ring = self._ring(operand, tiles)
             params = MappedParams(tensor_map(x, ring.blocks, tiles * 8), plain)
         row_tiles = operand.weight.shape[0] * TILE // cut.rows
-        grid = (row_tiles * cut.cluster, -(-rows // (tiles * 8)))
+        grid = (cut.cluster, -(-rows // (tiles * 8)), row_tiles)
         kernel(grid, cut.threads, params, cluster=cut.cluster)
 
     def kernel(

@@ -13,7 +13,10 @@ from typing import NamedTuple
 from loriner.kernels.cuda.packing import BLOCK, TILE
 
 KIND_F32, KIND_NESTED, KIND_BF16 = 0, 1, 2  # of weights
-TOKEN_TILES = (1, 2, 3, 4, 6, 8)  # of 8 rows
+TOKEN_TILES = (1, 2, 3, 4, 6, 8, 12, 16)  # of 8 rows
+MOST_TILES = (
+    8  # where weights are dense, or not multiplied by wgmma: sums and weights share registers
+)
 MAX_STACKED_RANK = 768  # three slices of rank 256
 STAGE_BLOCKS = 4  # KU of linear.cu
 GROUP_ROWS = 4 * TILE
@@ -79,9 +82,10 @@ def ring_of(cut: Tiling, kind: int, token_tiles: int, max_smem: int) -> Ring | N
 
 
 @cache
-def token_tiles_of(cut: Tiling, kind: int, rows: int, max_smem: int) -> int:
-    """Tiles of 8 rows in one pass: as many as there are rows for, or as fit."""
-    fitting = [n for n in TOKEN_TILES if ring_of(cut, kind, n, max_smem)]
+def token_tiles_of(cut: Tiling, kind: int, rows: int, max_smem: int, *, is_wide: bool) -> int:
+    """Tiles of 8 rows in one pass (`is_wide`: by wgmma): as many as there are rows, or as fit."""
+    most = TOKEN_TILES[-1] if is_wide and kind != KIND_BF16 else MOST_TILES
+    fitting = [n for n in TOKEN_TILES if n <= most and ring_of(cut, kind, n, max_smem)]
     return next((n for n in fitting if n * 8 >= rows), fitting[-1])
 
 

@@ -3,9 +3,11 @@
 // Weights are the A operand of the matrix instruction (outputs x inputs), rows of x the B operand. Weights are
 // stored in the order in which lanes want them (see packing.py) and go from memory to registers, KU
 // blocks ahead. A byte becomes a bf16 pair through a table of 256 values with a copy in each of the 32 banks:
-// one PRMT, which puts the byte into the address, and one conflict-free load for two weights. A block's sum
-// is scaled in fp32. Rows of x pass through a ring in shared memory, swizzled by 128 bytes, which all warps
-// share. On sm_90a four warps multiply 64 outputs by wgmma; elsewhere each does 16 by mma.sync.
+// one PRMT, which puts the byte into the address, and one conflict-free load for two weights. Sums are kept in
+// fp32, in units of a block's scale, and changed from one block's unit to the next's: so the matrix unit adds onto
+// them itself, and no registers hold a block's sum apart. Rows of x pass through a ring in shared memory, swizzled
+// by 128 bytes, which all warps share. On sm_90a four warps multiply 64 outputs by wgmma; elsewhere each does 16 by
+// mma.sync.
 //
 // A thread block computes ROWS outputs over 1/CLUSTER of the inputs; WK groups of four warps split those
 // further; the blocks of a cluster add their sums through each other's shared memory in a fixed order. So a
@@ -23,6 +25,7 @@
 #include "common.cuh"
 #include "lora.cuh"
 
+#define LEAST_SCALE 1e-20f  // what a scale of 0 becomes; to others it adds nothing
 #define AHEAD 4  // steps of 32 inputs of A x that a warp has in flight
 #define KU 4  // blocks of 64 inputs in a group's stage
 #define GROUPS (WR * WK)
@@ -42,7 +45,6 @@
 #define ENTRIES (KIND == 1 ? 512 : 256)  // of the table before it is copied to every bank
 #define RED_STRIDE (TOKENS + 4)  // a quad of rows of x is 16 bytes, and neighbouring outputs' quads meet no bank twice
 #define OWN (ROWS / CLUSTER)  // outputs that this thread block finishes
-static_assert(TOKENS * 3 <= THREADS, "one thread reads one row's adapter in one slice");
 #define SUMS (CLUSTER * WK * OWN * RED_STRIDE * 4)
 #define FRONT (TABLE + STAGES * X_STAGE)
 #define LEAST_SHRUNK 12288  // four rows of x of the most ranks (768)
@@ -180,9 +182,9 @@ template <int D, int U> DEV void refill(Weights& w, bool more) {
     else if (more) load_block<D, U + WINDOW - KU>(w, w.from);
 }
 
-// Scales of a stage: lane l has those of the tile's output l % 16 (g, half), for KU blocks.
+// Scales of a stage: lane l has those of the tile's output l % 16 (g, half) for two blocks, from l / 16 * 2 on.
 struct Scales {
-    float4 plain;
+    float2 plain;
     u32 index;
     float outer, offset;
     const u8* from;
@@ -190,9 +192,9 @@ struct Scales {
 };
 
 DEV void load_scales(const Params& p, Scales& s, i32 kb) {
-    if (KIND == 0) s.plain = *(const float4*)s.from;
+    if (KIND == 0) s.plain = *(const float2*)s.from;
     if (KIND == 1) {
-        s.index = *(const u32*)s.from;
+        s.index = *(const u16*)s.from;
         s.outer = s.outer_from[(kb >> p.nested_shift) * 16];
     }
 }
@@ -202,17 +204,18 @@ template <int D> DEV void load_stage(Weights& w) {
     if constexpr (WINDOW > 2) load_block<D, 2>(w, w.from), load_block<D, 3>(w, w.from);
 }
 
+template <int D> DEV void load_stages(Weights& w, i32 mine) {
+    if (D < mine) load_stage<D>(w);
+    w.from += HOP;
+    if constexpr (D + 1 < DEPTH) load_stages<D + 1>(w, mine);
+}
+
 DEV void load_first(const Params& p, Weights& w, Scales& s, i32 tile, i32 kb, i32 mine) {
     const i32 lane = threadIdx.x & 31;
     w.from = p.weight + ((i64)tile * p.KB + kb) * BLOCK_BYTES + lane * 16;
-    if (mine > 0) load_stage<0>(w);
-    w.from += HOP;
-    if (DEPTH > 1) {
-        if (mine > 1) load_stage<DEPTH - 1>(w);
-        w.from += HOP;
-    }
+    load_stages<0>(w, mine);
     if (NF4_KIND) {
-        s.from = p.scale + ((i64)tile * p.KB + kb) * (KIND == 0 ? 64 : 16) + (lane & 15) * (KIND == 0 ? 16 : 4);
+        s.from = p.scale + ((i64)tile * p.KB + kb) * (KIND == 0 ? 64 : 16) + ((lane & 15) * 2 + (lane >> 4)) * (KIND == 0 ? 8 : 2);
         if (KIND == 1) {
             const i32 spans = (p.KB + (1 << p.nested_shift) - 1) >> p.nested_shift;
             s.outer_from = p.nested + (i64)tile * spans * 16 + (lane & 15), s.offset = p.offset[tile * 16 + (lane & 15)];
@@ -221,13 +224,45 @@ DEV void load_first(const Params& p, Weights& w, Scales& s, i32 tile, i32 kb, i3
     }
 }
 
-// The scales of this lane's two outputs for block U.
-template <int U> DEV float2 scales_of(const Scales& s, i32 lane) {
-    float own = U == 0 ? s.plain.x : U == 1 ? s.plain.y : U == 2 ? s.plain.z : s.plain.w;
+// Sums are kept in units of the block's scale, so that products are added onto them by the matrix unit itself.
+struct Units {
+    float last;        // of the second of this lane's two blocks of a stage (see Scales)
+    float changes[2];  // to them, each from the block before
+    float2 change;     // to the block that comes next, for this lane's two outputs
+};
+
+// The scale of one of this lane's blocks; never 0, that it may be divided by.
+template <int I> DEV float scale_of(const Scales& s, i32 lane) {
+    float own = I ? s.plain.y : s.plain.x;
     if (KIND == 1)  // rounded as bitsandbytes does: product, then sum
-        own = __fadd_rn(__fmul_rn(__uint_as_float(look_up<U, 128>(s.index, column_of(lane))), s.outer), s.offset);
-    const i32 g2 = (lane >> 2) * 2;
-    return make_float2(__shfl_sync(0xffffffffu, own, g2), __shfl_sync(0xffffffffu, own, g2 + 1));
+        own = __fadd_rn(__fmul_rn(__uint_as_float(look_up<I, 128>(s.index, column_of(lane))), s.outer), s.offset);
+    return own + LEAST_SCALE;
+}
+
+// The value of output (g, half) in the lanes that have block U's.
+template <int U> DEV float2 of_outputs(float own, i32 lane) {
+    const i32 from = (lane >> 2) * 2 + U / 2 * 16;
+    return make_float2(__shfl_sync(0xffffffffu, own, from), __shfl_sync(0xffffffffu, own, from + 1));
+}
+
+DEV float inverse(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+// Block 0's predecessor is the last of the stage before.
+DEV void next_stage(Units& z, const Scales& s, i32 lane) {
+    const float first = scale_of<0>(s, lane), second = scale_of<1>(s, lane);
+    const float before = __shfl_xor_sync(0xffffffffu, lane < 16 ? second : z.last, 16);
+    z.changes[0] = before * inverse(first), z.changes[1] = first * inverse(second), z.last = second;
+}
+
+DEV void scale_sums(float (&acc)[NT][4], float2 by) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) acc[n][c] = __fmul_rn(c < 2 ? by.x : by.y, acc[n][c]);
 }
 
 #if WGMMA
@@ -236,13 +271,13 @@ typedef u64 XTile;  // a descriptor
 typedef u32 XTile;  // an address
 #endif
 
-// c (+)= A B over one block: a has the four k16 fragments, x_tile [TOKENS, 64] is in shared memory. Until
+// c += A B over one block: a has the four k16 fragments, x_tile [TOKENS, 64] is in shared memory. Until
 // `finish_multiply` c and a belong to the matrix unit.
-template <bool ADD> DEV void start_multiply(float (&c)[NT][4], const u32 (&a)[4][4], XTile x_tile, i32 u, i32 lane) {
+DEV void start_multiply(float (&c)[NT][4], const u32 (&a)[4][4], XTile x_tile, i32 u, i32 lane) {
 #if WGMMA
     wgmma_fence(c);
 #pragma unroll
-    for (int k = 0; k < 4; k++) wgmma<NT>(c, a[k], x_tile + (u * (X_TILE / 16) + k * 2), ADD || k > 0);
+    for (int k = 0; k < 4; k++) wgmma<NT>(c, a[k], x_tile + (u * (X_TILE / 16) + k * 2));
     wgmma_commit();
 #else
 #pragma unroll
@@ -251,8 +286,6 @@ template <bool ADD> DEV void start_multiply(float (&c)[NT][4], const u32 (&a)[4]
         for (int n = 0; n < NT; n++) {
             u32 b0, b1, b2, b3;
             ldmatrix_x4(b0, b1, b2, b3, x_tile + u * X_TILE + n * 1024 + (lane & 7) * 128 + (((half * 4 + (lane >> 3)) ^ (lane & 7)) << 4));
-            if (!ADD && half == 0)
-                for (int i = 0; i < 4; i++) c[n][i] = 0.0f;
             mma_bf16(c[n], a[half * 2][0], a[half * 2][1], a[half * 2][2], a[half * 2][3], b0, b1);
             mma_bf16(c[n], a[half * 2 + 1][0], a[half * 2 + 1][1], a[half * 2 + 1][2], a[half * 2 + 1][3], b2, b3);
         }
@@ -281,43 +314,46 @@ DEV void decode(u32 (&a)[4][4], const uint4 (&word)[WORDS], i32 lane) {
 
 // Blocks U.. to END of a stage: while the matrix unit works on one, the next is decoded.
 template <int D, int U, int END>
-DEV void blocks(Weights& w, const Scales& s, XTile x_tile, i32 lane, bool more, u32 (&now)[4][4], u32 (&next)[4][4], float (&part)[NT][4], float (&acc)[NT][4]) {
+DEV void blocks(Weights& w, const Scales& later, Units& z, XTile x_tile, i32 lane, bool more, u32 (&now)[4][4], u32 (&next)[4][4], float (&acc)[NT][4]) {
     if constexpr (U < END) {
-        if (NF4_KIND) start_multiply<false>(part, now, x_tile, U % XU, lane);
-        else start_multiply<true>(acc, now, x_tile, U % XU, lane);
+        if (NF4_KIND) scale_sums(acc, z.change);
+        start_multiply(acc, now, x_tile, U % XU, lane);
         if constexpr (U + 1 < KU) {
             decode(next, w.word[D][(U + 1) % WINDOW], lane);
             refill<D, U + 1>(w, more);
         }
         if (NF4_KIND) {
-            const float2 scale = scales_of<U>(s, lane);
-            finish_multiply(part);
-#pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int c = 0; c < 4; c++) acc[n][c] = __fmaf_rn(c < 2 ? scale.x : scale.y, part[n][c], acc[n][c]);
-        } else {
-            finish_multiply(acc);
+            z.change = of_outputs<(U + 1) % KU>(z.changes[(U + 1) % 2], lane);
+            if (U + 2 == KU) next_stage(z, later, lane);
         }
-        blocks<D, U + 1, END>(w, s, x_tile, lane, more, next, now, part, acc);
+        finish_multiply(acc);
+        blocks<D, U + 1, END>(w, later, z, x_tile, lane, more, next, now, acc);
     }
 }
 
 // The blocks of a stage whose x has come in at `step`.
 template <int D>
-DEV void stage_step(Weights& w, const Scales& s, XTile x_tile, i32 lane, i32 step, bool more, u32 (&a)[4][4], u32 (&b)[4][4], float (&part)[NT][4], float (&acc)[NT][4]) {
+DEV void stage_step(Weights& w, const Scales& later, Units& z, XTile x_tile, i32 lane, i32 step, bool more, u32 (&a)[4][4], u32 (&b)[4][4], float (&acc)[NT][4]) {
     if (step == 0) {
         decode(a, w.word[D][0], lane);
         refill<D, 0>(w, more);
-        blocks<D, 0, XU>(w, s, x_tile, lane, more, a, b, part, acc);
+        blocks<D, 0, XU>(w, later, z, x_tile, lane, more, a, b, acc);
     }
     if constexpr (XU == 2)
-        if (step == 1) blocks<D, 2, 4>(w, s, x_tile, lane, more, a, b, part, acc);
+        if (step == 1) blocks<D, 2, 4>(w, later, z, x_tile, lane, more, a, b, acc);
     if constexpr (XU == 1) {
-        if (step == 1) blocks<D, 1, 2>(w, s, x_tile, lane, more, b, a, part, acc);
-        if (step == 2) blocks<D, 2, 3>(w, s, x_tile, lane, more, a, b, part, acc);
-        if (step == 3) blocks<D, 3, 4>(w, s, x_tile, lane, more, b, a, part, acc);
+        if (step == 1) blocks<D, 1, 2>(w, later, z, x_tile, lane, more, b, a, acc);
+        if (step == 2) blocks<D, 2, 3>(w, later, z, x_tile, lane, more, a, b, acc);
+        if (step == 3) blocks<D, 3, 4>(w, later, z, x_tile, lane, more, b, a, acc);
     }
+}
+
+// The same for a stage whose weights are at `depth`.
+template <int D>
+DEV void stage_at(i32 depth, Weights& w, const Scales& later, Units& z, XTile x_tile, i32 lane, i32 step, bool more, u32 (&a)[4][4], u32 (&b)[4][4], float (&acc)[NT][4]) {
+    if constexpr (D + 1 < DEPTH)
+        if (depth != D) return stage_at<D + 1>(depth, w, later, z, x_tile, lane, step, more, a, b, acc);
+    stage_step<D>(w, later, z, x_tile, lane, step, more, a, b, acc);
 }
 
 // Give a warp's sums to the block of the cluster that finishes its 16 outputs: [source][output][row of x].
@@ -359,11 +395,12 @@ struct Outputs {
 
 DEV Outputs own_outputs(const Params& p, i32 rank) {
     constexpr i32 shape = EPILOGUE == 2 ? 2 : 1;
-    const i32 first = (blockIdx.x / CLUSTER) * (ROWS / shape) + rank * (OWN / shape);
+    const i32 first = blockIdx.z * (ROWS / shape) + rank * (OWN / shape);
     return {first, min(first + OWN / shape, p.N / shape), EPILOGUE == 2 ? p.N / 2 : 0};
 }
 
-DEV u32 num_blocks() { return gridDim.x * gridDim.y; }
+// A grid is [cluster, tiles of rows of x, tiles of outputs]: blocks with the same weights run together.
+DEV u32 num_blocks() { return gridDim.x * gridDim.y * gridDim.z; }
 
 DEV u32 read_epoch(const Params& p) {
     u32 epoch;
@@ -579,14 +616,14 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     if (CLUSTER > 1 && APART) cluster_arrive();
     const i32 rank = CLUSTER == 1 ? 0 : cluster_rank();
     const i32 lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, (i32)threadIdx.x >> 5, 0), wk = (warp >> 2) % WK, wr = (warp >> 2) / WK;
-    const i32 tile = (blockIdx.x / CLUSTER) * (ROWS / 16) + wr * 4 + (warp & 3), token0 = blockIdx.y * TOKENS;
+    const i32 tile = blockIdx.z * (ROWS / 16) + wr * 4 + (warp & 3), token0 = blockIdx.y * TOKENS;
     const i32 units = p.KB / KU, begin = units * rank / CLUSTER, end = units * (rank + 1) / CLUSTER;
     const i32 mine = max(0, (end - begin - wk + WK - 1) / WK);  // stages of this group
     const i32 stages = (end - begin + WK - 1) / WK;             // of the thread block
     i32 kb = (begin + wk) * KU;
     Scales s;
     Weights w;
-    const i32 block = blockIdx.y * gridDim.x + blockIdx.x, workers = min((i32)num_blocks(), p.workers);
+    const i32 block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x, workers = min((i32)num_blocks(), p.workers);
     Unit unit;
     const bool works = LORA && block < workers && start_unit(p, block, warp, unit);
     if (!works) load_first(p, w, s, tile, kb, mine);
@@ -645,9 +682,14 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
         __syncthreads();
         START_X();
     }
-    float acc[NT][4], part[NT][4];
+    float acc[NT][4];
 #pragma unroll
-    for (int i = 0; i < NT * 4; i++) (&acc[0][0])[i] = 0.0f, (&part[0][0])[i] = 0.0f;
+    for (int i = 0; i < NT * 4; i++) (&acc[0][0])[i] = 0.0f;
+    Units z = {};
+    if (NF4_KIND && mine > 0) {
+        next_stage(z, s, lane);
+        z.change = of_outputs<0>(z.changes[0], lane);
+    }
 #if WGMMA
     const XTile x_group = wgmma_descriptor(base + TABLE + wk * XU * X_TILE);
 #else
@@ -659,7 +701,6 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
 #pragma unroll 1
     for (int i = 0; i < loops; i++) {
         const bool more = i + DEPTH < mine;
-        const Scales now = s;
         kb = (begin + wk + (i + 1) * WK) * KU, s.from += WK * KU * (KIND == 0 ? 64 : 16);
         if (NF4_KIND && i + 1 < mine) load_scales(p, s, kb);
 #pragma unroll
@@ -676,10 +717,8 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
             cp_async_commit();
             const XTile x_tile = x_group + slot * X_STAGE;
 #endif
-            if (WGMMA || i < mine) {
-                if (DEPTH == 1 || i % 2 == 0) stage_step<0>(w, now, x_tile, lane, step, more, a, b, part, acc);
-                else stage_step<DEPTH - 1>(w, now, x_tile, lane, step, more, a, b, part, acc);
-            }
+            if (WGMMA || i < mine)
+                stage_at<0>(i % DEPTH, w, s, z, x_tile, lane, step, more, a, b, acc);
 #if WGMMA
             if (lane == 0) barrier_arrive(free_barrier(base, slot, wk));
 #endif
@@ -688,6 +727,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
         }
         w.from += HOP;
     }
+    if (NF4_KIND && mine > 0) scale_sums(acc, z.change), scale_sums(acc, of_outputs<0>(scale_of<0>(s, lane), lane));
     cp_async_wait<0>();
     if (APART) {
         if (LORA) __syncthreads();        // A x comes where table and ring were
