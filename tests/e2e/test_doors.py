@@ -4,6 +4,7 @@ a caller who leaves frees the engine whichever door it came through."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,51 @@ def test_tokens_and_adapters_look_the_same(grpc: lc.Client, http: lc.Client) -> 
     assert listed(grpc) == listed(http)
     assert [entry[0] for entry in listed(grpc)] == ["default/a0", "default/a1"]
     assert grpc.status().base_digest == http.status().base_digest
+
+
+def test_a_conversations_tokens_are_the_prompt_of_the_chat_that_names_the_same_adapter(
+    server: ServerProcess, grpc: lc.Client, http: lc.Client, kit: Kit, tmp_path: Path
+) -> None:
+    turns = [lc.Message("system", "be brief"), lc.Message("user", HI)]
+    first = publish_with(server, kit, tmp_path / "one", "{{ messages[-1].content }}>")
+    assert grpc.tokenize(turns, adapter="own") == tuple(f"{HI}>".encode())
+    publish_with(server, kit, tmp_path / "two", "{{ messages | length }} turns:")
+
+    found = set()
+    for which in ("base", "a0", "own", f"own@{first}", {"own": 0.5}, {"own": 1.0, "a0": 1.0}):
+        ids = {client.tokenize(turns, adapter=which) for client in (grpc, http)}
+        prompt, sizes = prompt_of(server, turns, which), set()
+        for client in (grpc, http):
+            answer = client.chat(turns, adapter=which, max_tokens=1)
+            sizes.add(answer.usage.prompt_tokens)
+        assert ids == {prompt} and sizes == {len(prompt)}
+        found.add(prompt)
+    assert len(found) == 3, "the base's, and those of two generations of `own`"
+
+    for client in (grpc, http):
+        with pytest.raises(lc.AdapterNotFoundError):
+            client.tokenize(turns, adapter="acme/own")
+    grpc.adapters.delete("own")
+    with pytest.raises(lc.AdapterNotFoundError):
+        http.tokenize(turns, adapter="own")
+
+
+def publish_with(server: ServerProcess, kit: Kit, folder: Path, template: str) -> str:
+    """Publishes `own`, with a chat template of its own."""
+    shutil.copytree(kit.adapters["a2"], folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return server.publish(folder, "own")
+
+
+def prompt_of(server: ServerProcess, turns: list[lc.Message], which: Any) -> tuple[int, ...]:
+    """The prompt of a chat, as its answer tells it."""
+    body = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
+    parts = which.items() if isinstance(which, dict) else ()
+    adapter = [{"name": name, "scale": scale} for name, scale in parts] or which
+    asked = {**body, "adapter": adapter, "max_tokens": 1, "return_token_ids": True}
+    answer = server.http.post("/v1/chat/completions", json=asked).json()
+    assert len(answer["prompt_token_ids"]) == answer["usage"]["prompt_tokens"]
+    return tuple(answer["prompt_token_ids"])
 
 
 REFUSED: list[dict[str, Any]] = [

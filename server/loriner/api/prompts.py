@@ -93,6 +93,7 @@ async def from_chat(
         continue_final_message=body.continue_final_message,
         template_kwargs=kwargs or None,
         template=template if is_own else None,
+        add_special_tokens=body.add_special_tokens,
     )
     return Prompt(ids, continued=turns[-1]["content"] if body.continue_final_message else None)
 

@@ -42,14 +42,13 @@ class ScaledAdapter(Body):
 ScaledAdapters = Annotated[list[ScaledAdapter], Field(min_length=1, max_length=MAX_MIXED)]
 
 
-class AdaptedBody(Body):
-    """What all that run have in common: the weights, and whose turn it is."""
+class NamingBody(Body):
+    """Names the weights."""
 
     UNSERVED: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
     model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     adapter: AdapterName | ScaledAdapter | ScaledAdapters | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # inside the tenant
 
     @model_validator(mode="before")
     @classmethod
@@ -64,6 +63,12 @@ class AdaptedBody(Body):
             return given
         parts = [given] if isinstance(given, ScaledAdapter) else given
         return tuple(Scaled(part.name, part.scale) for part in parts)
+
+
+class AdaptedBody(NamingBody):
+    """What all that run have in common: the weights, and whose turn it is."""
+
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # inside the tenant
 
 
 class SamplingBody(AdaptedBody):

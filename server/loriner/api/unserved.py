@@ -50,11 +50,7 @@ _COMMON: Mapping[str, tuple[object, ...]] = {
     "merged_adapters": (),
 }
 
-_ALL_THAT_RUN = (
-    "truncate_prompt_tokens",
-    "cache_salt",
-    "request_id",
-    "kv_transfer_params",
+_ALL_THAT_NAME = (
     "lora_path",
     "lora_name",
     "lora_request",
@@ -63,6 +59,13 @@ _ALL_THAT_RUN = (
     "adapter_id",
     "adapter_source",
     "merged_adapters",
+)
+_ALL_THAT_RUN = (
+    "truncate_prompt_tokens",
+    "cache_salt",
+    "request_id",
+    "kv_transfer_params",
+    *_ALL_THAT_NAME,
 )
 
 CHAT: Mapping[str, tuple[object, ...]] = MappingProxyType(
@@ -76,7 +79,6 @@ CHAT: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "chat_template": (),
         "documents": ([],),
         "echo": (False,),
-        "add_special_tokens": (False,),
         "mm_processor_kwargs": ({},),
     }
 )
@@ -145,8 +147,18 @@ EMBEDDING: Mapping[str, tuple[object, ...]] = MappingProxyType(
     }
 )
 
+NAMING: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {name: _COMMON[name] for name in _ALL_THAT_NAME}
+)
+
 TOKENIZE: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {"chat_template": (), "mm_processor_kwargs": ({},)}
+    {
+        **NAMING,
+        "truncate_prompt_tokens": (),
+        "chat_template": (),
+        "documents": ([],),
+        "mm_processor_kwargs": ({},),
+    }
 )
 
 _HINTS: Mapping[str, str] = MappingProxyType(
