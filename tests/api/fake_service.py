@@ -387,6 +387,17 @@ def script(
     all_words = [says or words_of(record, index) for index in range(sampling.n)]
     length = min(len(all_words[0]), sampling.max_tokens or 100)
     prompt_logprobs = _of_prompt(prompt_ids, sampling.prompt_logprobs)
+    if sampling.max_tokens == 0:
+        return [
+            Event(
+                request_id,
+                index,
+                finish_reason=FinishReason.LENGTH,
+                num_prompt_tokens=len(prompt_ids),
+                prompt_logprobs=() if index else prompt_logprobs,
+            )
+            for index in range(sampling.n)
+        ]
     for step in range(length):
         for index, words in enumerate(all_words):
             is_last = step == length - 1

@@ -118,6 +118,57 @@ def test_echo_alone_asks_for_no_logprobs(client: TestClient, service: FakeServic
     assert service.calls[0]["sampling"].prompt_logprobs is None
 
 
+SCORED: list[tuple[str, dict[str, Any]]] = [
+    (TEXT, {"echo": True, "logprobs": 1}),
+    (TEXT, {"echo": True}),
+    (TEXT, {"prompt_logprobs": 1}),
+    (CHAT, {"prompt_logprobs": 1}),
+]
+
+
+@pytest.mark.parametrize(("path", "fields"), SCORED)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_prompt_may_be_read_and_nothing_generated(
+    client: TestClient, path: str, fields: dict[str, Any], is_stream: bool
+) -> None:
+    more = {"stream": True, "stream_options": {"include_usage": True}} if is_stream else {}
+    answer = ask(client, path, max_tokens=0, n=2, **fields, **more)
+    chunks = answer if is_stream else [answer]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    said = [choice.get("delta") or choice.get("message") or choice for choice in choices]
+    texts = [one.get("text") or one.get("content") or "" for one in said]
+
+    assert "".join(texts) == ("hi" * 2 if "echo" in fields else "")
+    assert [choice["finish_reason"] for choice in choices].count("length") == 2
+    usage = chunks[-1]["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 0)
+    told = [one for one in (*chunks, *choices) if "prompt_logprobs" in one]
+    if "prompt_logprobs" in fields:
+        assert all(one["prompt_logprobs"] == of([1, 104, 105], 1) for one in told) and told
+    scores = [one["logprobs"]["token_logprobs"] for one in choices if "logprobs" in fields]
+    assert scores == [[None, -3.0, -3.0]] * len(scores)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (TEXT, {}, "max_tokens"),
+        (TEXT, {"logprobs": 1}, "max_tokens"),
+        (CHAT, {}, "max_tokens"),
+        (CHAT, {"logprobs": True}, "max_tokens"),
+        (CHAT, {"echo": True}, "max_tokens"),
+        (CHAT, {"max_completion_tokens": 0, "max_tokens": None}, "max_completion_tokens"),
+        (TEXT, {"prompt_logprobs": 1, "min_tokens": 1}, "min_tokens"),
+    ],
+)
+def test_no_tokens_of_nothing_are_refused(
+    client: TestClient, path: str, fields: dict[str, Any], param: str
+) -> None:
+    asked = {"messages": HI} if path == CHAT else {"prompt": "hi"}
+    refused = client.post(path, json={**asked, "max_tokens": 0, **fields})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
 def test_nothing_that_json_lacks_is_written(client: TestClient) -> None:
     body = ask(client, echo=True, logprobs=1, prompt_logprobs=1)
     json.dumps(body, allow_nan=False)

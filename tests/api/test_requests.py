@@ -70,7 +70,6 @@ def test_every_completion_parameter_of_openai_is_served_refused_or_harmless(name
         ("cache_salt", "x"),
         ("priority", 1001),
         ("lora_path", "pirate"),
-        ("echo", True),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(

@@ -194,6 +194,41 @@ def test_a_prompts_log_probabilities_are_told_once_and_alike(
     assert all(len(entry) == 1 for entry in whole["prompt_logprobs"][1:])
 
 
+@pytest.mark.parametrize("which", ["base", "a0", "a1"])
+def test_a_prompt_is_scored_without_an_answer_and_alike(
+    server: ServerProcess, grpc: lc.Client, http: lc.Client, which: str
+) -> None:
+    """What evaluation harnesses ask for."""
+    body = {"adapter": which, "prompt": [STORY, HI], "echo": True, "logprobs": 1, "temperature": 0}
+    scored, answered = (
+        server.http.post("/v1/completions", json={**body, "max_tokens": limit}).json()
+        for limit in (0, 1)
+    )
+    usage = scored["usage"]
+    assert usage["prompt_tokens"] == usage["total_tokens"] == len(STORY) + len(HI)
+    assert usage["completion_tokens"] == 0
+    for one, other, text in zip(scored["choices"], answered["choices"], (STORY, HI), strict=True):
+        told, more = one["logprobs"], other["logprobs"]
+        assert (one["text"], one["finish_reason"]) == (text, "length")
+        assert "".join(told["tokens"]) == text and told["text_offset"][0] == 0
+        assert told["token_logprobs"][0] is None
+        assert told["token_logprobs"][1:] == pytest.approx(more["token_logprobs"][1:-1], abs=1e-4)
+
+    first = [one["token_logprobs"] for one in (c["logprobs"] for c in scored["choices"])][0]
+    for client in (grpc, http):
+        for ask in (client.generate, client.chat):
+            answer = ask(STORY, adapter=which, max_tokens=0, prompt_logprobs=2)
+            (choice,) = answer.choices
+            assert (choice.text, choice.token_ids, choice.finish_reason) == ("", (), "length")
+            assert answer.usage.completion_tokens == 0 < answer.usage.prompt_tokens
+            assert len(answer.opening.prompt_logprobs) == answer.usage.prompt_tokens - 1
+        answer = client.generate(STORY, adapter=which, max_tokens=0, prompt_logprobs=2)
+        found = [one.logprob for one in answer.opening.prompt_logprobs]
+        assert found == pytest.approx(first[1:], abs=1e-4)
+    wait_until(lambda: grpc.status().num_running == 0, server=server)
+    wait_until(lambda: _metric(server, "loriner_kv_usage_ratio") == 0, server=server)
+
+
 def test_more_texts_than_the_queue_holds_are_embedded(
     server: ServerProcess, grpc: lc.Client, http: lc.Client
 ) -> None:

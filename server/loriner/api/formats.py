@@ -94,6 +94,9 @@ class ChatFormat:
         if self._head.token_ids:
             chunks[0].prompt_token_ids = self._prompt.ids
         chunks[0].prompt_logprobs = of_prompt(self._head, self._head.prompt_logprobs)
+        echoed = shapes.Delta(content=self._prompt.text)
+        for i in range(num_choices if self._prompt.text else 0):
+            chunks.append(self._answer([shapes.ChatDeltaChoice(i, echoed)], True))
         return chunks
 
     def chunk(self, said: Said) -> shapes.Answer | None:
@@ -122,7 +125,7 @@ class ChatFormat:
             [
                 shapes.ChatChoice(
                     index=i,
-                    message=message_of(choice.pieces),
+                    message=message_of(choice.pieces, self._prompt.text),
                     logprobs=self._logprobs(choice.logprobs),
                     finish_reason=choice.finish_reason,
                     stop_reason=choice.stop_reason,

@@ -66,6 +66,7 @@ class ChatBody(SamplingBody):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: NumTop | None = None
+    echo: bool = False  # vLLM
     add_special_tokens: bool = False  # to what the template writes
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -92,6 +93,10 @@ class ChatBody(SamplingBody):
 
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def prompt_top(self) -> int | None:
+        asked = self.num_logprobs() if self.echo else None
+        return asked if self.prompt_logprobs is None else self.prompt_logprobs
 
     def tool_use(self) -> ToolUse | None:
         """What may be called; None: nothing. Raises InvalidRequestError."""
@@ -130,6 +135,11 @@ class CompletionBody(SamplingBody):
 
     def echoed_logprobs(self) -> int | None:
         return self.logprobs if self.echo else None
+
+    def prompt_tops(self) -> dict[int, str]:
+        """An echo alone is read, too: the engine has nothing else to do for it."""
+        alone = {0: "echo"} if self.echo and self.max_tokens == 0 else {}
+        return alone | super().prompt_tops()
 
 
 class EmbeddingBody(AdaptedBody):

@@ -144,13 +144,17 @@ class SamplingBody(AdaptedBody):
         """How many alternatives each token's log-probability comes with; None: no logprobs."""
         raise NotImplementedError
 
+    def prompt_top(self) -> int | None:
+        """How many alternatives each token of the prompt is told with; None: nothing is told."""
+        return self.prompt_logprobs
+
     def echoed_logprobs(self) -> int | None:
         """How many alternatives each token of an echoed prompt comes with; None: no logprobs."""
         return None
 
     def prompt_tops(self) -> dict[int, str]:
         """What is asked about the prompt's tokens: how many alternatives, by which field."""
-        asked = {"echo": self.echoed_logprobs(), "prompt_logprobs": self.prompt_logprobs}
+        asked = {"echo": self.echoed_logprobs(), "prompt_logprobs": self.prompt_top()}
         return {count: name for name, count in asked.items() if count is not None}
 
     def names(self) -> dict[str, str]:

@@ -78,7 +78,6 @@ CHAT: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "web_search_options": (),
         "chat_template": (),
         "documents": ([],),
-        "echo": (False,),
         "mm_processor_kwargs": ({},),
     }
 )
@@ -109,6 +108,8 @@ RESPONSES: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "response_format": (),
         "n": (1,),
         "return_token_ids": (False,),
+        "echo": (False,),
+        "add_special_tokens": (False,),
         "add_generation_prompt": (True,),
         "continue_final_message": (False,),
         "functions": ([],),

@@ -18,7 +18,7 @@ def fit(sampling: SamplingParams, num_prompt: int, limit: int, param: str) -> Sa
 
     Raises ContextLengthError; InvalidRequestError when the log-probabilities would fill the memory.
     """
-    check_length(num_prompt, limit, param, room=1)
+    check_length(num_prompt, limit, param, room=sampling.max_tokens != 0)
     if sampling.max_tokens is None:
         sampling = dataclasses.replace(sampling, max_tokens=limit - num_prompt)
     assert sampling.max_tokens is not None
