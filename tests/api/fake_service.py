@@ -196,6 +196,9 @@ class FakeChat:
     def special_id(self, text: str) -> int | None:
         return self.special_ids.get(text)
 
+    def spellings(self, ids: Sequence[int]) -> list[str]:
+        return [f"<{i}>" for i in ids]
+
     def unspelled_id(self, text: str) -> int | None:
         return self.special_ids.get(text)
 

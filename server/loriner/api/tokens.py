@@ -49,8 +49,9 @@ class TokenDoor:
             ids = await prompts.from_text(self._service, asked.prompt or "", special)
         else:
             ids = await chat_tokens(self._service, chat, caller)
-        texts = await asyncio.to_thread(self._texts, ids) if asked.return_token_strs else None
-        answer: dict[str, Any] = {"count": len(ids), "tokens": ids, "token_strs": texts}
+        answer: dict[str, Any] = {"count": len(ids), "tokens": ids, "token_strs": None}
+        if asked.return_token_strs:
+            answer["token_strs"] = await asyncio.to_thread(self._service.chat.spellings, ids)
         answer["max_model_len"] = self._service.max_model_len
         return json_response(answer)
 
@@ -60,6 +61,3 @@ class TokenDoor:
         prompts.check_ids(asked.tokens, "tokens", self._service.vocab_size)
         text = await asyncio.to_thread(self._service.decode, asked.tokens)
         return json_response({"prompt": text})
-
-    def _texts(self, ids: list[int]) -> list[str]:
-        return [self._service.decode([token]) for token in ids]

@@ -83,6 +83,11 @@ class ChatTokenizer:
         self.warm()
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    def spellings(self, ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary has it, its bytes in the tokenizer's own letters."""
+        self.warm()
+        return [str(token) for token in self._tokenizer.convert_ids_to_tokens(list(ids))]
+
     def render(
         self,
         messages: list[dict[str, Any]],
