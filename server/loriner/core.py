@@ -294,8 +294,12 @@ def _check_range(
     if not inside or (isinstance(value, float) and not math.isfinite(value)):
         bracket = "(" if open_low else "["
         raise InvalidRequestError(
-            f"{name} must be in {bracket}{low:g}, {high:g}], got {value}.", name
+            f"{name} must be in {bracket}{_plain(low)}, {_plain(high)}], got {value}.", name
         )
+
+
+def _plain(bound: float | int) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _check_length(name: str, values: tuple[object, ...], limit: int) -> None:

@@ -4,6 +4,7 @@ OpenAI's; whole and streamed, for many prompts and choices."""
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -124,6 +125,31 @@ SCORED: list[tuple[str, dict[str, Any]]] = [
     (TEXT, {"prompt_logprobs": 1}),
     (CHAT, {"prompt_logprobs": 1}),
 ]
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_tokens_may_be_named_by_their_ids(client: TestClient, path: str, is_stream: bool) -> None:
+    more = {"logprobs": True, "top_logprobs": 1} if path == CHAT else {"logprobs": 1, "echo": True}
+    answers = []
+    for by_id in (False, True):
+        asked = {"return_tokens_as_token_ids": by_id, "stream": is_stream, **more}
+        answer = ask(client, path, **asked)
+        chunks = answer if is_stream else [answer]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        answers.append([one["logprobs"] for one in choices if one.get("logprobs")])
+    for plain, by_id in zip(*answers, strict=True):
+        if path == CHAT:
+            for one in by_id["content"]:
+                (top,) = one["top_logprobs"]
+                assert (one["token"], top["token"]) == ("token_id:10", "token_id:20")
+                assert bytes(top["bytes"]) == b"token_id:20"
+            assert len(plain["content"]) == len(by_id["content"])
+        else:
+            assert all(re.fullmatch("token_id:[0-9]+", token) for token in by_id["tokens"])
+            assert by_id["text_offset"] == plain["text_offset"]
+            tops = [one for one in by_id["top_logprobs"] if one is not None]
+            assert [next(iter(one)) for one in tops] == by_id["tokens"][-len(tops) :]
 
 
 @pytest.mark.parametrize(("path", "fields"), SCORED)

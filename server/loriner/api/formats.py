@@ -32,6 +32,7 @@ class Head:
     origin: shapes.Origin
     logprobs: bool
     token_ids: bool
+    tokens_by_id: bool = False  # in the logprobs, instead of their texts
     prompt_top: int | None = None  # alternatives to each token of the prompt
     echoed_top: int | None = None  # the same, among the logprobs of an echoed prompt
     prompt_logprobs: Sequence[TokenLogprob] = ()  # of a chat's prompt
@@ -143,7 +144,9 @@ class ChatFormat:
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> shapes.ChatLogprobs | None:
         if not self._head.logprobs:
             return None
-        return shapes.ChatLogprobs([logprob_shapes.token_logprob(entry) for entry in logprobs])
+        return shapes.ChatLogprobs(
+            [logprob_shapes.token_logprob(named(self._head, entry)) for entry in logprobs]
+        )
 
     def _answer(self, choices: list[object], is_chunk: bool) -> shapes.Answer:
         return answer_of(self._head, "chat.completion" + ".chunk" * is_chunk, choices)
@@ -155,6 +158,11 @@ def answer_of(head: Head, kind: str, choices: list[object]) -> shapes.Answer:
 
 def shows_tokens(head: Head, event: Event) -> bool:
     return bool(event.token_ids) and (head.logprobs or head.token_ids)
+
+
+def named(head: Head, entry: TokenLogprob) -> TokenLogprob:
+    """As the caller asked for tokens to be named."""
+    return logprob_shapes.by_ids(entry) if head.tokens_by_id else entry
 
 
 def ids_of(head: Head, ids: Sequence[int]) -> list[int] | UnsetType:

@@ -210,7 +210,7 @@ def _encode(
 def check_ids(ids: list[int], param: str, vocab_size: int = 2**31) -> None:
     """Before the detokenizer sees them; of prompts the Service knows the exact bound."""
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
-        raise InvalidRequestError(f"{param} holds a token id outside the vocabulary.", param)
+        raise InvalidRequestError(f"{param} holds a token id that is out of vocabulary.", param)
 
 
 def _plain(message: Message, param: str) -> dict[str, Any]:

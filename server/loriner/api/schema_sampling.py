@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from loriner.adapters.mixture import MAX_MIXED
+from loriner.adapters.names import show
 from loriner.api.schema_base import MAX_NAME_CHARS, Body
 from loriner.api.structured import ResponseFormat, StructuredOutputs, constraint_of
 from loriner.api.unserved import refuse_unserved
@@ -95,6 +96,7 @@ class SamplingBody(AdaptedBody):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False  # vLLM: names of tokens in the logprobs
     prompt_logprobs: NumTop | None = None  # vLLM
 
     def sampling(self) -> SamplingParams:
@@ -163,9 +165,9 @@ class SamplingBody(AdaptedBody):
 
 
 def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    pairs = []
-    for key, value in bias.items():
-        if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise InvalidRequestError("logit_bias keys must be token ids.", "logit_bias")
-        pairs.append((int(key), value))
-    return tuple(pairs)
+    wrong = [key for key in bias if not (key.isascii() and key.isdigit() and len(key) <= 10)]
+    if wrong:
+        raise InvalidRequestError(
+            f"logit_bias keys must be token ids, not {show(', '.join(wrong))}.", "logit_bias"
+        )
+    return tuple([(int(key), value) for key, value in bias.items()])
