@@ -425,6 +425,14 @@ def test_a_refusal_is_the_same_through_both_doors(
     assert found[0][2] in GRPC_CODES
 
 
+def test_a_token_out_of_vocabulary_is_named(grpc: lc.Client, http: lc.Client) -> None:
+    for client in (grpc, http):
+        with pytest.raises(lc.InvalidRequestError, match="token id 70000 is out of vocabulary"):
+            client.generate([5, 70000, 80000])
+        with pytest.raises(lc.InvalidRequestError, match=r"logit_bias: .* 70001 .* which has \d+"):
+            client.generate("x", logit_bias={5: 1.0, 70001: 1.0})
+
+
 def test_long_prompts_and_empty_ones_are_refused_alike(grpc: lc.Client, http: lc.Client) -> None:
     for ask, kind in (
         (lambda client: client.chat("x" * 9000), lc.ContextLengthError),

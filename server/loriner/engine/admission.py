@@ -59,7 +59,7 @@ def check_ids(prompt: Sequence[int], sampling: SamplingParams, vocab_size: int, 
         wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
         if wrong is not None:
             raise errors.InvalidRequestError(
-                f"{name}: token id {wrong} is out of vocabulary: ids are 0 to {vocab_size - 1}.",
+                f"{name}: token id {wrong} is out of vocabulary, which has {vocab_size}.",
                 name,
             )
 
