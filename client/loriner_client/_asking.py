@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from loriner_client._config import Retry, Settings, Tls
+from loriner_client._errors import InvalidRequestError
 from loriner_client._models import (
     Asked,
     Chat,
@@ -14,6 +15,7 @@ from loriner_client._models import (
     Sampling,
     StructuredOutputs,
     TemplateValue,
+    Tokenize,
     Which,
 )
 from loriner_client._transport import AsyncTransport, Transport
@@ -76,6 +78,18 @@ def chat_query(
         structured_outputs,
         cast(ChatOptions, options),
     )
+
+
+def tokenize_query(
+    text: str | Sequence[Message],
+    add_special_tokens: bool | None,
+    adapter: Which | None,
+    model: str | None,
+) -> Tokenize:
+    """Raises InvalidRequestError for a text on an adapter: its tokens are the same on all."""
+    if isinstance(text, str) and (adapter is not None or model is not None):
+        raise InvalidRequestError("adapter and model are of a conversation, not of a text.")
+    return Tokenize(text, add_special_tokens, adapter, model)
 
 
 def _message(turn: Mapping[str, str]) -> Message:

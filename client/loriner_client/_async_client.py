@@ -8,7 +8,13 @@ from types import TracebackType
 from typing import Unpack
 
 from loriner_client import _models as m
-from loriner_client._asking import Turns, chat_query, open_async_transport, settings_of
+from loriner_client._asking import (
+    Turns,
+    chat_query,
+    open_async_transport,
+    settings_of,
+    tokenize_query,
+)
 from loriner_client._config import TIMEOUT_S, UPLOAD_TIMEOUT_S, Retry, Tls
 from loriner_client._streams import AsyncStream
 from loriner_client._transport import AsyncTransport
@@ -134,10 +140,17 @@ class AsyncClient:
         return await self._transport.call(query, self._timeout_s)
 
     async def tokenize(
-        self, text: str | Sequence[m.Message], *, add_special_tokens: bool | None = None
+        self,
+        text: str | Sequence[m.Message],
+        *,
+        adapter: m.Which | None = None,
+        model: str | None = None,
+        add_special_tokens: bool | None = None,
     ) -> tuple[int, ...]:
-        """The token ids of a text, or of a conversation by the chat template."""
-        return await self._transport.call(m.Tokenize(text, add_special_tokens), self._timeout_s)
+        """The token ids of a text, or of a conversation by the chat template, the adapter's own if
+        it brought one."""
+        query = tokenize_query(text, add_special_tokens, adapter, model)
+        return await self._transport.call(query, self._timeout_s)
 
     async def status(self) -> m.Status:
         return await self._transport.call(m.GetStatus(), self._timeout_s)

@@ -8,7 +8,13 @@ from types import TracebackType
 from typing import Unpack
 
 from loriner_client import _models as m
-from loriner_client._asking import Turns, chat_query, open_transport, settings_of
+from loriner_client._asking import (
+    Turns,
+    chat_query,
+    open_transport,
+    settings_of,
+    tokenize_query,
+)
 from loriner_client._config import TIMEOUT_S, UPLOAD_TIMEOUT_S, Retry, Tls
 from loriner_client._streams import Stream
 from loriner_client._transport import Transport
@@ -137,10 +143,17 @@ class Client:
         return self._transport.call(query, self._timeout_s)
 
     def tokenize(
-        self, text: str | Sequence[m.Message], *, add_special_tokens: bool | None = None
+        self,
+        text: str | Sequence[m.Message],
+        *,
+        adapter: m.Which | None = None,
+        model: str | None = None,
+        add_special_tokens: bool | None = None,
     ) -> tuple[int, ...]:
-        """The token ids of a text, or of a conversation by the chat template."""
-        return self._transport.call(m.Tokenize(text, add_special_tokens), self._timeout_s)
+        """The token ids of a text, or of a conversation by the chat template, the adapter's own if
+        it brought one."""
+        query = tokenize_query(text, add_special_tokens, adapter, model)
+        return self._transport.call(query, self._timeout_s)
 
     def status(self) -> m.Status:
         return self._transport.call(m.GetStatus(), self._timeout_s)

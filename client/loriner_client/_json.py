@@ -92,10 +92,14 @@ def stream_ask(query: m.StreamQuery) -> Ask:
 def _tokenize(query: m.Tokenize) -> Ask:
     if isinstance(query.input, str):
         body: Json = {"prompt": query.input}
-        if query.add_special_tokens is not None:
-            body["add_special_tokens"] = query.add_special_tokens
     else:
         body = {"messages": [_message(message) for message in query.input]}
+    chosen = {
+        "add_special_tokens": query.add_special_tokens,
+        "adapter": _which(query.adapter),
+        "model": query.model,
+    }
+    body |= {key: value for key, value in chosen.items() if value is not None}
     return Ask("POST", "/tokenize", body)
 
 

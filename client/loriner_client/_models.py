@@ -271,6 +271,8 @@ class Generate(Query[Completion]):
 class Tokenize(Query[tuple[int, ...]]):
     input: str | Sequence[Message]
     add_special_tokens: bool | None = None
+    adapter: Which | None = None  # whose chat template; of a conversation alone
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,8 @@ def _generate(query: m.Generate) -> inf.GenerateRequest:
 def _tokenize(query: m.Tokenize) -> inf.TokenizeRequest:
     if isinstance(query.input, str):
         return inf.TokenizeRequest(text=query.input, add_special_tokens=query.add_special_tokens)
-    return inf.TokenizeRequest(chat=_chat(m.Chat(query.input)))
+    chat = _chat(m.Chat(query.input, query.adapter, query.model))
+    return inf.TokenizeRequest(chat=chat, add_special_tokens=query.add_special_tokens)
 
 
 def _embed(query: m.Embed) -> inf.EmbedRequest:

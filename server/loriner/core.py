@@ -38,7 +38,7 @@ class FinishReason(enum.StrEnum):
 class SamplingParams:
     """How tokens are chosen and when to stop. Raises InvalidRequestError naming the field."""
 
-    max_tokens: int | None = None  # None: until the context is full
+    max_tokens: int | None = None  # None: until the context is full; 0: only the prompt is read
     min_tokens: int = 0
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
@@ -60,7 +60,11 @@ class SamplingParams:
     grammar: str | None = None  # of the whole output, as `engine/grammars.py` compiles it
 
     def __post_init__(self) -> None:
-        _check_range("max_tokens", self.max_tokens, 1, 2**31)
+        _check_range("max_tokens", self.max_tokens, 0, 2**31)
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise InvalidRequestError(
+                "max_tokens must be at least 1: nothing of the prompt is asked for.", "max_tokens"
+            )
         _check_range("min_tokens", self.min_tokens, 0, 2**31)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError("min_tokens must not exceed max_tokens.", "min_tokens")
@@ -157,6 +161,7 @@ class Sequence:
         "blocks",
         "cold_start",
         "done",
+        "generates",
         "generation",
         "guide",
         "hashes",
@@ -209,7 +214,8 @@ class Sequence:
         self.needs_host = False  # its next step needs the last one's token; set by the engine
         self.looks_back = request.sampling.looks_back
         self.guide: Guide | None = None  # of a constrained one; set by the engine
-        scores = index == 0 and request.sampling.prompt_logprobs is not None
+        self.generates = not request.embeds and max_tokens != 0  # tokens, not only a reading
+        scores = request.sampling.prompt_logprobs is not None and (index == 0 or not self.generates)
         self.reads_prompt = request.embeds or scores  # until all its rows are; ended by the engine
         self.reading: Any = None  # what steps told of those rows so far; set by the engine
         self.memo: dict[str, object] = {}  # what a runner makes of `sampling` and `seed` once
@@ -267,7 +273,8 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     num_cached_tokens: int = 0  # of the prompt, served from the prefix cache
     num_output_tokens: int = 0  # so far
     cold_start: bool = False  # the adapter had to be loaded for this request
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of every token: with choice 0's first event
+    # Of every token of the prompt: with choice 0's first token, or its end where none is wanted.
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: bytes = b""  # [H] f32, little-endian, of length 1: with the last event
     error: str | None = None  # set when finish_reason is ERROR: a message safe to show
     error_kind: str | None = None  # class name in errors.py
@@ -287,8 +294,12 @@ def _check_range(
     if not inside or (isinstance(value, float) and not math.isfinite(value)):
         bracket = "(" if open_low else "["
         raise InvalidRequestError(
-            f"{name} must be in {bracket}{low:g}, {high:g}], got {value}.", name
+            f"{name} must be in {bracket}{_plain(low)}, {_plain(high)}], got {value}.", name
         )
+
+
+def _plain(bound: float | int) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _check_length(name: str, values: tuple[object, ...], limit: int) -> None:

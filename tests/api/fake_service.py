@@ -12,8 +12,8 @@ import math
 import struct
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,9 @@ class FakeChat:
     def special_id(self, text: str) -> int | None:
         return self.special_ids.get(text)
 
+    def spellings(self, ids: Sequence[int]) -> list[str]:
+        return [f"<{i}>" for i in ids]
+
     def unspelled_id(self, text: str) -> int | None:
         return self.special_ids.get(text)
 
@@ -228,6 +231,7 @@ class FakeService:
         self.closed: list[str] = []
         self.open: list[FakeGeneration] = []
         self.evicted: list[str] = []
+        self.held: list[list[str]] = []  # by `holding`, now
         self.rendered: list[dict[str, Any]] = []
         self.engine_stats = EngineStats(num_blocks=10, num_free_blocks=4, max_seats=32)
         for name in names:
@@ -281,6 +285,7 @@ class FakeService:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
         template: str | None = None,
+        add_special_tokens: bool = False,
     ) -> list[int]:
         self.rendered.append(
             {
@@ -290,6 +295,7 @@ class FakeService:
                 "continue_final_message": continue_final_message,
                 "template_kwargs": template_kwargs,
                 "template": template,
+                "add_special_tokens": add_special_tokens,
             }
         )
         return self.encode("".join(message["content"] for message in messages))
@@ -298,6 +304,12 @@ class FakeService:
         record = self.store.resolve(adapter)
         template = self.templates.get(record.generation)
         return None if template is None else (template, f"{record.name}@{record.generation}")
+
+    @asynccontextmanager
+    async def holding(self, adapters: Sequence[Scaled]) -> AsyncIterator[None]:
+        self.held.append([self.store.resolve(name).name for name, _ in adapters])
+        yield
+        self.held.pop()
 
     async def generate(
         self,
@@ -378,6 +390,17 @@ def script(
     all_words = [says or words_of(record, index) for index in range(sampling.n)]
     length = min(len(all_words[0]), sampling.max_tokens or 100)
     prompt_logprobs = _of_prompt(prompt_ids, sampling.prompt_logprobs)
+    if sampling.max_tokens == 0:
+        return [
+            Event(
+                request_id,
+                index,
+                finish_reason=FinishReason.LENGTH,
+                num_prompt_tokens=len(prompt_ids),
+                prompt_logprobs=() if index else prompt_logprobs,
+            )
+            for index in range(sampling.n)
+        ]
     for step in range(length):
         for index, words in enumerate(all_words):
             is_last = step == length - 1

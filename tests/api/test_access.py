@@ -108,6 +108,26 @@ def ask(
                 pb.EmbedRequest(inputs=[pb.EmbedInput(text="x")], adapter=adapter), metadata=m
             ),
         ),
+        Operation(
+            f"tokens of a chat, {name}",
+            "POST",
+            "/tokenize",
+            allowed,
+            gone,
+            body,
+            lambda d, m: d.inference.Tokenize(
+                pb.TokenizeRequest(chat=chat(adapter=adapter)), metadata=m
+            ),
+        ),
+        Operation(f"tokens of a text, {name}", "POST", "/tokenize", allowed, gone, text),
+        Operation(
+            f"text of tokens, {name}",
+            "POST",
+            "/detokenize",
+            allowed,
+            gone,
+            {"tokens": [65], "adapter": adapter},
+        ),
     ]
 
 

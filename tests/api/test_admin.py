@@ -212,9 +212,11 @@ def test_a_large_text_file_is_413(client: TestClient, service: FakeService) -> N
     assert left_behind(service) == []
 
 
-def test_uploads_in_flight_are_bounded(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_in_flight_are_bounded(
+    make_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(adapters, "MAX_UPLOADS", 0)
-    response = publish(client)
+    response = publish(make_client())
 
     assert response.status_code == 429
     assert int(response.headers["retry-after"]) >= 1

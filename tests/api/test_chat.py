@@ -68,6 +68,53 @@ def test_an_answer_cut_by_max_tokens_says_length(client: TestClient) -> None:
     assert ask(client, max_tokens=2).json()["choices"][0]["finish_reason"] == "length"
 
 
+ASSISTANT: list[dict[str, Any]] = [*HI, {"role": "assistant", "content": "Sure, "}]
+ECHOED: list[tuple[list[dict[str, Any]], str]] = [
+    (ASSISTANT, "Sure, "),
+    ([*HI, {"role": "assistant", "content": [{"type": "text", "text": "Su"}] * 2}], "Su\nSu"),
+    ([*HI, {"role": "assistant", "content": ""}], ""),
+    (HI, ""),
+]
+
+
+@pytest.mark.parametrize(("messages", "echoed"), ECHOED)
+@pytest.mark.parametrize("continued", [False, True])
+def test_an_echoed_message_of_the_assistant_stands_before_the_answer(
+    client: TestClient, messages: list[dict[str, Any]], echoed: str, continued: bool
+) -> None:
+    more = {"messages": messages, "n": 2, "continue_final_message": continued}
+    whole = ask(client, echo=True, **more).json()
+    chunks = stream(client, echo=True, **more)[:-1]
+    plain = texts(stream(client, **more)[:-1], 2)
+
+    assert plain == ["base answers you (0) ünï.", "base answers you (1) ünï."]
+    assert [one["message"]["content"] for one in whole["choices"]] == [
+        echoed + one for one in plain
+    ]
+    assert texts(chunks, 2) == [echoed + one for one in plain]
+    check("CreateChatCompletionResponse", whole)
+    for chunk in chunks:
+        check("CreateChatCompletionStreamResponse", chunk)
+
+
+def test_an_echo_stands_before_calls(client: TestClient, service: FakeService) -> None:
+    service.says = ['<tool_call>{"name": "f", "arguments": {}}</tool_call>']
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    asked = {"messages": ASSISTANT, "echo": True, "tools": tools}
+    message = ask(client, **asked).json()["choices"][0]["message"]
+    assert message["content"] == "Sure, " and message["tool_calls"]
+
+
+def test_an_echo_with_logprobs_tells_of_the_prompt(client: TestClient) -> None:
+    body = ask(client, messages=ASSISTANT, echo=True, logprobs=True, top_logprobs=2).json()
+    (choice,) = body["choices"]
+
+    assert choice["logprobs"]["content"][0]["token"] == "base", "of the answer alone"
+    assert body["prompt_logprobs"][0] is None
+    assert [len(entry) for entry in body["prompt_logprobs"][1:]] == [3] * (len("hiSure, "))
+    assert "prompt_logprobs" not in ask(client, messages=ASSISTANT, echo=True).json()
+
+
 def test_logprobs_are_openais(client: TestClient) -> None:
     body = ask(client, logprobs=True, top_logprobs=2, max_tokens=5).json()
 

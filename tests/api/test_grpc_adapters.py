@@ -203,9 +203,10 @@ def test_an_uploader_who_leaves_leaves_nothing(door: Door, store: Store) -> None
 
 
 def test_too_many_uploads_at_once_are_told_to_wait(
-    door: Door, monkeypatch: pytest.MonkeyPatch
+    make_door: Callable[..., Door], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operations, "MAX_UPLOADS", 0)
+    door = make_door()
     found = refused(lambda: upload(door, [header()]))
 
     assert found.code == "RESOURCE_EXHAUSTED" and "RetryInfo" in found.details

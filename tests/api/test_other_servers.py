@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from loriner.api.adapters import MAX_UPLOADS
 from tests.api.conftest import Client
 from tests.api.fake_service import FakeService
 
@@ -47,10 +51,32 @@ def test_vllm_unloads_what_is_there(client: TestClient, service: FakeService) ->
 
 
 @pytest.mark.parametrize("path", ["nowhere", "../store", "/etc"])
-def test_a_path_outside_the_root_or_missing_is_refused(client: TestClient, path: str) -> None:
-    for endpoint in ("/v1/load_lora_adapter", "/load_lora_adapter"):
+def test_a_path_outside_the_root_or_missing_is_absent(client: TestClient, path: str) -> None:
+    for endpoint, status in (("/v1/load_lora_adapter", 404), ("/load_lora_adapter", 400)):
         refused = client.post(endpoint, json={**NEW, "lora_path": path})
-        assert refused.status_code == 400 and "adapter root" in refused.text
+        assert refused.status_code == status and f"`{path}` does not exist" in refused.text
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/load_lora_adapter", "/load_lora_adapter"])
+def test_many_that_are_loaded_at_once_wait_for_each_other(
+    client: TestClient, service: FakeService, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, running, most = service.publish, 0, 0
+
+    async def slow(*args: Any, **more: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+        return await publish(*args, **more)
+
+    monkeypatch.setattr(service, "publish", slow)
+    with client, ThreadPoolExecutor(12) as threads:  # one event loop for all requests
+        asked = [{**NEW, "lora_name": f"n{i}"} for i in range(12)]
+        answers = list(threads.map(lambda body: client.post(endpoint, json=body), asked))
+    assert [answer.status_code for answer in answers] == [200] * 12
+    assert most == MAX_UPLOADS
 
 
 def test_sglang_lists_what_is_loaded(client: TestClient, service: FakeService) -> None:

@@ -4,6 +4,7 @@ OpenAI's; whole and streamed, for many prompts and choices."""
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -116,6 +117,82 @@ def test_the_larger_of_both_is_computed_and_each_gets_its_own(
 def test_echo_alone_asks_for_no_logprobs(client: TestClient, service: FakeService) -> None:
     ask(client, echo=True)
     assert service.calls[0]["sampling"].prompt_logprobs is None
+
+
+SCORED: list[tuple[str, dict[str, Any]]] = [
+    (TEXT, {"echo": True, "logprobs": 1}),
+    (TEXT, {"echo": True}),
+    (TEXT, {"prompt_logprobs": 1}),
+    (CHAT, {"prompt_logprobs": 1}),
+]
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_tokens_may_be_named_by_their_ids(client: TestClient, path: str, is_stream: bool) -> None:
+    more = {"logprobs": True, "top_logprobs": 1} if path == CHAT else {"logprobs": 1, "echo": True}
+    answers = []
+    for by_id in (False, True):
+        asked = {"return_tokens_as_token_ids": by_id, "stream": is_stream, **more}
+        answer = ask(client, path, **asked)
+        chunks = answer if is_stream else [answer]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        answers.append([one["logprobs"] for one in choices if one.get("logprobs")])
+    for plain, by_id in zip(*answers, strict=True):
+        if path == CHAT:
+            for one in by_id["content"]:
+                (top,) = one["top_logprobs"]
+                assert (one["token"], top["token"]) == ("token_id:10", "token_id:20")
+                assert bytes(top["bytes"]) == b"token_id:20"
+            assert len(plain["content"]) == len(by_id["content"])
+        else:
+            assert all(re.fullmatch("token_id:[0-9]+", token) for token in by_id["tokens"])
+            assert by_id["text_offset"] == plain["text_offset"]
+            tops = [one for one in by_id["top_logprobs"] if one is not None]
+            assert [next(iter(one)) for one in tops] == by_id["tokens"][-len(tops) :]
+
+
+@pytest.mark.parametrize(("path", "fields"), SCORED)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_prompt_may_be_read_and_nothing_generated(
+    client: TestClient, path: str, fields: dict[str, Any], is_stream: bool
+) -> None:
+    more = {"stream": True, "stream_options": {"include_usage": True}} if is_stream else {}
+    answer = ask(client, path, max_tokens=0, n=2, **fields, **more)
+    chunks = answer if is_stream else [answer]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    said = [choice.get("delta") or choice.get("message") or choice for choice in choices]
+    texts = [one.get("text") or one.get("content") or "" for one in said]
+
+    assert "".join(texts) == ("hi" * 2 if "echo" in fields else "")
+    assert [choice["finish_reason"] for choice in choices].count("length") == 2
+    usage = chunks[-1]["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 0)
+    told = [one for one in (*chunks, *choices) if "prompt_logprobs" in one]
+    if "prompt_logprobs" in fields:
+        assert all(one["prompt_logprobs"] == of([1, 104, 105], 1) for one in told) and told
+    scores = [one["logprobs"]["token_logprobs"] for one in choices if "logprobs" in fields]
+    assert scores == [[None, -3.0, -3.0]] * len(scores)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (TEXT, {}, "max_tokens"),
+        (TEXT, {"logprobs": 1}, "max_tokens"),
+        (CHAT, {}, "max_tokens"),
+        (CHAT, {"logprobs": True}, "max_tokens"),
+        (CHAT, {"echo": True}, "max_tokens"),
+        (CHAT, {"max_completion_tokens": 0, "max_tokens": None}, "max_completion_tokens"),
+        (TEXT, {"prompt_logprobs": 1, "min_tokens": 1}, "min_tokens"),
+    ],
+)
+def test_no_tokens_of_nothing_are_refused(
+    client: TestClient, path: str, fields: dict[str, Any], param: str
+) -> None:
+    asked = {"messages": HI} if path == CHAT else {"prompt": "hi"}
+    refused = client.post(path, json={**asked, "max_tokens": 0, **fields})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
 def test_nothing_that_json_lacks_is_written(client: TestClient) -> None:

@@ -70,7 +70,6 @@ def test_every_completion_parameter_of_openai_is_served_refused_or_harmless(name
         ("cache_salt", "x"),
         ("priority", 1001),
         ("lora_path", "pirate"),
-        ("echo", True),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(
@@ -418,3 +417,11 @@ def test_no_body_is_a_server_error(client: TestClient, path: str, fields: dict[s
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         assert response.json()["error"]["message"]
+
+
+def test_refusals_tell_what_was_wrong_and_what_is_right(client: TestClient) -> None:
+    keys = chat(client, logit_bias={"bad1": 1, "7": 1, "bad2": 1})
+    assert keys.json()["error"]["message"] == "logit_bias keys must be token ids, not bad1, bad2."
+    seed = chat(client, seed=2**63)
+    assert "[-9223372036854775808, 9223372036854775807]" in seed.json()["error"]["message"]
+    assert "must be in [0, 2]" in chat(client, temperature=3).json()["error"]["message"]

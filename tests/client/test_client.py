@@ -283,6 +283,22 @@ def test_tokens_status_and_drain(client: Any) -> None:
     assert client.status().state == "draining"
 
 
+def test_a_conversation_is_tokenized_for_the_adapter(client: Any, service: FakeService) -> None:
+    turns = [lc.Message("user", "hi")]
+    own = service.store.resolve("pirate").generation
+    service.templates[own] = "own"
+    client.tokenize(turns, adapter="pirate", add_special_tokens=True)
+    client.tokenize(turns, model="codeword")
+    client.tokenize(turns, adapter={"pirate": 0.5})
+
+    assert [one["template"] for one in service.rendered] == ["own", None, "own"]
+    assert [one["add_special_tokens"] for one in service.rendered] == [True, False, False]
+    with pytest.raises(lc.AdapterNotFoundError):
+        client.tokenize(turns, adapter="nobody")
+    with pytest.raises(lc.InvalidRequestError):
+        client.tokenize("hi", adapter="pirate")
+
+
 REFUSALS: list[tuple[dict[str, Any], type[lc.LorinerError], str]] = [
     ({"adapter": "nope"}, lc.AdapterNotFoundError, "adapter"),
     ({"adapter": {"pirate": 1.0, "nope": 0.5}}, lc.AdapterNotFoundError, "adapter"),

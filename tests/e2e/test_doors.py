@@ -4,6 +4,7 @@ a caller who leaves frees the engine whichever door it came through."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,41 @@ def test_a_prompts_log_probabilities_are_told_once_and_alike(
     assert all(len(entry) == 1 for entry in whole["prompt_logprobs"][1:])
 
 
+@pytest.mark.parametrize("which", ["base", "a0", "a1"])
+def test_a_prompt_is_scored_without_an_answer_and_alike(
+    server: ServerProcess, grpc: lc.Client, http: lc.Client, which: str
+) -> None:
+    """What evaluation harnesses ask for."""
+    body = {"adapter": which, "prompt": [STORY, HI], "echo": True, "logprobs": 1, "temperature": 0}
+    scored, answered = (
+        server.http.post("/v1/completions", json={**body, "max_tokens": limit}).json()
+        for limit in (0, 1)
+    )
+    usage = scored["usage"]
+    assert usage["prompt_tokens"] == usage["total_tokens"] == len(STORY) + len(HI)
+    assert usage["completion_tokens"] == 0
+    for one, other, text in zip(scored["choices"], answered["choices"], (STORY, HI), strict=True):
+        told, more = one["logprobs"], other["logprobs"]
+        assert (one["text"], one["finish_reason"]) == (text, "length")
+        assert "".join(told["tokens"]) == text and told["text_offset"][0] == 0
+        assert told["token_logprobs"][0] is None
+        assert told["token_logprobs"][1:] == pytest.approx(more["token_logprobs"][1:-1], abs=1e-4)
+
+    first = [one["token_logprobs"] for one in (c["logprobs"] for c in scored["choices"])][0]
+    for client in (grpc, http):
+        for ask in (client.generate, client.chat):
+            answer = ask(STORY, adapter=which, max_tokens=0, prompt_logprobs=2)
+            (choice,) = answer.choices
+            assert (choice.text, choice.token_ids, choice.finish_reason) == ("", (), "length")
+            assert answer.usage.completion_tokens == 0 < answer.usage.prompt_tokens
+            assert len(answer.opening.prompt_logprobs) == answer.usage.prompt_tokens - 1
+        answer = client.generate(STORY, adapter=which, max_tokens=0, prompt_logprobs=2)
+        found = [one.logprob for one in answer.opening.prompt_logprobs]
+        assert found == pytest.approx(first[1:], abs=1e-4)
+    wait_until(lambda: grpc.status().num_running == 0, server=server)
+    wait_until(lambda: _metric(server, "loriner_kv_usage_ratio") == 0, server=server)
+
+
 def test_more_texts_than_the_queue_holds_are_embedded(
     server: ServerProcess, grpc: lc.Client, http: lc.Client
 ) -> None:
@@ -275,6 +311,51 @@ def test_tokens_and_adapters_look_the_same(grpc: lc.Client, http: lc.Client) -> 
     assert grpc.status().base_digest == http.status().base_digest
 
 
+def test_a_conversations_tokens_are_the_prompt_of_the_chat_that_names_the_same_adapter(
+    server: ServerProcess, grpc: lc.Client, http: lc.Client, kit: Kit, tmp_path: Path
+) -> None:
+    turns = [lc.Message("system", "be brief"), lc.Message("user", HI)]
+    first = publish_with(server, kit, tmp_path / "one", "{{ messages[-1].content }}>")
+    assert grpc.tokenize(turns, adapter="own") == tuple(f"{HI}>".encode())
+    publish_with(server, kit, tmp_path / "two", "{{ messages | length }} turns:")
+
+    found = set()
+    for which in ("base", "a0", "own", f"own@{first}", {"own": 0.5}, {"own": 1.0, "a0": 1.0}):
+        ids = {client.tokenize(turns, adapter=which) for client in (grpc, http)}
+        prompt, sizes = prompt_of(server, turns, which), set()
+        for client in (grpc, http):
+            answer = client.chat(turns, adapter=which, max_tokens=1)
+            sizes.add(answer.usage.prompt_tokens)
+        assert ids == {prompt} and sizes == {len(prompt)}
+        found.add(prompt)
+    assert len(found) == 3, "the base's, and those of two generations of `own`"
+
+    for client in (grpc, http):
+        with pytest.raises(lc.AdapterNotFoundError):
+            client.tokenize(turns, adapter="acme/own")
+    grpc.adapters.delete("own")
+    with pytest.raises(lc.AdapterNotFoundError):
+        http.tokenize(turns, adapter="own")
+
+
+def publish_with(server: ServerProcess, kit: Kit, folder: Path, template: str) -> str:
+    """Publishes `own`, with a chat template of its own."""
+    shutil.copytree(kit.adapters["a2"], folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return server.publish(folder, "own")
+
+
+def prompt_of(server: ServerProcess, turns: list[lc.Message], which: Any) -> tuple[int, ...]:
+    """The prompt of a chat, as its answer tells it."""
+    body = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
+    parts = which.items() if isinstance(which, dict) else ()
+    adapter = [{"name": name, "scale": scale} for name, scale in parts] or which
+    asked = {**body, "adapter": adapter, "max_tokens": 1, "return_token_ids": True}
+    answer = server.http.post("/v1/chat/completions", json=asked).json()
+    assert len(answer["prompt_token_ids"]) == answer["usage"]["prompt_tokens"]
+    return tuple(answer["prompt_token_ids"])
+
+
 REFUSED: list[dict[str, Any]] = [
     {"adapter": "nope"},
     {"model": "nope"},
@@ -342,6 +423,14 @@ def test_a_refusal_is_the_same_through_both_doors(
         return
     assert found[0] == found[1]
     assert found[0][2] in GRPC_CODES
+
+
+def test_a_token_out_of_vocabulary_is_named(grpc: lc.Client, http: lc.Client) -> None:
+    for client in (grpc, http):
+        with pytest.raises(lc.InvalidRequestError, match="token id 70000 is out of vocabulary"):
+            client.generate([5, 70000, 80000])
+        with pytest.raises(lc.InvalidRequestError, match=r"logit_bias: .* 70001 .* which has \d+"):
+            client.generate("x", logit_bias={5: 1.0, 70001: 1.0})
 
 
 def test_long_prompts_and_empty_ones_are_refused_alike(grpc: lc.Client, http: lc.Client) -> None:

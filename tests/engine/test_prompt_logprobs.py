@@ -169,6 +169,45 @@ def test_the_answer_is_the_same_without(lab: Lab, kind: type[CpuRunner]) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_prompt_alone_is_read_to_its_end_and_nothing_is_generated(
+    lab: Lab, alone: Told, kind: type[CpuRunner], n: int
+) -> None:
+    rng = random.Random(n)
+    asked = [*requests(max_tokens=0, n=n), *(random_request(rng, f"r{i}") for i in range(6))]
+    rng.shuffle(asked)
+    engine = lab.engine(kind, max_step_tokens=24, max_seats=2)
+    check(run(engine, asked), alone)
+
+    keys = {(name, index) for name in PROMPTS for index in range(n)}
+    for key in keys:
+        end = engine.ends[key]
+        assert (end.finish_reason, end.num_output_tokens) == ("length", 0)
+        assert engine.outputs[key] == [] and engine.text[key] == ""
+    assert not any(engine.pool.num_pins(name) for name in lab.weights)
+
+
+def test_it_may_fill_the_context(lab: Lab) -> None:
+    engine = lab.engine(CpuRunner, prefix_cache=False)
+    prompt = [i % 200 for i in range(engine.runner.max_len)]
+    (told,) = run(engine, [make_request(prompt, prompt_logprobs=0, max_tokens=0)]).values()
+    assert [entry.token_id for entry in told] == prompt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_abort_while_a_prompt_alone_is_read_frees_all(lab: Lab, kind: type[CpuRunner]) -> None:
+    engine = lab.engine(kind, max_step_tokens=4, max_sequences=4)
+    prompt, generation = PROMPTS["g1/17"]
+    engine.submit(make_request(prompt, generation=generation, max_tokens=0, prompt_logprobs=1))
+    while not engine.scheduler.running:
+        engine.step()
+    (end,) = engine.abort("r")
+    engine.run_all()
+    engine.close()
+    assert end.finish_reason == "abort" and end.prompt_logprobs == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_cached_prompt_is_computed_again(lab: Lab, alone: Told, kind: type[CpuRunner]) -> None:
     engine = lab.engine(kind)
     engine.run_all(requests(prompt_logprobs=None))

@@ -48,6 +48,11 @@ def test_it_is_rendered_as_the_tokenizer_would(chat: ChatTokenizer) -> None:
     assert chat.decode(ids) == wanted == "<|im_start|>[user] hi<|im_end|>>gay"
 
 
+def test_tokens_are_spelled_as_in_the_vocabulary(chat: ChatTokenizer) -> None:
+    ids = chat.encode("a é\n<|im_end|>", add_special_tokens=False)
+    assert chat.spellings(ids) == ["a", "Ġ", "Ã", "©", "Ċ", "<|im_end|>"]
+
+
 def test_the_bases_own_template_is_not_the_adapters(chat: ChatTokenizer) -> None:
     assert chat.own_template(chat.template) is None
     assert chat.own_template(chat.template + "\n") is None

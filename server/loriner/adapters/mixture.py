@@ -57,6 +57,13 @@ class Mixture:
 Served = AdapterRecord | Mixture
 
 
+def generations(served: Served | None) -> tuple[str, ...]:
+    """The published ones that serve; of the base, none."""
+    if isinstance(served, Mixture):
+        return tuple(record.generation for record in served.records)
+    return () if served is None else (served.generation,)
+
+
 def generation_of(parts: Sequence[Part]) -> str:
     """The digest itself where it is one adapter as it is."""
     if len(parts) == 1 and parts[0].scale == 1.0:

@@ -56,20 +56,24 @@ class Adapters:
         self._quotas = quotas
         self._metrics = metrics
         self._sources = Sources(service.store.staging, config.adapter_root, config.max_upload_bytes)
-        self._num_uploads = 0
+        self._places = asyncio.Semaphore(MAX_UPLOADS)
 
     @contextlib.asynccontextmanager
-    async def upload(self, caller: Caller) -> AsyncIterator[Path]:
-        """A place among the uploads in flight: an empty folder, gone at the end."""
-        if self._num_uploads >= MAX_UPLOADS:
-            raise OverloadedError(f"{MAX_UPLOADS} uploads are in flight; try again soon.", 5.0)
-        self._num_uploads += 1
+    async def upload(self, caller: Caller, patience_s: float = 0.0) -> AsyncIterator[Path]:
+        """A place among the uploads in flight, waited for so long: an empty folder, gone at the
+        end. Raises OverloadedError."""
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._places.acquire()
+        except TimeoutError:
+            message = f"{MAX_UPLOADS} uploads are in flight; try again soon."
+            raise OverloadedError(message, 5.0) from None
         try:
             with self._quotas.uploading(caller.tenant):
                 async with self._sources.workspace() as folder:
                     yield folder
         finally:
-            self._num_uploads -= 1
+            self._places.release()
 
     async def publish_files(
         self, caller: Caller, folder: Path, files: Sequence[str], name: str, expected: str | None

@@ -30,7 +30,8 @@ class ChunkWriter:
             origin=origin,
             logprobs=run.job.sampling.logprobs is not None,
             token_ids=body.return_token_ids,
-            prompt_top=body.prompt_logprobs,
+            tokens_by_id=body.return_tokens_as_token_ids,
+            prompt_top=body.prompt_top(),
             echoed_top=body.echoed_logprobs(),
             prompt_logprobs=run.prompt_logprobs,
         )

@@ -32,6 +32,7 @@ class Head:
     origin: shapes.Origin
     logprobs: bool
     token_ids: bool
+    tokens_by_id: bool = False  # in the logprobs, instead of their texts
     prompt_top: int | None = None  # alternatives to each token of the prompt
     echoed_top: int | None = None  # the same, among the logprobs of an echoed prompt
     prompt_logprobs: Sequence[TokenLogprob] = ()  # of a chat's prompt
@@ -94,6 +95,9 @@ class ChatFormat:
         if self._head.token_ids:
             chunks[0].prompt_token_ids = self._prompt.ids
         chunks[0].prompt_logprobs = of_prompt(self._head, self._head.prompt_logprobs)
+        echoed = shapes.Delta(content=self._prompt.text)
+        for i in range(num_choices if self._prompt.text else 0):
+            chunks.append(self._answer([shapes.ChatDeltaChoice(i, echoed)], True))
         return chunks
 
     def chunk(self, said: Said) -> shapes.Answer | None:
@@ -122,7 +126,7 @@ class ChatFormat:
             [
                 shapes.ChatChoice(
                     index=i,
-                    message=message_of(choice.pieces),
+                    message=message_of(choice.pieces, self._prompt.text),
                     logprobs=self._logprobs(choice.logprobs),
                     finish_reason=choice.finish_reason,
                     stop_reason=choice.stop_reason,
@@ -140,7 +144,9 @@ class ChatFormat:
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> shapes.ChatLogprobs | None:
         if not self._head.logprobs:
             return None
-        return shapes.ChatLogprobs([logprob_shapes.token_logprob(entry) for entry in logprobs])
+        return shapes.ChatLogprobs(
+            [logprob_shapes.token_logprob(named(self._head, entry)) for entry in logprobs]
+        )
 
     def _answer(self, choices: list[object], is_chunk: bool) -> shapes.Answer:
         return answer_of(self._head, "chat.completion" + ".chunk" * is_chunk, choices)
@@ -152,6 +158,11 @@ def answer_of(head: Head, kind: str, choices: list[object]) -> shapes.Answer:
 
 def shows_tokens(head: Head, event: Event) -> bool:
     return bool(event.token_ids) and (head.logprobs or head.token_ids)
+
+
+def named(head: Head, entry: TokenLogprob) -> TokenLogprob:
+    """As the caller asked for tokens to be named."""
+    return logprob_shapes.by_ids(entry) if head.tokens_by_id else entry
 
 
 def ids_of(head: Head, ids: Sequence[int]) -> list[int] | UnsetType:

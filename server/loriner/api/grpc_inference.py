@@ -22,7 +22,7 @@ from loriner.api.grpc_requests import (
     embedding_body,
     named_as_in_proto,
 )
-from loriner.api.inference import Job, chat_job, embedding_job, text_job, tool_calling
+from loriner.api.inference import Job, chat_job, chat_tokens, embedding_job, text_job
 from loriner.api.running import Run
 from loriner.api.shared import Shared
 from loriner.errors import InvalidRequestError
@@ -89,9 +89,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if request.HasField("chat"):
             with named_as_in_proto("chat."):
                 chat = await chat_body(request.chat)
-                template = await prompts.template_of(self._service)
-                calling = tool_calling(self._service, chat, template)
-                return (await prompts.from_chat(self._service, chat, template, calling)).ids
+                chat.add_special_tokens = request.add_special_tokens
+                return await chat_tokens(self._service, chat, current_call().caller)
         if not request.HasField("text"):
             raise InvalidRequestError("Give either `text` or `chat`.", "input")
         special = request.add_special_tokens or not request.HasField("add_special_tokens")

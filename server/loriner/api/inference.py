@@ -6,7 +6,8 @@ a body has been checked before anything is tokenised.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,11 @@ from loriner.api.access import Caller
 from loriner.api.prompts import Prompt
 from loriner.api.reasoning import MAX_TAIL, Thinking, thinking_of
 from loriner.api.schema import ChatBody, CompletionBody, EmbeddingBody
-from loriner.api.schema_sampling import SamplingBody
+from loriner.api.schema_sampling import NamingBody, SamplingBody
 from loriner.api.selection import Choice, choose
 from loriner.api.tool_calling import ToolCalling, spelled
 from loriner.api.tool_formats import format_of
-from loriner.core import SamplingParams
+from loriner.core import SamplingParams, Scaled
 from loriner.engine.admission import MAX_LOGPROBS_PER_REQUEST
 from loriner.engine.grammars import Constraint
 from loriner.errors import AdapterNotFoundError, InvalidRequestError
@@ -61,12 +62,10 @@ async def chat_job(
     """Raises InvalidRequestError, ModelNotFoundError."""
     sampling, constraint = body.sampling(), body.constraint()
     choice = choose(body.model, body.adapters(), service.model_name)
-    own = await _own_template(service, caller, choice)
-    template = await prompts.template_of(service) if own is None else own[0]
-    calling = tool_calling(service, body, template)
-    prompt = await prompts.from_chat(service, body, template, calling, is_own=own is not None)
+    rendered = await _rendered(service, body, caller, choice)
+    prompt, calling = rendered.prompt, rendered.calling
     _check_prompt_logprobs(body, [prompt])
-    thinking = _thinking(service, body, template, prompt)
+    thinking = _thinking(service, body, rendered.template, prompt)
     before = ""
     if thinking is not None:
         special = service.chat.special_id(thinking.closing) is not None
@@ -87,8 +86,51 @@ async def chat_job(
         body.priority,
         calling=calling,
         thinking=thinking,
-        templated=None if own is None else own[1],
+        templated=rendered.templated,
     )
+
+
+async def chat_tokens(service: Service, body: ChatBody, caller: Caller) -> list[int]:
+    """The prompt that `chat_job` would run. Raises what it raises, and what running raises about
+    the adapters."""
+    body.check()
+    choice = choose(body.model, body.adapters(), service.model_name)
+    async with _holding(service, choice, caller):
+        return (await _rendered(service, body, caller, choice)).prompt.ids
+
+
+async def check_names(service: Service, body: NamingBody, caller: Caller) -> None:
+    """Raises what running raises about the adapters that `body` names."""
+    async with _holding(service, choose(body.model, body.adapters(), service.model_name), caller):
+        pass
+
+
+@asynccontextmanager
+async def _holding(service: Service, choice: Choice, caller: Caller) -> AsyncIterator[None]:
+    try:
+        adapters = [Scaled(caller.reach(name), scale) for name, scale in choice.named()]
+        async with service.holding(adapters):
+            yield
+    except AdapterNotFoundError as error:
+        raise choice.not_found(error.name) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A chat's prompt, and the template that made it."""
+
+    prompt: Prompt
+    template: str
+    templated: str | None  # as of a Job
+    calling: ToolCalling | None
+
+
+async def _rendered(service: Service, body: ChatBody, caller: Caller, choice: Choice) -> _Rendered:
+    own = await _own_template(service, caller, choice)
+    template = await prompts.template_of(service) if own is None else own[0]
+    calling = _tool_calling(service, body, template)
+    prompt = await prompts.from_chat(service, body, template, calling, is_own=own is not None)
+    return _Rendered(prompt, template, None if own is None else own[1], calling)
 
 
 async def _own_template(service: Service, caller: Caller, choice: Choice) -> tuple[str, str] | None:
@@ -103,7 +145,7 @@ async def _own_template(service: Service, caller: Caller, choice: Choice) -> tup
         return None
 
 
-def tool_calling(service: Service, body: ChatBody, template: str) -> ToolCalling | None:
+def _tool_calling(service: Service, body: ChatBody, template: str) -> ToolCalling | None:
     """None when nothing may be called. Raises InvalidRequestError."""
     use = body.tool_use()
     return None if use is None else ToolCalling(use, format_of(template, service.tool_format))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from loriner.api import shapes
 from loriner.core import TokenLogprob
@@ -27,15 +28,21 @@ def of_prompt(told: Sequence[TokenLogprob], num_top: int) -> shapes.PromptLogpro
     ]
 
 
+def by_ids(entry: TokenLogprob) -> TokenLogprob:
+    """It and its alternatives, named by their ids as vLLM does: no two tokens share a name."""
+    top = tuple([by_ids(one) for one in entry.top])
+    return replace(entry, token=f"token_id:{entry.token_id}", top=top)
+
+
 def token_logprob(entry: TokenLogprob) -> shapes.TokenLogprob:
     top = [shapes.TopLogprob(t.token, finite(t.logprob), _bytes(t.token)) for t in entry.top]
     return shapes.TokenLogprob(entry.token, finite(entry.logprob), _bytes(entry.token), top)
 
 
 def by_text(entry: TokenLogprob) -> dict[str, float]:
-    """Text -> log-probability; of two tokens with one text the likelier stands."""
+    """Text -> log-probability, its own first; of two tokens with one text the likelier stands."""
     best: dict[str, float] = {}
-    for candidate in (*entry.top, entry):
+    for candidate in (entry, *entry.top):
         logprob = finite(candidate.logprob)
         best[candidate.token] = max(logprob, best.get(candidate.token, logprob))
     return best

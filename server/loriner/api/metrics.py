@@ -174,7 +174,7 @@ class RequestMeter:
     def event(self, index: int, event: Event) -> None:
         """Count one event of choice `index`."""
         metrics, now = self._metrics, time.perf_counter()
-        if not self._last and not event.embedding:
+        if not self._last and event.token_ids:
             metrics.first_token.labels("cold" if event.cold_start else "warm").observe(
                 now - self._started
             )

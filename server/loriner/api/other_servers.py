@@ -21,9 +21,15 @@ from loriner.api.responses import json_response
 from loriner.api.schema_base import MAX_NAME_CHARS, Body
 from loriner.api.shared import Shared
 from loriner.api.status import row_of
-from loriner.errors import AdapterConflictError, InvalidRequestError, LorinerError
+from loriner.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    InvalidRequestError,
+    LorinerError,
+)
 
 TEXT = "text/plain"
+PATIENCE_S = 60.0  # with others that are being loaded: those servers refuse none for that
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
 
@@ -108,8 +114,12 @@ class OtherServers:
     async def _publish(self, request: Request, name: str, path: str, in_place: bool) -> None:
         caller, expected = request.state.caller, None if in_place else ""
         try:
-            async with self._adapters.upload(caller) as folder:
+            async with self._adapters.upload(caller, PATIENCE_S) as folder:
                 await self._adapters.publish_path(caller, folder, path, name, expected)
+        except InvalidRequestError as error:
+            if error.param != "path":
+                raise
+            raise AdapterNotFoundError(show(path), "lora_path") from None
         except AdapterConflictError:
             raise InvalidRequestError(
                 f"The lora adapter '{show(name)}' has already been loaded.", "lora_name"

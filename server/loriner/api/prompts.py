@@ -61,8 +61,8 @@ _RESERVED_KWARGS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt, ready to run. `text` is what `echo` gives back, `continued` the last message
-    when the answer goes on with it."""
+    """One prompt, ready to run. `text` is what `echo` puts before the answer: of a chat, the last
+    message if it is the assistant's. `continued`: that message when the answer goes on with it."""
 
     ids: list[int]
     text: str = ""
@@ -83,6 +83,7 @@ async def from_chat(
     generation_prompt = body.add_generation_prompt
     turns = [_plain(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
     use = None if calling is None else calling.use
+    echoed = turns[-1]["content"] if body.echo and turns[-1]["role"] == "assistant" else ""
     turns, tools = _with_tools(template, service.tool_format, turns, use)
     ids = await service.render_chat(
         turns,
@@ -93,8 +94,9 @@ async def from_chat(
         continue_final_message=body.continue_final_message,
         template_kwargs=kwargs or None,
         template=template if is_own else None,
+        add_special_tokens=body.add_special_tokens,
     )
-    return Prompt(ids, continued=turns[-1]["content"] if body.continue_final_message else None)
+    return Prompt(ids, echoed, turns[-1]["content"] if body.continue_final_message else None)
 
 
 def _kwargs(body: ChatBody, template: str) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def _encode(
 def check_ids(ids: list[int], param: str, vocab_size: int = 2**31) -> None:
     """Before the detokenizer sees them; of prompts the Service knows the exact bound."""
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
-        raise InvalidRequestError(f"{param} holds a token id outside the vocabulary.", param)
+        raise InvalidRequestError(f"{param} holds a token id that is out of vocabulary.", param)
 
 
 def _plain(message: Message, param: str) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from loriner.api.schema_base import MAX_NAME_CHARS, Body
-from loriner.api.schema_sampling import AdaptedBody, NumTop, SamplingBody
+from loriner.api.schema_base import Body
+from loriner.api.schema_sampling import AdaptedBody, NamingBody, NumTop, SamplingBody
 from loriner.api.tool_schema import ToolChoice, Tools, ToolUse, tool_use
-from loriner.api.unserved import CHAT, COMPLETION, EMBEDDING, TOKENIZE, refuse_unserved
+from loriner.api.unserved import CHAT, COMPLETION, EMBEDDING, NAMING, TOKENIZE
 from loriner.core import MAX_CHOICES
 from loriner.errors import InvalidRequestError
 
@@ -66,6 +66,8 @@ class ChatBody(SamplingBody):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: NumTop | None = None
+    echo: bool = False  # vLLM
+    add_special_tokens: bool = False  # to what the template writes
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: TemplateKwargs = {}
@@ -91,6 +93,10 @@ class ChatBody(SamplingBody):
 
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def prompt_top(self) -> int | None:
+        asked = self.num_logprobs() if self.echo else None
+        return asked if self.prompt_logprobs is None else self.prompt_logprobs
 
     def tool_use(self) -> ToolUse | None:
         """What may be called; None: nothing. Raises InvalidRequestError."""
@@ -130,6 +136,11 @@ class CompletionBody(SamplingBody):
     def echoed_logprobs(self) -> int | None:
         return self.logprobs if self.echo else None
 
+    def prompt_tops(self) -> dict[int, str]:
+        """An echo alone is read, too: the engine has nothing else to do for it."""
+        alone = {0: "echo"} if self.echo and self.max_tokens == 0 else {}
+        return alone | super().prompt_tops()
+
 
 class EmbeddingBody(AdaptedBody):
     """POST /v1/embeddings. `input` is split up by `prompts.py`."""
@@ -141,24 +152,21 @@ class EmbeddingBody(AdaptedBody):
     add_special_tokens: bool = True
 
 
-class TokenizeBody(Body):
+class TokenizeBody(NamingBody):
     """POST /tokenize, in vLLM's shape: `prompt` or `messages`."""
 
-    model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
+    UNSERVED = TOKENIZE
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    add_special_tokens: bool | None = None  # of `prompt`: true; a template writes its own
+    add_special_tokens: bool | None = None  # to `prompt`: true; a template writes its own
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: TemplateKwargs = {}
     tools: Tools = []
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
     return_token_strs: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unserved(cls, data: Any) -> Any:
-        refuse_unserved(data, TOKENIZE)
-        return data
 
     def chat(self) -> ChatBody | None:
         """The conversation, when it is one. Raises InvalidRequestError unless it is one of two."""
@@ -168,24 +176,12 @@ class TokenizeBody(Body):
             if self.tools:
                 raise InvalidRequestError("tools need `messages`.", "tools")
             return None
-        if self.add_special_tokens:
-            raise InvalidRequestError(
-                "add_special_tokens is of `prompt`; the chat template writes its own.",
-                "add_special_tokens",
-            )
-        chat = ChatBody(
-            messages=self.messages,
-            add_generation_prompt=self.add_generation_prompt,
-            continue_final_message=self.continue_final_message,
-            chat_template_kwargs=self.chat_template_kwargs,
-            tools=self.tools,
-        )
-        chat.check()
-        return chat
+        given = self.model_fields_set & ChatBody.model_fields.keys()
+        return ChatBody(**{name: getattr(self, name) for name in given})
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(NamingBody):
     """POST /detokenize."""
 
-    model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
+    UNSERVED = NAMING
     tokens: Annotated[list[int], Field(max_length=MAX_TOKENS)]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from loriner.adapters.mixture import MAX_MIXED
+from loriner.adapters.names import show
 from loriner.api.schema_base import MAX_NAME_CHARS, Body
 from loriner.api.structured import ResponseFormat, StructuredOutputs, constraint_of
 from loriner.api.unserved import refuse_unserved
@@ -42,14 +43,13 @@ class ScaledAdapter(Body):
 ScaledAdapters = Annotated[list[ScaledAdapter], Field(min_length=1, max_length=MAX_MIXED)]
 
 
-class AdaptedBody(Body):
-    """What all that run have in common: the weights, and whose turn it is."""
+class NamingBody(Body):
+    """Names the weights."""
 
     UNSERVED: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
     model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     adapter: AdapterName | ScaledAdapter | ScaledAdapters | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # inside the tenant
 
     @model_validator(mode="before")
     @classmethod
@@ -64,6 +64,12 @@ class AdaptedBody(Body):
             return given
         parts = [given] if isinstance(given, ScaledAdapter) else given
         return tuple(Scaled(part.name, part.scale) for part in parts)
+
+
+class AdaptedBody(NamingBody):
+    """What all that run have in common: the weights, and whose turn it is."""
+
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # inside the tenant
 
 
 class SamplingBody(AdaptedBody):
@@ -90,6 +96,7 @@ class SamplingBody(AdaptedBody):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False  # vLLM: names of tokens in the logprobs
     prompt_logprobs: NumTop | None = None  # vLLM
 
     def sampling(self) -> SamplingParams:
@@ -139,13 +146,17 @@ class SamplingBody(AdaptedBody):
         """How many alternatives each token's log-probability comes with; None: no logprobs."""
         raise NotImplementedError
 
+    def prompt_top(self) -> int | None:
+        """How many alternatives each token of the prompt is told with; None: nothing is told."""
+        return self.prompt_logprobs
+
     def echoed_logprobs(self) -> int | None:
         """How many alternatives each token of an echoed prompt comes with; None: no logprobs."""
         return None
 
     def prompt_tops(self) -> dict[int, str]:
         """What is asked about the prompt's tokens: how many alternatives, by which field."""
-        asked = {"echo": self.echoed_logprobs(), "prompt_logprobs": self.prompt_logprobs}
+        asked = {"echo": self.echoed_logprobs(), "prompt_logprobs": self.prompt_top()}
         return {count: name for name, count in asked.items() if count is not None}
 
     def names(self) -> dict[str, str]:
@@ -154,9 +165,9 @@ class SamplingBody(AdaptedBody):
 
 
 def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    pairs = []
-    for key, value in bias.items():
-        if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise InvalidRequestError("logit_bias keys must be token ids.", "logit_bias")
-        pairs.append((int(key), value))
-    return tuple(pairs)
+    wrong = [key for key in bias if not (key.isascii() and key.isdigit() and len(key) <= 10)]
+    if wrong:
+        raise InvalidRequestError(
+            f"logit_bias keys must be token ids, not {show(', '.join(wrong))}.", "logit_bias"
+        )
+    return tuple([(int(key), value) for key, value in bias.items()])

@@ -24,8 +24,8 @@ def delta_of(pieces: Sequence[Piece]) -> shapes.Delta:
     )
 
 
-def message_of(pieces: Sequence[Piece]) -> shapes.Message:
-    """The message of a choice that is not streamed."""
+def message_of(pieces: Sequence[Piece], echoed: str = "") -> shapes.Message:
+    """The message of a choice that is not streamed, after `echoed`."""
     calls = [
         shapes.ToolCall(
             id=piece.call_id,
@@ -35,7 +35,7 @@ def message_of(pieces: Sequence[Piece]) -> shapes.Message:
         for piece in pieces
         if isinstance(piece, Call)
     ]
-    content, thought = _text(pieces, Content), _text(pieces, Reasoning) or UNSET
+    content, thought = echoed + _text(pieces, Content), _text(pieces, Reasoning) or UNSET
     return shapes.Message(
         content=content if content or not (calls or thought) else None,
         reasoning_content=thought,

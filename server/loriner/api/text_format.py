@@ -13,7 +13,15 @@ from dataclasses import replace
 from msgspec import UNSET
 
 from loriner.api import shapes
-from loriner.api.formats import Gathered, Head, answer_of, ids_of, of_prompt, shows_tokens
+from loriner.api.formats import (
+    Gathered,
+    Head,
+    answer_of,
+    ids_of,
+    named,
+    of_prompt,
+    shows_tokens,
+)
 from loriner.api.logprob_shapes import by_text, finite
 from loriner.api.prompts import Prompt
 from loriner.api.voice import Said
@@ -133,10 +141,11 @@ class TextFormat:
         answer = shapes.TextLogprobs([], [], [], [])
         offset = self._offsets.get(index, 0)
         for entry in logprobs:
-            answer.tokens.append(entry.token)
+            shown = named(self._head, entry)
+            answer.tokens.append(shown.token)
             known = not math.isnan(entry.logprob)
             answer.token_logprobs.append(finite(entry.logprob) if known else None)
-            answer.top_logprobs.append(by_text(entry) if known else None)
+            answer.top_logprobs.append(by_text(shown) if known else None)
             answer.text_offset.append(max(offset, 0))
             offset += len(entry.token)
         self._offsets[index] = offset

@@ -31,7 +31,6 @@ _COMMON: Mapping[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "return_tokens_as_token_ids": (False,),
     "cache_salt": (),
     "request_id": (),
     "logits_processors": ([],),
@@ -50,11 +49,7 @@ _COMMON: Mapping[str, tuple[object, ...]] = {
     "merged_adapters": (),
 }
 
-_ALL_THAT_RUN = (
-    "truncate_prompt_tokens",
-    "cache_salt",
-    "request_id",
-    "kv_transfer_params",
+_ALL_THAT_NAME = (
     "lora_path",
     "lora_name",
     "lora_request",
@@ -63,6 +58,13 @@ _ALL_THAT_RUN = (
     "adapter_id",
     "adapter_source",
     "merged_adapters",
+)
+_ALL_THAT_RUN = (
+    "truncate_prompt_tokens",
+    "cache_salt",
+    "request_id",
+    "kv_transfer_params",
+    *_ALL_THAT_NAME,
 )
 
 CHAT: Mapping[str, tuple[object, ...]] = MappingProxyType(
@@ -75,8 +77,6 @@ CHAT: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "web_search_options": (),
         "chat_template": (),
         "documents": ([],),
-        "echo": (False,),
-        "add_special_tokens": (False,),
         "mm_processor_kwargs": ({},),
     }
 )
@@ -107,6 +107,9 @@ RESPONSES: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "response_format": (),
         "n": (1,),
         "return_token_ids": (False,),
+        "return_tokens_as_token_ids": (False,),
+        "echo": (False,),
+        "add_special_tokens": (False,),
         "add_generation_prompt": (True,),
         "continue_final_message": (False,),
         "functions": ([],),
@@ -145,8 +148,18 @@ EMBEDDING: Mapping[str, tuple[object, ...]] = MappingProxyType(
     }
 )
 
+NAMING: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {name: _COMMON[name] for name in _ALL_THAT_NAME}
+)
+
 TOKENIZE: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {"chat_template": (), "mm_processor_kwargs": ({},)}
+    {
+        **NAMING,
+        "truncate_prompt_tokens": (),
+        "chat_template": (),
+        "documents": ([],),
+        "mm_processor_kwargs": ({},),
+    }
 )
 
 _HINTS: Mapping[str, str] = MappingProxyType(

@@ -18,7 +18,7 @@ def fit(sampling: SamplingParams, num_prompt: int, limit: int, param: str) -> Sa
 
     Raises ContextLengthError; InvalidRequestError when the log-probabilities would fill the memory.
     """
-    check_length(num_prompt, limit, param, room=1)
+    check_length(num_prompt, limit, param, room=sampling.max_tokens != 0)
     if sampling.max_tokens is None:
         sampling = dataclasses.replace(sampling, max_tokens=limit - num_prompt)
     assert sampling.max_tokens is not None
@@ -56,8 +56,12 @@ def check_ids(prompt: Sequence[int], sampling: SamplingParams, vocab_size: int, 
         ("stop_token_ids", sampling.stop_token_ids),
         ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
     ):
-        if any(not 0 <= i < vocab_size for i in ids):
-            raise errors.InvalidRequestError(f"{name}: token ids are 0 to {vocab_size - 1}.", name)
+        wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+        if wrong is not None:
+            raise errors.InvalidRequestError(
+                f"{name}: token id {wrong} is out of vocabulary, which has {vocab_size}.",
+                name,
+            )
 
 
 def check_mixture(records: Sequence[AdapterRecord]) -> None:

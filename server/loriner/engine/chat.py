@@ -83,6 +83,11 @@ class ChatTokenizer:
         self.warm()
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    def spellings(self, ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary has it, its bytes in the tokenizer's own letters."""
+        self.warm()
+        return [str(token) for token in self._tokenizer.convert_ids_to_tokens(list(ids))]
+
     def render(
         self,
         messages: list[dict[str, Any]],
@@ -92,9 +97,10 @@ class ChatTokenizer:
         continue_final_message: bool,
         template_kwargs: dict[str, Any],
         template: str | None = None,
+        add_special_tokens: bool = False,
     ) -> list[int]:
-        """`template`: one that an adapter brought. Raises InvalidRequestError with the template's
-        own words when it refuses the messages."""
+        """`template`: one that an adapter brought. `add_special_tokens`: beside those that it
+        writes. Raises InvalidRequestError with its own words when it refuses the messages."""
         self.warm()
         asked = {
             "tools": tools,
@@ -107,8 +113,7 @@ class ChatTokenizer:
         else:
             asked = {**self._tokenizer.special_tokens_map, **asked}
             text = self._brought.render(template, messages, asked)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        return self.encode(text, add_special_tokens)
 
     def _by_base(self, messages: list[dict[str, Any]], asked: dict[str, Any]) -> str:
         from jinja2.exceptions import TemplateError

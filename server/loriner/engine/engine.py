@@ -274,7 +274,7 @@ class Engine:
         sequence.reads_prompt = False
         if isinstance(reading, Embedding):
             return self._end(sequence, FinishReason.STOP, embedding=reading.vector())
-        return None
+        return None if sequence.generates else self._end(sequence, FinishReason.LENGTH)
 
     def _event(self, sequence: Sequence, choice: Sampled | None, text: str) -> Event:
         return Event(
@@ -330,9 +330,11 @@ class Engine:
         return self._end(sequence, FinishReason.ERROR, error=error)
 
     def _prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprob, ...]:
-        """All of them, once, with the first token."""
+        """All of them, once, with the first choice's first token, or its end if it wants none."""
         reading = sequence.reading
-        if not isinstance(reading, PromptLogprobs) or not sequence.num_output:
+        if not isinstance(reading, PromptLogprobs) or sequence.index:
+            return ()
+        if reading.num_read < sequence.num_prompt:
             return ()
         sequence.reading = None
         return reading.entries(sequence.token_ids[0])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from loriner import errors
-from loriner.adapters.mixture import Mixture, Served
+from loriner.adapters.mixture import Served, generations
 from loriner.core import Event, FinishReason, Request
 
 
@@ -57,9 +57,7 @@ class Generation:
     @property
     def held(self) -> tuple[str, ...]:
         """The generations that are held for it."""
-        if isinstance(self.record, Mixture):
-            return tuple(record.generation for record in self.record.records)
-        return () if self.record is None else (self.record.generation,)
+        return generations(self.record)
 
     @property
     def finished(self) -> bool:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
-from loriner.adapters.mixture import Mixture, Served
+from loriner.adapters.mixture import Mixture, Served, generations
 from loriner.adapters.records import AdapterRecord
 from loriner.adapters.store import Store
 from loriner.core import Scaled
@@ -44,6 +45,16 @@ class Holds:
         if [scale for _, scale in adapters] == [1.0]:
             return records[0]
         return Mixture(tuple(records), tuple(scale for _, scale in adapters))
+
+    @asynccontextmanager
+    async def holding(self, adapters: Sequence[Scaled]) -> AsyncIterator[None]:
+        """Until it is left. Raises what `acquire` raises; of the base there is nothing to hold."""
+        held = generations(await self.acquire(adapters) if adapters else None)
+        try:
+            yield
+        finally:
+            for generation in held:
+                self.release(generation)
 
     def release(self, generation: str) -> None:
         """Give up one hold, on a thread: the last one may delete files."""

@@ -29,7 +29,7 @@ class Run(NamedTuple):
         """The next `num_rows` tokens."""
         start = sequence.num_computed
         is_last = start + num_rows == len(sequence.token_ids)
-        samples = is_last and not sequence.request.embeds
+        samples = is_last and sequence.generates
         return cls(sequence, start, num_rows, samples, sequence.num_preemptions)
 
     @classmethod

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,7 @@ class Service:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
         template: str | None = None,
+        add_special_tokens: bool = False,
     ) -> list[int]:
         """Messages -> token ids by the base's chat template, or one that an adapter brought, off
         the event loop."""
@@ -164,12 +166,17 @@ class Service:
             continue_final_message=continue_final_message,
             template_kwargs=dict(template_kwargs or {}),
             template=template,
+            add_special_tokens=add_special_tokens,
         )
 
     async def own_template(self, adapter: str) -> tuple[str, str] | None:
         """The chat template that an adapter brought, and `name@digest` of just that generation;
         None: the base's serves. Raises AdapterNotFoundError."""
         return await asyncio.to_thread(own_template, self.store, adapter)
+
+    def holding(self, adapters: Sequence[Scaled]) -> AbstractAsyncContextManager[None]:
+        """Keep what they stand for, as `generate` does. Raises what it raises about them."""
+        return self._holds.holding(adapters)
 
     async def generate(
         self,
