@@ -489,7 +489,7 @@ DEV void publish_unit(const Params& p, const float (&acc)[4], u32 epoch, i32 row
 // A x of `count` rows of x from `token` on, over all parts, in shared memory: [count, stride] f32.
 DEV void gather_shrunk(const Params& p, const Outputs& own, i32 token0, i32 token, i32 count, i32 stride) {
     const i32 first = own.first_slice(p), last = own.last_slice(p);
-    count = min(count, p.M - token0 - token);
+    count = min(count, min(p.M - token0, TOKENS) - token);
     const i64 part = (i64)p.M * p.shrunk_stride;
     const u32 epoch = *(const u32*)(smem + EPOCH_AT);
 #pragma unroll 1
