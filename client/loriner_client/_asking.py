@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from loriner_client._config import Retry, Settings, Tls
-from loriner_client._models import (
+from loriner_client._queries import (
     Asked,
     Chat,
     ChatOptions,
