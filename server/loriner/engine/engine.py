@@ -196,10 +196,11 @@ class Engine:
         broken = {run.sequence for run, choice in chosen if choice.token_id is None}
         broken |= {run.sequence for run, one in told if not one.finite}
         for run in flight.runs:
-            if run.end <= run.sequence.num_prompt:
+            end = run.end
+            if end <= run.sequence.num_prompt:
                 self.counters.num_prompt_tokens += run.num_rows
             if run.holds and run.sequence not in broken:
-                self.blocks.commit(run.sequence, run.end)
+                self.blocks.commit(run.sequence, end)
         events = []
         for run, one in told:
             if run.sequence.reads_prompt:
