@@ -60,14 +60,11 @@ def add_command(subparsers: options.Parsers) -> None:
 def run(args: argparse.Namespace) -> int:
     options.require_device(args)
     from loriner.bench.figures import Figures
-    from loriner.bench.random_adapters import RandomAdapters
-    from loriner.bench.random_base import RandomBase
+    from loriner.bench.random_adapters import draw
     from loriner.bench.target import Target
-    from loriner.bench.timing import Stopwatch
 
-    base = RandomBase(args.shape, args.device, seed=args.seed)
-    adapters = RandomAdapters(base.config, args.ranks, seed=args.seed)
-    figures = Figures(args, Stopwatch(args.device))
+    base, adapters = draw(args)
+    figures = Figures(args)
     seats = args.streams + SPARE_SEATS
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         store = open_store(Path(folder) / "store", base)
