@@ -1,6 +1,7 @@
 """What every test gets: one thread, no hub, no settings from the shell, and the skip rules.
 
-Knows no room of the project; fixtures about engines, doors and models live beside their tests.
+Imports no room of the project before a fixture asks for it; what one room alone needs lives beside
+its tests.
 """
 
 from __future__ import annotations
@@ -8,9 +9,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from loriner.engine.grammars import Grammars
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 SETTINGS_OF_THE_TESTS = ("LORINER_OFFLINE", "LORINER_TEST_MODEL", "LORINER_TEST_ADAPTERS")
@@ -54,6 +60,15 @@ def smollm2() -> Path:
     if not (folder / "config.json").exists():
         pytest.skip("the base is not here: run `loriner pull smollm2`")
     return folder
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Iterator[Grammars]:
+    """Of the tiny base."""
+    from tests.grammars import open_grammars
+
+    with open_grammars() as opened:
+        yield opened
 
 
 def _has_gpu() -> bool:

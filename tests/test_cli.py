@@ -20,10 +20,9 @@ from loriner import __version__
 from loriner.cli import build_parser, main
 from loriner.commands import demo, models, serve
 from loriner.commands.remote import Remote
-from loriner.config import ServerConfig
 from loriner.errors import CheckpointError, ConfigError
 from tests.api.fake_service import FakeService
-from tests.api.live import LiveServer, wait_until
+from tests.api.live import LiveServer, shared_server, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'server'}"}
@@ -32,8 +31,7 @@ PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'server'}"}
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     root = tmp_path_factory.mktemp("shared")
-    config = ServerConfig(port=0, store=root, api_key="user", admin_key="boss")
-    with LiveServer(FakeService(root / "store"), config) as server:
+    with shared_server(root, api_key="user", admin_key="boss") as server:
         yield server
 
 
@@ -41,7 +39,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 def service(shared: LiveServer, monkeypatch: pytest.MonkeyPatch) -> FakeService:
     """The live server's service, as new; LORINER_URL and the key lead to it."""
     service = shared.service
-    FakeService.__init__(service, service.store.root, "pirate", "acme/legal")
+    service.renew("pirate", "acme/legal")
     monkeypatch.setenv("LORINER_URL", shared.url)
     monkeypatch.setenv("LORINER_ADMIN_KEY", "boss")
     monkeypatch.setenv("COLUMNS", "200")

@@ -8,6 +8,19 @@ with Client("127.0.0.1:8001") as client:
             print(delta.text, end="")
 """
 
+from loriner_client._answers import (
+    Adapter,
+    AdapterDetail,
+    Completion,
+    Delta,
+    Embeddings,
+    Opening,
+    Status,
+    TokenLogprob,
+    ToolCall,
+    UploadReport,
+    Usage,
+)
 from loriner_client._async_client import AsyncClient
 from loriner_client._client import Client
 from loriner_client._config import Retry, Tls
@@ -40,28 +53,17 @@ from loriner_client._errors import (
     ServerError,
     TransportError,
 )
-from loriner_client._models import (
-    Adapter,
-    AdapterDetail,
+from loriner_client._queries import (
     Chat,
     ChatOptions,
-    Completion,
-    Delta,
     Embed,
-    Embeddings,
     Function,
     Generate,
     Message,
-    Opening,
     Query,
     Sampling,
-    Status,
     StructuredOutputs,
-    TokenLogprob,
-    ToolCall,
     ToolChoice,
-    UploadReport,
-    Usage,
     Which,
 )
 from loriner_client._streams import AsyncStream, Stream

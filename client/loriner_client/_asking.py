@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from loriner_client._config import Retry, Settings, Tls
 from loriner_client._errors import InvalidRequestError
-from loriner_client._models import (
+from loriner_client._queries import (
     Asked,
     Chat,
     ChatOptions,

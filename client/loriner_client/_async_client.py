@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
-from loriner_client import _models as m
+from loriner_client import _answers as a
+from loriner_client import _queries as q
 from loriner_client._asking import (
     Turns,
     chat_query,
@@ -61,13 +62,13 @@ class AsyncClient:
         self,
         messages: Turns,
         *,
-        adapter: m.Which | None = None,
+        adapter: q.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
-        template: Mapping[str, m.TemplateValue] | None = None,
-        structured_outputs: m.StructuredOutputs | None = None,
-        **asked: Unpack[m.Asked],
-    ) -> m.Completion:
+        template: Mapping[str, q.TemplateValue] | None = None,
+        structured_outputs: q.StructuredOutputs | None = None,
+        **asked: Unpack[q.Asked],
+    ) -> a.Completion:
         """Answer a conversation, or one user's text. `adapter`: a name, or several with scales,
         {"a": 0.5, "b": 1.0}. `priority`: lower runs earlier, inside the tenant. `tools`: what the
         answer may call."""
@@ -78,12 +79,12 @@ class AsyncClient:
         self,
         messages: Turns,
         *,
-        adapter: m.Which | None = None,
+        adapter: q.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
-        template: Mapping[str, m.TemplateValue] | None = None,
-        structured_outputs: m.StructuredOutputs | None = None,
-        **asked: Unpack[m.Asked],
+        template: Mapping[str, q.TemplateValue] | None = None,
+        structured_outputs: q.StructuredOutputs | None = None,
+        **asked: Unpack[q.Asked],
     ) -> AsyncStream:
         """The same, token by token: `async with client.stream_chat(...) as stream`."""
         query = chat_query(messages, adapter, model, priority, template, structured_outputs, asked)
@@ -93,12 +94,12 @@ class AsyncClient:
         self,
         prompt: str | Sequence[int],
         *,
-        adapter: m.Which | None = None,
+        adapter: q.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
-        structured_outputs: m.StructuredOutputs | None = None,
-        **sampling: Unpack[m.Sampling],
-    ) -> m.Completion:
+        structured_outputs: q.StructuredOutputs | None = None,
+        **sampling: Unpack[q.Sampling],
+    ) -> a.Completion:
         """Continue a text or a list of token ids."""
         stream_generate = self.stream_generate(
             prompt,
@@ -115,35 +116,35 @@ class AsyncClient:
         self,
         prompt: str | Sequence[int],
         *,
-        adapter: m.Which | None = None,
+        adapter: q.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
-        structured_outputs: m.StructuredOutputs | None = None,
-        **sampling: Unpack[m.Sampling],
+        structured_outputs: q.StructuredOutputs | None = None,
+        **sampling: Unpack[q.Sampling],
     ) -> AsyncStream:
         """The same, token by token."""
-        query = m.Generate(prompt, adapter, model, sampling, priority, structured_outputs)
+        query = q.Generate(prompt, adapter, model, sampling, priority, structured_outputs)
         return AsyncStream(self._transport.stream(query, self._timeout_s))
 
     async def embed(
         self,
         inputs: str | Sequence[str | Sequence[int]],
         *,
-        adapter: m.Which | None = None,
+        adapter: q.Which | None = None,
         model: str | None = None,
         priority: int | None = None,
         add_special_tokens: bool | None = None,
-    ) -> m.Embeddings:
+    ) -> a.Embeddings:
         """A vector for one text, or for each of several texts or lists of token ids."""
         all_inputs = [inputs] if isinstance(inputs, str) else inputs
-        query = m.Embed(all_inputs, adapter, model, priority, add_special_tokens)
+        query = q.Embed(all_inputs, adapter, model, priority, add_special_tokens)
         return await self._transport.call(query, self._timeout_s)
 
     async def tokenize(
         self,
-        text: str | Sequence[m.Message],
+        text: str | Sequence[q.Message],
         *,
-        adapter: m.Which | None = None,
+        adapter: q.Which | None = None,
         model: str | None = None,
         add_special_tokens: bool | None = None,
     ) -> tuple[int, ...]:
@@ -152,12 +153,12 @@ class AsyncClient:
         query = tokenize_query(text, add_special_tokens, adapter, model)
         return await self._transport.call(query, self._timeout_s)
 
-    async def status(self) -> m.Status:
-        return await self._transport.call(m.GetStatus(), self._timeout_s)
+    async def status(self) -> a.Status:
+        return await self._transport.call(q.GetStatus(), self._timeout_s)
 
     async def drain(self) -> int:
         """Let the server refuse new requests from now on; how many are under way."""
-        return await self._transport.call(m.Drain(), self._timeout_s)
+        return await self._transport.call(q.Drain(), self._timeout_s)
 
 
 class AsyncAdapters:
@@ -175,7 +176,7 @@ class AsyncAdapters:
         expected_generation: str | None = None,
         progress: Progress | None = None,
         timeout_s: float | None = UPLOAD_TIMEOUT_S,
-    ) -> m.UploadReport:
+    ) -> a.UploadReport:
         """Publish a PEFT folder, or one .tar, .tar.gz or .zip of one.
 
         `progress(sent, total)` is told bytes, on another thread. `expected_generation`: what the
@@ -184,40 +185,40 @@ class AsyncAdapters:
         upload = Upload(name, Path(path), expected_generation, progress or (lambda s, t: None))
         return await self._transport.upload(upload, timeout_s)
 
-    async def get(self, name: str) -> m.AdapterDetail:
-        return await self._transport.call(m.GetAdapter(name), self._timeout_s)
+    async def get(self, name: str) -> a.AdapterDetail:
+        return await self._transport.call(q.GetAdapter(name), self._timeout_s)
 
-    async def list(self) -> AsyncIterator[m.Adapter]:
+    async def list(self) -> AsyncIterator[a.Adapter]:
         """All that this key may see, by name, a page at a time."""
-        page = await self._transport.call(m.ListAdapters(), self._timeout_s)
+        page = await self._transport.call(q.ListAdapters(), self._timeout_s)
         for adapter in page.adapters:
             yield adapter
         while page.next_page:
-            page = await self._transport.call(m.ListAdapters(page.next_page), self._timeout_s)
+            page = await self._transport.call(q.ListAdapters(page.next_page), self._timeout_s)
             for adapter in page.adapters:
                 yield adapter
 
     async def alias(
         self, name: str, target: str, *, expected_generation: str | None = None
-    ) -> m.Adapter:
+    ) -> a.Adapter:
         """Point `name` at what `target` stands for now."""
         return await self._transport.call(
-            m.SetAlias(name, target, expected_generation), self._timeout_s
+            q.SetAlias(name, target, expected_generation), self._timeout_s
         )
 
-    async def pin(self, name: str) -> m.Adapter:
+    async def pin(self, name: str) -> a.Adapter:
         """Keep it in memory."""
-        return await self._transport.call(m.PinAdapter(name, True), self._timeout_s)
+        return await self._transport.call(q.PinAdapter(name, True), self._timeout_s)
 
-    async def unpin(self, name: str) -> m.Adapter:
-        return await self._transport.call(m.PinAdapter(name, False), self._timeout_s)
+    async def unpin(self, name: str) -> a.Adapter:
+        return await self._transport.call(q.PinAdapter(name, False), self._timeout_s)
 
-    async def evict(self, name: str) -> m.Adapter:
+    async def evict(self, name: str) -> a.Adapter:
         """Take it out of memory unless it is running."""
-        return await self._transport.call(m.EvictAdapter(name), self._timeout_s)
+        return await self._transport.call(q.EvictAdapter(name), self._timeout_s)
 
-    async def delete(self, name: str, *, expected_generation: str | None = None) -> m.Adapter:
+    async def delete(self, name: str, *, expected_generation: str | None = None) -> a.Adapter:
         """Forget the name."""
         return await self._transport.call(
-            m.DeleteAdapter(name, expected_generation), self._timeout_s
+            q.DeleteAdapter(name, expected_generation), self._timeout_s
         )

@@ -18,6 +18,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
+from loriner_client._answers import Part, UploadReport
 from loriner_client._config import Retry, Settings, Tls
 from loriner_client._errors import (
     ConfigError,
@@ -30,8 +31,8 @@ from loriner_client._errors import (
     TransportError,
     error_of,
 )
-from loriner_client._models import Part, Query, StreamQuery, UploadReport
-from loriner_client._protos import CALLS, PACKAGE, STREAMS, UPLOAD, Rpc
+from loriner_client._queries import Query, StreamQuery
+from loriner_client._rpcs import CALLS, PACKAGE, STREAMS, UPLOAD, Rpc
 from loriner_client._upload import Upload
 
 A = TypeVar("A")

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from loriner_client import _json
+from loriner_client._answers import Part, UploadReport
 from loriner_client._config import Retry, Settings
 from loriner_client._errors import (
     ConfigError,
@@ -28,7 +29,8 @@ from loriner_client._errors import (
     TransportError,
     error_of,
 )
-from loriner_client._models import Part, Query, StreamQuery, UploadReport
+from loriner_client._queries import Query, StreamQuery
+from loriner_client._routes import ADAPTERS, ROUTES, Ask, stream_ask
 from loriner_client._upload import Upload
 
 A = TypeVar("A")
@@ -45,14 +47,14 @@ class HttpTransport:
         self._client = httpx.Client(transport=_Patient(wire, retry), **_options(settings))
 
     def call(self, query: Query[A], timeout_s: float | None) -> A:
-        ask, decode = _json.ROUTES[type(query)]
+        ask, decode = ROUTES[type(query)]
         asked = ask(query)
         with _mapped():
             response = self._client.request(**_sent(asked, timeout_s))
         return _json.decoded(decode, _body(response))  # type: ignore[no-any-return]
 
     def stream(self, query: StreamQuery, timeout_s: float | None) -> Iterator[Part]:
-        asked = _json.stream_ask(query)
+        asked = stream_ask(query)
         with (
             _mapped(),
             self._client.stream(**_sent(asked, timeout_s)) as response,
@@ -69,7 +71,7 @@ class HttpTransport:
     def upload(self, upload: Upload, timeout_s: float | None) -> UploadReport:
         with contextlib.ExitStack() as stack, _mapped():
             data, files = _multipart(upload, stack)
-            response = self._client.post(_json.ADAPTERS, data=data, files=files, timeout=timeout_s)
+            response = self._client.post(ADAPTERS, data=data, files=files, timeout=timeout_s)
         return _json.decoded(_json.report, _body(response))  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -85,14 +87,14 @@ class AsyncHttpTransport:
         self._client = httpx.AsyncClient(transport=_AsyncPatient(wire, retry), **_options(settings))
 
     async def call(self, query: Query[A], timeout_s: float | None) -> A:
-        ask, decode = _json.ROUTES[type(query)]
+        ask, decode = ROUTES[type(query)]
         asked = ask(query)
         with _mapped():
             response = await self._client.request(**_sent(asked, timeout_s))
         return _json.decoded(decode, _body(response))  # type: ignore[no-any-return]
 
     async def stream(self, query: StreamQuery, timeout_s: float | None) -> AsyncIterator[Part]:
-        asked = _json.stream_ask(query)
+        asked = stream_ask(query)
         with _mapped():
             async with self._client.stream(**_sent(asked, timeout_s)) as response:
                 if response.status_code != 200:
@@ -108,9 +110,7 @@ class AsyncHttpTransport:
     async def upload(self, upload: Upload, timeout_s: float | None) -> UploadReport:
         with contextlib.ExitStack() as stack, _mapped():
             data, files = _multipart(upload, stack)
-            response = await self._client.post(
-                _json.ADAPTERS, data=data, files=files, timeout=timeout_s
-            )
+            response = await self._client.post(ADAPTERS, data=data, files=files, timeout=timeout_s)
         return _json.decoded(_json.report, _body(response))  # type: ignore[no-any-return]
 
     async def close(self) -> None:
@@ -200,7 +200,7 @@ def _multipart(
     return data, {name: (found[name].name, file) for name, file in opened.items()}
 
 
-def _sent(asked: _json.Ask, timeout_s: float | None) -> dict[str, Any]:
+def _sent(asked: Ask, timeout_s: float | None) -> dict[str, Any]:
     """The arguments of httpx's `request` and `stream`."""
     json_type = {} if asked.body is None else {"content-type": "application/json"}
     return {

@@ -1,4 +1,4 @@
-"""Values <-> the JSON of the HTTP door. Knows no connection."""
+"""Values <-> the JSON of the HTTP door. Knows no path, no connection."""
 
 from __future__ import annotations
 
@@ -6,31 +6,18 @@ import base64
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
-from loriner_client import _models as m
+from loriner_client import _answers as a
+from loriner_client import _queries as q
 from loriner_client._errors import InvalidRequestError, Refusal, TransportError, error_of
 from loriner_client._tool_json import calls, options
 
 Json = dict[str, Any]
 DONE = "[DONE]"
-ADAPTERS = "/admin/adapters"
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One HTTP request."""
-
-    method: str
-    path: str
-    body: Json | None = None
-    headers: Mapping[str, str] | None = None
-    is_retryable: bool = True
-
-
-def chat_body(query: m.Chat) -> Json:
+def chat_body(query: q.Chat) -> Json:
     body = _body(query)
     body["messages"] = [_message(message) for message in query.messages]
     if query.template:
@@ -41,12 +28,12 @@ def chat_body(query: m.Chat) -> Json:
     return body
 
 
-def generate_body(query: m.Generate) -> Json:
+def generate_body(query: q.Generate) -> Json:
     prompt = query.prompt if isinstance(query.prompt, str) else list(query.prompt)
     return {**_body(query), "prompt": prompt}
 
 
-def _body(query: m.StreamQuery) -> Json:
+def _body(query: q.StreamQuery) -> Json:
     body: Json = {**query.sampling, "return_token_ids": True}
     if "logit_bias" in query.sampling:
         bias = query.sampling["logit_bias"].items()
@@ -63,13 +50,13 @@ def _body(query: m.StreamQuery) -> Json:
     return body | {key: value for key, value in chosen.items() if value is not None}
 
 
-def _which(adapter: m.Which | None) -> str | list[Json] | None:
+def _which(adapter: q.Which | None) -> str | list[Json] | None:
     if adapter is None or isinstance(adapter, str):
         return adapter
     return [{"name": name, "scale": scale} for name, scale in adapter.items()] or None
 
 
-def _message(message: m.Message) -> Json:
+def _message(message: q.Message) -> Json:
     body: Json = {"role": message.role, "content": message.content}
     for name in ("name", "tool_call_id", "reasoning"):
         if getattr(message, name) is not None:
@@ -82,14 +69,7 @@ def _message(message: m.Message) -> Json:
     return body
 
 
-def stream_ask(query: m.StreamQuery) -> Ask:
-    more = {"stream": True, "stream_options": {"include_usage": True}}
-    if isinstance(query, m.Chat):
-        return Ask("POST", "/v1/chat/completions", chat_body(query) | more)
-    return Ask("POST", "/v1/completions", generate_body(query) | more)
-
-
-def _tokenize(query: m.Tokenize) -> Ask:
+def tokenize_body(query: q.Tokenize) -> Json:
     if isinstance(query.input, str):
         body: Json = {"prompt": query.input}
     else:
@@ -99,11 +79,10 @@ def _tokenize(query: m.Tokenize) -> Ask:
         "adapter": _which(query.adapter),
         "model": query.model,
     }
-    body |= {key: value for key, value in chosen.items() if value is not None}
-    return Ask("POST", "/tokenize", body)
+    return body | {key: value for key, value in chosen.items() if value is not None}
 
 
-def _embed(query: m.Embed) -> Ask:
+def embed_body(query: q.Embed) -> Json:
     inputs = [one if isinstance(one, str) else list(one) for one in query.inputs]
     chosen = {
         "model": query.model,
@@ -112,34 +91,17 @@ def _embed(query: m.Embed) -> Ask:
         "add_special_tokens": query.add_special_tokens,
     }
     body: Json = {key: value for key, value in chosen.items() if value is not None}
-    return Ask("POST", "/v1/embeddings", body | {"input": inputs, "encoding_format": "base64"})
+    return body | {"input": inputs, "encoding_format": "base64"}
 
 
-def _alias(query: m.SetAlias) -> Ask:
-    body: Json = {"target": query.target}
-    if query.expected_generation is not None:
-        body["expected_generation"] = query.expected_generation
-    return Ask("PUT", f"/admin/aliases/{quote(query.name)}", body, is_retryable=False)
-
-
-def _delete(query: m.DeleteAdapter) -> Ask:
-    expected = query.expected_generation
-    headers = {} if expected is None else {"if-match": f'"{expected}"'}
-    return Ask("DELETE", _one(query.name), headers=headers, is_retryable=False)
-
-
-def _one(name: str) -> str:
-    return f"{ADAPTERS}/{quote(name)}"
-
-
-def completion(body: Json) -> m.Completion:
+def completion(body: Json) -> a.Completion:
     choices = tuple(delta(choice, choice["message"]) for choice in body["choices"])
-    return m.Completion(opening(body), choices, usage(body))
+    return a.Completion(opening(body), choices, usage(body))
 
 
-def embeddings(body: Json) -> m.Embeddings:
+def embeddings(body: Json) -> a.Embeddings:
     vectors = tuple(_vector(entry["embedding"]) for entry in body["data"])
-    return m.Embeddings(opening(body), vectors, m.Usage(body["usage"]["prompt_tokens"], 0))
+    return a.Embeddings(opening(body), vectors, a.Usage(body["usage"]["prompt_tokens"], 0))
 
 
 def _vector(text: str) -> tuple[float, ...]:
@@ -154,7 +116,7 @@ class Reader:
         self._is_open = False
         self.is_done = False
 
-    def feed(self, line: str) -> list[m.Part]:
+    def feed(self, line: str) -> list[a.Part]:
         data = line.removeprefix("data: ")
         if data == line or self.is_done:
             return []
@@ -165,7 +127,7 @@ class Reader:
         refused = refusal(event, {})
         if refused is not None:
             raise error_of(refused)
-        found: list[m.Part] = decoded(self._parts, event)
+        found: list[a.Part] = decoded(self._parts, event)
         return found
 
     def finish(self) -> None:
@@ -173,24 +135,24 @@ class Reader:
         if not self.is_done:
             raise TransportError("The answer was cut.")
 
-    def _parts(self, event: Json) -> list[m.Part]:
-        found: list[m.Part] = []
+    def _parts(self, event: Json) -> list[a.Part]:
+        found: list[a.Part] = []
         if not self._is_open and "loriner" in event:
             self._is_open = True
             found.append(opening(event))
         for choice in event["choices"]:
             adds = choice["delta"] if "delta" in choice else {"content": choice["text"]}
             made = delta(choice, adds)
-            if made != m.Delta("", made.index):
+            if made != a.Delta("", made.index):
                 found.append(made)
         if event.get("usage"):
             found.append(usage(event))
         return found
 
 
-def opening(body: Json) -> m.Opening:
+def opening(body: Json) -> a.Opening:
     origin = body["loriner"]
-    return m.Opening(
+    return a.Opening(
         body["id"],
         body["model"],
         origin["adapter"],
@@ -201,21 +163,21 @@ def opening(body: Json) -> m.Opening:
     )
 
 
-def _of_prompt(body: Json) -> Iterator[m.TokenLogprob]:
+def _of_prompt(body: Json) -> Iterator[a.TokenLogprob]:
     """In vLLM's shape: by token id, the prompt's own first."""
     choice: Json = next(iter(body.get("choices") or ()), {})
     for entry in body.get("prompt_logprobs") or choice.get("prompt_logprobs") or ():
         if entry is not None:
             own, *top = (
-                m.TokenLogprob(one["decoded_token"], one["logprob"], int(token_id))
+                a.TokenLogprob(one["decoded_token"], one["logprob"], int(token_id))
                 for token_id, one in entry.items()
             )
-            yield m.TokenLogprob(own.token, own.logprob, own.token_id, tuple(top))
+            yield a.TokenLogprob(own.token, own.logprob, own.token_id, tuple(top))
 
 
-def delta(choice: Json, adds: Json) -> m.Delta:
+def delta(choice: Json, adds: Json) -> a.Delta:
     """`adds`: a message, or what is added to it."""
-    return m.Delta(
+    return a.Delta(
         adds.get("content") or "",
         choice["index"],
         tuple(choice.get("token_ids") or ()),
@@ -227,46 +189,50 @@ def delta(choice: Json, adds: Json) -> m.Delta:
     )
 
 
-def _logprobs(found: Json) -> Iterator[m.TokenLogprob]:
+def _logprobs(found: Json) -> Iterator[a.TokenLogprob]:
     for entry in found.get("content") or ():
-        top = tuple(m.TokenLogprob(one["token"], one["logprob"]) for one in entry["top_logprobs"])
-        yield m.TokenLogprob(entry["token"], entry["logprob"], top=top)
+        top = tuple(a.TokenLogprob(one["token"], one["logprob"]) for one in entry["top_logprobs"])
+        yield a.TokenLogprob(entry["token"], entry["logprob"], top=top)
     for token, logprob, best in zip(
         found.get("tokens", ()),
         found.get("token_logprobs", ()),
         found.get("top_logprobs", ()),
         strict=True,
     ):
-        top = tuple(m.TokenLogprob(text, value) for text, value in best.items())
-        yield m.TokenLogprob(token, logprob, top=top)
+        top = tuple(a.TokenLogprob(text, value) for text, value in best.items())
+        yield a.TokenLogprob(token, logprob, top=top)
 
 
-def usage(body: Json) -> m.Usage:
+def usage(body: Json) -> a.Usage:
     found = body["usage"]
     cached = found["prompt_tokens_details"]["cached_tokens"]
     thought = found["completion_tokens_details"]["reasoning_tokens"]
-    return m.Usage(found["prompt_tokens"], found["completion_tokens"], cached, thought)
+    return a.Usage(found["prompt_tokens"], found["completion_tokens"], cached, thought)
 
 
-def adapter(body: Json) -> m.Adapter:
-    known: Json = {name: body.get(name) for name in m.Adapter.__dataclass_fields__}
+def adapter(body: Json) -> a.Adapter:
+    known: Json = {name: body.get(name) for name in a.Adapter.__dataclass_fields__}
     known |= {"ranks": tuple(body["ranks"]), "targets": tuple(body["targets"])}
-    return m.Adapter(**known)
+    return a.Adapter(**known)
 
 
-def _detail(body: Json) -> m.AdapterDetail:
-    return m.AdapterDetail(adapter(body), tuple(map(adapter, body["history"])))
+def detail(body: Json) -> a.AdapterDetail:
+    return a.AdapterDetail(adapter(body), tuple(map(adapter, body["history"])))
 
 
-def report(body: Json) -> m.UploadReport:
-    known: Json = {name: body.get(name) for name in m.UploadReport.__dataclass_fields__}
+def page(body: Json) -> a.AdapterPage:
+    return a.AdapterPage(tuple(map(adapter, body["adapters"])))
+
+
+def report(body: Json) -> a.UploadReport:
+    known: Json = {name: body.get(name) for name in a.UploadReport.__dataclass_fields__}
     for name in ("ranks", "targets", "ignored"):
         known[name] = tuple(known[name] or ())
-    return m.UploadReport(**known)
+    return a.UploadReport(**known)
 
 
-def _status(body: Json) -> m.Status:
-    return m.Status(**{name: body[name] for name in m.Status.__dataclass_fields__})
+def status(body: Json) -> a.Status:
+    return a.Status(**{name: body[name] for name in a.Status.__dataclass_fields__})
 
 
 def refusal(body: Any, headers: Mapping[str, str]) -> Refusal | None:
@@ -302,28 +268,3 @@ def decoded(decode: Callable[[Any], Any], body: Any) -> Any:
         return decode(body)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise TransportError(f"The answer is not a Loriner server's: {error!r}.") from error
-
-
-Route = tuple[Callable[[Any], Ask], Callable[[Any], Any]]
-ROUTES: dict[type, Route] = {
-    m.Chat: (lambda q: Ask("POST", "/v1/chat/completions", chat_body(q)), completion),
-    m.Tokenize: (_tokenize, lambda body: tuple(body["tokens"])),
-    m.Embed: (_embed, embeddings),
-    m.GetAdapter: (lambda q: Ask("GET", _one(q.name)), _detail),
-    m.ListAdapters: (
-        lambda q: Ask("GET", ADAPTERS),
-        lambda body: m.AdapterPage(tuple(map(adapter, body["adapters"]))),
-    ),
-    m.SetAlias: (_alias, adapter),
-    m.PinAdapter: (
-        lambda q: Ask("POST", _one(q.name) + ("/pin" if q.pinned else "/unpin")),
-        adapter,
-    ),
-    m.DeleteAdapter: (_delete, adapter),
-    m.EvictAdapter: (lambda q: Ask("POST", _one(q.name) + "/evict"), adapter),
-    m.GetStatus: (lambda q: Ask("GET", "/admin/status"), _status),
-    m.Drain: (
-        lambda q: Ask("POST", "/admin/drain", is_retryable=False),
-        lambda body: body["num_open"],
-    ),
-}

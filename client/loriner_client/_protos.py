@@ -1,21 +1,19 @@
-"""Values <-> protos, and which method answers which query. Knows no channel."""
+"""Values <-> protos. Knows no method, no channel."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-from loriner_client import _models as m
-from loriner_client._errors import InvalidRequestError
+from loriner_client import _answers as a
+from loriner_client import _queries as q
 from loriner_client._tool_protos import calls, options
 from loriner_client._upload import Begin, End, Upload, pieces
 from loriner_proto.v1 import adapters_pb2 as ad
 from loriner_proto.v1 import admin_pb2 as adm
 from loriner_proto.v1 import inference_pb2 as inf
 
-PACKAGE = "loriner_proto.v1"
 _ROLES = {
     "system": inf.ROLE_SYSTEM,
     "developer": inf.ROLE_DEVELOPER,
@@ -36,30 +34,7 @@ _STATES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Rpc:
-    """One method: a query in, an answer out, both as protos on the way."""
-
-    service: str
-    method: str
-    encode: Callable[[Any], Any]
-    response: Any  # the message class that answers
-    decode: Callable[[Any], Any]
-    is_retryable: bool = True
-
-    def message(self, query: Any) -> Any:
-        """Raises InvalidRequestError for what a proto cannot say."""
-        try:
-            return self.encode(query)
-        except (TypeError, ValueError) as error:
-            raise InvalidRequestError(f"The request cannot be written: {error}.") from error
-
-    @property
-    def path(self) -> str:
-        return f"/{PACKAGE}.{self.service}/{self.method}"
-
-
-def _chat(query: m.Chat) -> inf.ChatRequest:
+def chat(query: q.Chat) -> inf.ChatRequest:
     return inf.ChatRequest(
         model=query.model,
         **_which(query.adapter),
@@ -72,14 +47,14 @@ def _chat(query: m.Chat) -> inf.ChatRequest:
     )
 
 
-def _which(adapter: m.Which | None) -> dict[str, Any]:
+def _which(adapter: q.Which | None) -> dict[str, Any]:
     if adapter is None or isinstance(adapter, str):
         return {"adapter": adapter}
     parts = [inf.ScaledAdapter(name=name, scale=scale) for name, scale in adapter.items()]
     return {"adapters": parts}
 
 
-def _generate(query: m.Generate) -> inf.GenerateRequest:
+def generate(query: q.Generate) -> inf.GenerateRequest:
     text = query.prompt if isinstance(query.prompt, str) else None
     ids = None if isinstance(query.prompt, str) else inf.TokenIds(ids=query.prompt)
     return inf.GenerateRequest(
@@ -93,14 +68,14 @@ def _generate(query: m.Generate) -> inf.GenerateRequest:
     )
 
 
-def _tokenize(query: m.Tokenize) -> inf.TokenizeRequest:
+def tokenize(query: q.Tokenize) -> inf.TokenizeRequest:
     if isinstance(query.input, str):
         return inf.TokenizeRequest(text=query.input, add_special_tokens=query.add_special_tokens)
-    chat = _chat(m.Chat(query.input, query.adapter, query.model))
-    return inf.TokenizeRequest(chat=chat, add_special_tokens=query.add_special_tokens)
+    asked = chat(q.Chat(query.input, query.adapter, query.model))
+    return inf.TokenizeRequest(chat=asked, add_special_tokens=query.add_special_tokens)
 
 
-def _embed(query: m.Embed) -> inf.EmbedRequest:
+def embed(query: q.Embed) -> inf.EmbedRequest:
     return inf.EmbedRequest(
         model=query.model,
         **_which(query.adapter),
@@ -115,11 +90,11 @@ def _embed(query: m.Embed) -> inf.EmbedRequest:
     )
 
 
-def _sampling(sampling: m.Sampling) -> inf.SamplingParams:
+def _sampling(sampling: q.Sampling) -> inf.SamplingParams:
     return inf.SamplingParams(**sampling)
 
 
-def _structured(asked: m.StructuredOutputs | None) -> inf.StructuredOutputs | None:
+def _structured(asked: q.StructuredOutputs | None) -> inf.StructuredOutputs | None:
     """Raises TypeError for what names more than one."""
     if asked is None:
         return None
@@ -133,7 +108,7 @@ def _structured(asked: m.StructuredOutputs | None) -> inf.StructuredOutputs | No
     return inf.StructuredOutputs(**made)
 
 
-def _message(message: m.Message) -> inf.Message:
+def _message(message: q.Message) -> inf.Message:
     return inf.Message(
         role=_ROLES.get(message.role, inf.ROLE_UNSPECIFIED),
         content=message.content,
@@ -147,7 +122,7 @@ def _message(message: m.Message) -> inf.Message:
     )
 
 
-def _template(value: m.TemplateValue) -> inf.TemplateValue:
+def _template(value: q.TemplateValue) -> inf.TemplateValue:
     if isinstance(value, bool):
         return inf.TemplateValue(bool_value=value)
     if isinstance(value, int):
@@ -157,17 +132,17 @@ def _template(value: m.TemplateValue) -> inf.TemplateValue:
     return inf.TemplateValue(string_value=value)
 
 
-def _completion(answer: inf.ChatResponse) -> m.Completion:
+def completion(answer: inf.ChatResponse) -> a.Completion:
     choices = tuple(_delta(choice) for choice in answer.choices)
-    return m.Completion(_opening(answer.opening), choices, _usage(answer.usage))
+    return a.Completion(_opening(answer.opening), choices, _usage(answer.usage))
 
 
-def _embeddings(answer: inf.EmbedResponse) -> m.Embeddings:
+def embeddings(answer: inf.EmbedResponse) -> a.Embeddings:
     vectors = tuple(tuple(one.values) for one in answer.embeddings)
-    return m.Embeddings(_opening(answer.opening), vectors, _usage(answer.usage))
+    return a.Embeddings(_opening(answer.opening), vectors, _usage(answer.usage))
 
 
-def _part(message: inf.GenerateResponse | inf.StreamChatResponse) -> m.Part:
+def part(message: inf.GenerateResponse | inf.StreamChatResponse) -> a.Part:
     if message.HasField("opening"):
         return _opening(message.opening)
     if message.HasField("usage"):
@@ -175,8 +150,8 @@ def _part(message: inf.GenerateResponse | inf.StreamChatResponse) -> m.Part:
     return _delta(message.delta)
 
 
-def _opening(opening: inf.Opening) -> m.Opening:
-    return m.Opening(
+def _opening(opening: inf.Opening) -> a.Opening:
+    return a.Opening(
         opening.answer_id,
         opening.model,
         _given(opening, "adapter"),
@@ -187,15 +162,15 @@ def _opening(opening: inf.Opening) -> m.Opening:
     )
 
 
-def _of_prompt(entry: inf.TokenLogprob) -> m.TokenLogprob:
+def _of_prompt(entry: inf.TokenLogprob) -> a.TokenLogprob:
     made = _logprob(entry)
     others = tuple(one for one in made.top if one.token_id != made.token_id)
-    return m.TokenLogprob(made.token, made.logprob, made.token_id, others)
+    return a.TokenLogprob(made.token, made.logprob, made.token_id, others)
 
 
-def _delta(delta: inf.Delta | inf.Choice) -> m.Delta:
+def _delta(delta: inf.Delta | inf.Choice) -> a.Delta:
     stop = delta.stop_reason.WhichOneof("reason")
-    return m.Delta(
+    return a.Delta(
         delta.text,
         delta.index,
         tuple(delta.token_ids),
@@ -207,19 +182,19 @@ def _delta(delta: inf.Delta | inf.Choice) -> m.Delta:
     )
 
 
-def _logprob(entry: inf.TokenLogprob) -> m.TokenLogprob:
-    top = tuple(m.TokenLogprob(one.token, one.logprob, one.token_id) for one in entry.top)
-    return m.TokenLogprob(entry.token, entry.logprob, entry.token_id, top)
+def _logprob(entry: inf.TokenLogprob) -> a.TokenLogprob:
+    top = tuple(a.TokenLogprob(one.token, one.logprob, one.token_id) for one in entry.top)
+    return a.TokenLogprob(entry.token, entry.logprob, entry.token_id, top)
 
 
-def _usage(usage: inf.Usage) -> m.Usage:
-    return m.Usage(
+def _usage(usage: inf.Usage) -> a.Usage:
+    return a.Usage(
         usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens
     )
 
 
-def _adapter(entry: ad.Adapter) -> m.Adapter:
-    return m.Adapter(
+def adapter(entry: ad.Adapter) -> a.Adapter:
+    return a.Adapter(
         name=entry.name,
         generation=entry.generation,
         ranks=tuple(entry.ranks),
@@ -236,17 +211,17 @@ def _adapter(entry: ad.Adapter) -> m.Adapter:
     )
 
 
-def _detail(answer: ad.GetResponse) -> m.AdapterDetail:
-    history = tuple(_adapter(entry) for entry in answer.history)
-    return m.AdapterDetail(_adapter(answer.adapter), history)
+def detail(answer: ad.GetResponse) -> a.AdapterDetail:
+    history = tuple(adapter(entry) for entry in answer.history)
+    return a.AdapterDetail(adapter(answer.adapter), history)
 
 
-def _page(answer: ad.ListResponse) -> m.AdapterPage:
-    return m.AdapterPage(tuple(map(_adapter, answer.adapters)), answer.next_page_token)
+def page(answer: ad.ListResponse) -> a.AdapterPage:
+    return a.AdapterPage(tuple(map(adapter, answer.adapters)), answer.next_page_token)
 
 
-def _status(answer: adm.StatusResponse) -> m.Status:
-    return m.Status(**{name: getattr(answer, name) for name in m.Status.__dataclass_fields__})
+def status(answer: adm.StatusResponse) -> a.Status:
+    return a.Status(**{name: getattr(answer, name) for name in a.Status.__dataclass_fields__})
 
 
 def _given(message: Any, name: str) -> Any:
@@ -267,8 +242,8 @@ def upload_parts(upload: Upload) -> Iterator[ad.UploadRequest]:
             yield ad.UploadRequest(chunk=piece)
 
 
-def _report(answer: ad.UploadResponse) -> m.UploadReport:
-    return m.UploadReport(
+def report(answer: ad.UploadResponse) -> a.UploadReport:
+    return a.UploadReport(
         name=answer.name,
         generation=answer.generation,
         ranks=tuple(answer.ranks),
@@ -279,63 +254,3 @@ def _report(answer: ad.UploadResponse) -> m.UploadReport:
         existed=answer.existed,
         ignored=tuple(answer.ignored),
     )
-
-
-def _of(answer: Any) -> m.Adapter:
-    return _adapter(answer.adapter)
-
-
-_I, _A, _S = "InferenceService", "AdapterService", "AdminService"
-STREAMS: dict[type, Rpc] = {
-    m.Generate: Rpc(_I, "Generate", _generate, inf.GenerateResponse, _part),
-    m.Chat: Rpc(
-        _I,
-        "StreamChat",
-        lambda query: inf.StreamChatRequest(chat=_chat(query)),
-        inf.StreamChatResponse,
-        _part,
-    ),
-}
-UPLOAD = Rpc(_A, "Upload", upload_parts, ad.UploadResponse, _report, is_retryable=False)
-CALLS: dict[type, Rpc] = {
-    m.Chat: Rpc(_I, "Chat", _chat, inf.ChatResponse, _completion),
-    m.Tokenize: Rpc(
-        _I, "Tokenize", _tokenize, inf.TokenizeResponse, lambda answer: tuple(answer.token_ids)
-    ),
-    m.Embed: Rpc(_I, "Embed", _embed, inf.EmbedResponse, _embeddings),
-    m.GetAdapter: Rpc(_A, "Get", lambda q: ad.GetRequest(name=q.name), ad.GetResponse, _detail),
-    m.ListAdapters: Rpc(
-        _A, "List", lambda q: ad.ListRequest(page_token=q.page), ad.ListResponse, _page
-    ),
-    m.SetAlias: Rpc(
-        _A,
-        "Alias",
-        lambda q: ad.AliasRequest(
-            name=q.name, target=q.target, expected_generation=q.expected_generation
-        ),
-        ad.AliasResponse,
-        _of,
-        is_retryable=False,
-    ),
-    m.PinAdapter: Rpc(
-        _A, "Pin", lambda q: ad.PinRequest(name=q.name, pinned=q.pinned), ad.PinResponse, _of
-    ),
-    m.DeleteAdapter: Rpc(
-        _A,
-        "Delete",
-        lambda q: ad.DeleteRequest(name=q.name, expected_generation=q.expected_generation),
-        ad.DeleteResponse,
-        _of,
-        is_retryable=False,
-    ),
-    m.EvictAdapter: Rpc(_A, "Evict", lambda q: ad.EvictRequest(name=q.name), ad.EvictResponse, _of),
-    m.GetStatus: Rpc(_S, "Status", lambda q: adm.StatusRequest(), adm.StatusResponse, _status),
-    m.Drain: Rpc(
-        _S,
-        "Drain",
-        lambda q: adm.DrainRequest(),
-        adm.DrainResponse,
-        lambda answer: answer.num_open,
-        is_retryable=False,
-    ),
-}

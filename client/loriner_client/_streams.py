@@ -6,16 +6,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, 
 from dataclasses import replace
 from types import TracebackType
 
+from loriner_client._answers import Completion, Delta, Opening, Part, TokenLogprob, ToolCall, Usage
 from loriner_client._errors import TransportError
-from loriner_client._models import (
-    Completion,
-    Delta,
-    Opening,
-    Part,
-    TokenLogprob,
-    ToolCall,
-    Usage,
-)
 
 _NO_START = "The answer did not begin with its opening."
 

@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loriner_client import _models as m
+from loriner_client import _answers as a
+from loriner_client import _queries as q
 from loriner_client._errors import InvalidRequestError
 
 Json = dict[str, Any]
 
 
-def options(asked: m.ChatOptions) -> Json:
+def options(asked: q.ChatOptions) -> Json:
     """The fields of a chat's body. Raises InvalidRequestError for a schema that is no JSON."""
     fields: Json = {**asked}
     if "tools" in asked:
@@ -20,20 +21,20 @@ def options(asked: m.ChatOptions) -> Json:
             {"type": "function", "function": _function(tool)} for tool in asked["tools"]
         ]
     choice = asked.get("tool_choice")
-    if isinstance(choice, m.Function):
+    if isinstance(choice, q.Function):
         fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
     return fields
 
 
-def calls(adds: Json) -> Iterator[m.ToolCall]:
+def calls(adds: Json) -> Iterator[a.ToolCall]:
     """Those of a message, or the pieces of a delta."""
     for i, call in enumerate(adds.get("tool_calls") or ()):
         function = call["function"]
         call_id, name = call.get("id", ""), function.get("name", "")
-        yield m.ToolCall(call_id, name, function["arguments"], call.get("index", i))
+        yield a.ToolCall(call_id, name, function["arguments"], call.get("index", i))
 
 
-def _function(tool: m.Function) -> Json:
+def _function(tool: q.Function) -> Json:
     fields = {
         "name": tool.name,
         "description": tool.description,

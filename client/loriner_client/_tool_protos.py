@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from loriner_client import _models as m
+from loriner_client import _answers as a
+from loriner_client import _queries as q
 from loriner_proto.v1 import inference_pb2 as inf
 
 _MODES = {
@@ -16,7 +17,7 @@ _MODES = {
 }
 
 
-def options(asked: m.ChatOptions) -> dict[str, Any]:
+def options(asked: q.ChatOptions) -> dict[str, Any]:
     """The fields of a ChatRequest."""
     fields: dict[str, Any] = {**asked}
     if "tools" in asked:
@@ -26,14 +27,14 @@ def options(asked: m.ChatOptions) -> dict[str, Any]:
     return fields
 
 
-def calls(delta: inf.Delta | inf.Choice) -> Iterator[m.ToolCall]:
+def calls(delta: inf.Delta | inf.Choice) -> Iterator[a.ToolCall]:
     found: Any = delta.tool_calls
     for i, call in enumerate(found):
         index = call.index if isinstance(call, inf.ToolCallDelta) else i
-        yield m.ToolCall(call.id, call.name, call.arguments, index)
+        yield a.ToolCall(call.id, call.name, call.arguments, index)
 
 
-def _function(tool: m.Function) -> inf.Function:
+def _function(tool: q.Function) -> inf.Function:
     schema = tool.parameters
     return inf.Function(
         name=tool.name,
@@ -43,7 +44,7 @@ def _function(tool: m.Function) -> inf.Function:
     )
 
 
-def _choice(choice: m.ToolChoice) -> inf.ToolChoice:
-    if isinstance(choice, m.Function):
+def _choice(choice: q.ToolChoice) -> inf.ToolChoice:
+    if isinstance(choice, q.Function):
         return inf.ToolChoice(function=choice.name)
     return inf.ToolChoice(mode=_MODES.get(choice, inf.TOOL_CHOICE_MODE_UNSPECIFIED))

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from loriner_client._models import (
+from loriner_client._answers import (
     Completion,
     Delta,
     Embeddings,
     Opening,
     Part,
-    Query,
-    StreamQuery,
     UploadReport,
     Usage,
 )
+from loriner_client._queries import Query, StreamQuery
 from loriner_client._upload import Upload
 
 A = TypeVar("A")

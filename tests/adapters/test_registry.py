@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 
@@ -56,15 +56,8 @@ def disk() -> Disk:
     return Disk()
 
 
-def closing(registry: Registry, check: Callable[[Registry], None]) -> None:
-    try:
-        check(registry)
-    finally:
-        registry.close()
-
-
 def test_wanting_never_waits_and_loads_once(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk)) as registry:
         disk.gate.clear()
         disk.wanted.add("a")
         for _ in range(3):
@@ -74,11 +67,9 @@ def test_wanting_never_waits_and_loads_once(disk: Disk) -> None:
         wait_for(registry, "a", Readiness.SEATED)
         assert disk.loads == ["a"] and registry.tier("a") == "gpu"
 
-    closing(make(disk), check)
-
 
 def test_a_prefetched_generation_waits_on_the_host(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk)) as registry:
         disk.wanted.add("a")
         registry.prefetch("a")
         deadline = time.monotonic() + 5
@@ -87,11 +78,9 @@ def test_a_prefetched_generation_waits_on_the_host(disk: Disk) -> None:
             registry.poll()
         assert registry.want("a") is Readiness.SEATED
 
-    closing(make(disk), check)
-
 
 def test_without_a_free_seat_it_stays_on_the_host(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk, seats=1)) as registry:
         wait_for(registry, "a", Readiness.SEATED)
         registry.pool.acquire("a")
         wait_for(registry, "b", Readiness.NO_SEAT)
@@ -99,42 +88,34 @@ def test_without_a_free_seat_it_stays_on_the_host(disk: Disk) -> None:
         assert registry.want("b") is Readiness.SEATED
         assert registry.tier("a") == "host"
 
-    closing(make(disk, seats=1), check)
-
 
 def test_a_failure_is_told_and_the_next_one_tries_again(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk)) as registry:
         disk.broken.add("a")
         wait_for(registry, "a", Readiness.FAILED)
         assert isinstance(registry.take_failure("a"), OSError)
         disk.broken.clear()
         wait_for(registry, "a", Readiness.SEATED)
 
-    closing(make(disk), check)
-
 
 def test_what_no_pool_could_hold_fails(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk)) as registry:
         disk.sizes["big"] = 101
         wait_for(registry, "big", Readiness.FAILED)
         assert isinstance(registry.take_failure("big"), AdapterTooLargeError)
 
-    closing(make(disk), check)
-
 
 def test_the_host_tier_forgets_the_least_recently_used(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk, seats=1, host_bytes=20)) as registry:
         for name in "abcd":
             wait_for(registry, name, Readiness.SEATED)
         assert registry.host_used_bytes <= 20
         assert registry.tier("d") == "gpu"
         assert registry.tier("a") == "disk"
 
-    closing(make(disk, seats=1, host_bytes=20), check)
-
 
 def test_two_that_load_at_once_both_get_their_turn_on_a_small_host(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk, host_bytes=10)) as registry:
         disk.gate.clear()
         disk.wanted |= {"a", "b"}
         registry.prefetch("a")
@@ -144,11 +125,9 @@ def test_two_that_load_at_once_both_get_their_turn_on_a_small_host(disk: Disk) -
         wait_for(registry, "b", Readiness.SEATED)
         assert disk.loads == ["a", "b"], "one pushed the other out before it was used"
 
-    closing(make(disk, host_bytes=10), check)
-
 
 def test_what_nobody_waits_for_any_more_is_not_loaded(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk)) as registry:
         disk.gate.clear()
         disk.wanted |= {"a", "b", "c", "d"}
         for name in "abcd":
@@ -158,11 +137,9 @@ def test_what_nobody_waits_for_any_more_is_not_loaded(disk: Disk) -> None:
         wait_for(registry, "d", Readiness.SEATED)
         assert disk.loads == ["a", "d"]
 
-    closing(make(disk), check)
-
 
 def test_a_failure_that_nobody_waits_for_is_forgotten(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk)) as registry:
         disk.broken.add("a")
         disk.wanted.add("a")
         registry.prefetch("a")
@@ -174,22 +151,18 @@ def test_a_failure_that_nobody_waits_for_is_forgotten(disk: Disk) -> None:
         disk.broken.clear()
         wait_for(registry, "a", Readiness.SEATED)
 
-    closing(make(disk), check)
-
 
 def test_a_pinned_generation_takes_a_free_seat_by_itself(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk)) as registry:
         registry.keep("a")
         deadline = time.monotonic() + 5
         while registry.tier("a") != "gpu":
             assert time.monotonic() < deadline
             registry.poll()
 
-    closing(make(disk), check)
-
 
 def test_evicting_takes_it_out_of_both_tiers_unless_it_runs(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk)) as registry:
         wait_for(registry, "a", Readiness.SEATED)
         registry.pool.acquire("a")
         assert not registry.evict("a")
@@ -197,11 +170,9 @@ def test_evicting_takes_it_out_of_both_tiers_unless_it_runs(disk: Disk) -> None:
         assert registry.evict("a") and registry.tier("a") == "disk"
         assert registry.host_used_bytes == 0
 
-    closing(make(disk), check)
-
 
 def test_one_that_is_evicted_before_its_turn_to_load_is_forgotten(disk: Disk) -> None:
-    def check(registry: Registry) -> None:
+    with closing(make(disk)) as registry:
         disk.gate.clear()
         disk.wanted |= {"a", "b"}
         registry.prefetch("a")
@@ -212,8 +183,6 @@ def test_one_that_is_evicted_before_its_turn_to_load_is_forgotten(disk: Disk) ->
         wait_for(registry, "a", Readiness.SEATED)
         assert disk.loads == ["a"] and registry.tier("b") == "disk"
 
-    closing(make(disk), check)
-
 
 def test_several_loaders_work_side_by_side(disk: Disk) -> None:
     barrier = threading.Barrier(3, timeout=5)
@@ -222,8 +191,7 @@ def test_several_loaders_work_side_by_side(disk: Disk) -> None:
         barrier.wait()
         return SeatWeights({}, None, 10)
 
-    registry = Registry(source, Pool(100, 4), 100, lambda: None, num_loaders=3)
-    try:
+    with closing(Registry(source, Pool(100, 4), 100, lambda: None, num_loaders=3)) as registry:
         for name in "abc":
             registry.prefetch(name)
         deadline = time.monotonic() + 5
@@ -231,15 +199,13 @@ def test_several_loaders_work_side_by_side(disk: Disk) -> None:
             assert time.monotonic() < deadline
             registry.poll()
         registry.check_integrity()
-    finally:
-        registry.close()
 
 
 def test_no_second_load_starts_without_room_for_it_on_the_host(disk: Disk) -> None:
     registry = Registry(disk, Pool(100, 4), 25, lambda: None, num_loaders=3)
     disk.wanted |= set("abcd")
     registry.is_wanted = disk.wanted.__contains__
-    try:
+    with closing(registry):
         wait_for(registry, "a", Readiness.SEATED)
         disk.gate.clear()
         for name in "bcd":
@@ -248,8 +214,6 @@ def test_no_second_load_starts_without_room_for_it_on_the_host(disk: Disk) -> No
         disk.gate.set()
         for name in "bcd":
             wait_for(registry, name, Readiness.SEATED)
-    finally:
-        registry.close()
 
 
 def test_thousands_of_generations_cost_no_more_than_a_few(disk: Disk) -> None:
@@ -264,7 +228,7 @@ def test_thousands_of_generations_cost_no_more_than_a_few(disk: Disk) -> None:
 
         items = values = keys = __iter__  # type: ignore[assignment]
 
-    def check(registry: Registry) -> None:
+    with closing(make(disk, host_bytes=200)) as registry:
         for i in range(50):
             wait_for(registry, str(i), Readiness.SEATED)
         registry._entries = Counting(registry._entries)  # type: ignore[assignment]
@@ -273,5 +237,3 @@ def test_thousands_of_generations_cost_no_more_than_a_few(disk: Disk) -> None:
             registry.host_used_bytes + registry.pool.used_bytes
             registry.take_changes()
         assert Counting.walks == 0
-
-    closing(make(disk, host_bytes=200), check)

@@ -237,6 +237,10 @@ class FakeService:
         for name in names:
             self.store.add(name)
 
+    def renew(self, *names: str) -> None:
+        """Be as new: for tests that share a server."""
+        FakeService.__init__(self, self.store.root, *names)
+
     @property
     def ready(self) -> bool:
         return self.state == "ready"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from loriner.api.server import Server
 from loriner.config import ServerConfig
+from tests.api.fake_service import FakeService
 
 
 class LiveServer:
@@ -40,6 +42,12 @@ class LiveServer:
     def join(self) -> None:
         self._thread.join(10)
         assert not self._thread.is_alive()
+
+
+def shared_server(root: Path, **settings: Any) -> LiveServer:
+    """For a module's tests: each begins with `service.renew`. `settings` are of ServerConfig."""
+    config = ServerConfig(port=0, store=root, **settings)
+    return LiveServer(FakeService(root / "store"), config)
 
 
 def wait_until(is_true: Callable[[], bool], timeout_s: float = 5.0) -> float:

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 import pytest
 
 from loriner.api import upload
-from loriner.config import ServerConfig
 from tests.api.fake_service import FakeService
-from tests.api.live import LiveServer, wait_until
+from tests.api.live import LiveServer, shared_server, wait_until
 
 FREED_S = 0.5
 HI = {"messages": [{"role": "user", "content": "hi"}]}
@@ -28,15 +27,14 @@ BODIES: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    root = tmp_path_factory.mktemp("shared")
-    with LiveServer(FakeService(root / "store"), ServerConfig(port=0, store=root)) as server:
+    with shared_server(tmp_path_factory.mktemp("shared")) as server:
         yield server
 
 
 @pytest.fixture
 def live(shared: LiveServer) -> LiveServer:
     """One server for the whole module, its service as new for each test."""
-    FakeService.__init__(shared.service, shared.service.store.root)
+    shared.service.renew()
     return shared
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loriner.config import ServerConfig
 from loriner.errors import (
     ContextLengthError,
     EngineFailedError,
@@ -17,7 +15,7 @@ from loriner.errors import (
     OverloadedError,
 )
 from tests.api.fake_service import FakeService
-from tests.api.live import LiveServer, wait_until
+from tests.api.live import LiveServer, shared_server, wait_until
 
 pytestmark = pytest.mark.clients("openai")
 
@@ -27,15 +25,14 @@ HI: list[Any] = [{"role": "user", "content": "hi"}]
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     root = tmp_path_factory.mktemp("shared")
-    config = ServerConfig(port=0, store=root, api_key="secret", admin_key="boss")
-    with LiveServer(FakeService(root / "store"), config) as server:
+    with shared_server(root, api_key="secret", admin_key="boss") as server:
         yield server
 
 
 @pytest.fixture
 def service(shared: LiveServer) -> FakeService:
     service = shared.service
-    FakeService.__init__(service, Path(service.store.root), "pirate")
+    service.renew("pirate")
     assert isinstance(service, FakeService)
     return service
 

@@ -3,24 +3,23 @@ kept apart from tools and grammars, and off where the base's template has no mar
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher
 from starlette.testclient import TestClient
 from tokenizers import AddedToken, Tokenizer
 
 from loriner.api.pieces import Content, Piece, Reasoning
 from loriner.api.reasoning import Thinking, effort_kwargs, thinking_of
-from loriner.engine.grammars import Constraint, Grammars, Kind, bridge
+from loriner.engine.grammars import Grammars, Kind
 from loriner.errors import InvalidRequestError
 from tests.api.fake_service import FakeService
 from tests.api.schemas import check, events
-from tests.tiny import IM_END, VOCAB_SIZE, make_tokenizer
+from tests.grammars import admits, compiled, open_grammars
+from tests.tiny import make_tokenizer
 
 TEMPLATE = "{{ tools }}<tool_call><think></think>{{ enable_thinking }}"
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
@@ -289,29 +288,16 @@ def test_a_response_has_its_reasoning_as_an_item_that_can_be_sent_back(
     assert refused["param"] == "reasoning.effort"
 
 
-def says(grammar: str, text: str, tokenizer: Tokenizer) -> bool:
-    """Whether `text` is a whole answer."""
-    trie = bridge(tokenizer.to_str(), VOCAB_SIZE, (IM_END,))
-    matcher = LLMatcher(trie, grammar, log_level=0)
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    return matcher.consume_tokens(ids) and matcher.is_accepting()
-
-
 @pytest.fixture(scope="module", params=["text", "tokens"])
-def marked(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Grammars, Tokenizer]]:
+def marked(request: pytest.FixtureRequest) -> Iterator[tuple[Grammars, Tokenizer]]:
     """Marks that the tokenizer spells, and marks that are tokens without being special, as Qwen 3
     and R1 have them."""
     tokenizer = make_tokenizer()
     if request.param == "tokens":
         marks = ("<think>", "</think>")
         tokenizer.add_tokens([AddedToken(m, special=False, normalized=False) for m in marks])
-    folder = tmp_path_factory.mktemp("grammars")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    made = Grammars(folder, VOCAB_SIZE, (IM_END,))
-    yield made, tokenizer
-    made.close()
+    with open_grammars(tokenizer) as grammars:
+        yield grammars, tokenizer
 
 
 @pytest.mark.parametrize(
@@ -333,8 +319,8 @@ def test_every_kind_of_grammar_lets_the_model_think_first(
         return json.dumps(mark) if token is None else f"<[{token}]>"
 
     def fits(thinking: Thinking, said: str) -> bool:
-        constraint = Constraint(kind, text, "the.field", thinking.grammar(spell))
-        return says(asyncio.run(grammars.compile(constraint)), said, tokenizer)
+        grammar = compiled(grammars, kind, text, before=thinking.grammar(spell))
+        return admits(grammar, said, tokenizer)
 
     thought = f"so {answer} <b>\n</think>\n\n"
     assert fits(OPEN, thought + answer) and not fits(OPEN, answer)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 from jsonschema import validate
 from llguidance import LLMatcher
@@ -17,8 +14,9 @@ from loriner.api.pieces import Arguments, Call, Content
 from loriner.api.tool_formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat
 from loriner.api.tool_reader import ToolReader
 from loriner.api.tool_schema import NamedTool, Tool, ToolUse, tool_use
-from loriner.engine.grammars import Constraint, Grammars, Kind, bridge
-from tests.tiny import IM_END, IM_START, VOCAB_SIZE, make_tokenizer, write_tokenizer
+from loriner.engine.grammars import Grammars, Kind
+from tests.grammars import compiled, matcher_of, next_ids
+from tests.tiny import IM_END, IM_START
 
 FORMATS = [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS]
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -31,15 +29,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
     "get.time-2": {"type": "object", "properties": {}, "additionalProperties": False},
 }
-
-
-@pytest.fixture(scope="module")
-def grammars(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grammars]:
-    folder = tmp_path_factory.mktemp("tools")
-    write_tokenizer(folder)
-    made = Grammars(folder, VOCAB_SIZE, (IM_END,))
-    yield made
-    made.close()
 
 
 def use_of(choice: Any, parallel: bool = True, *, strict: bool = False) -> ToolUse:
@@ -60,18 +49,16 @@ def matcher(grammars: Grammars, form: ToolFormat, use: ToolUse, *, special: bool
         return f"<[{IM_START}]>" if special and piece == form.mark else json.dumps(piece)
 
     lark = form.grammar(use, spell)
-    grammar = asyncio.run(grammars.compile(Constraint(Kind.GRAMMAR, lark, "tools")))
-    trie = bridge(make_tokenizer().to_str(), VOCAB_SIZE, (IM_END,))
-    return LLMatcher(trie, grammar, log_level=0)
+    return matcher_of(compiled(grammars, Kind.GRAMMAR, lark, "tools"))
 
 
 def written(form: ToolFormat, matcher: LLMatcher, rng: random.Random) -> str:
     """A random answer, likelier to end where it may."""
     ids: list[int] = []
     while not matcher.is_stopped():
-        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
-        allowed = np.flatnonzero(bits).tolist()
-        ids.append(IM_END if IM_END in allowed and rng.random() < 0.5 else rng.choice(allowed))
+        may_follow = next_ids(matcher)
+        ends = IM_END in may_follow and rng.random() < 0.5
+        ids.append(IM_END if ends else rng.choice(may_follow))
         assert matcher.consume_token(ids[-1])
     parts = bytes(0 if i == IM_START else i for i in ids if i != IM_END)
     return parts.decode().replace("\0", form.mark)

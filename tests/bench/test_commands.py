@@ -3,6 +3,7 @@ status."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from loriner.adapters.store import Store
+from loriner.bench.figures import Figures
+from loriner.bench.load import tell_gaps
 from loriner.cli import main
 from loriner.engine.cpu_runner import CpuRunner
 
@@ -128,6 +131,49 @@ def test_load_times_every_tier_and_the_gaps_of_running_streams(bench: Any, tmp_p
     assert set(gaps) == {"quiet", "loading", "loading and asking"}
     assert all(0 < of["median_ms"] <= of["p99_ms"] <= of["longest_ms"] for of in gaps.values())
     assert "6 adapters loaded of 6" in ran.table
+
+
+def test_load_measures_both_ways_in_contexts_that_end_before_the_loads(
+    bench: Any, tmp_path: Path
+) -> None:
+    ran = bench(
+        "load",
+        "--streams 2 --loads 1000 --trials 1 --prompt 8 --longest 1024 --ranks 2 --folder",
+        str(tmp_path),
+    )
+
+    assert {of["while"] for of in ran.of["gaps"] if of["steps"] > 0 < of["p99_of_quiet"]} == {
+        "quiet",
+        "loading",
+        "loading and asking",
+    }
+    assert "loaded of 2000: contexts of 1024 tokens had room for no more" in ran.table
+
+
+def test_gaps_that_nobody_saw_are_told_as_none(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = Figures(argparse.Namespace(device="cpu", threads=1, commit="", json=None))
+    tell_gaps({"quiet": [], "loading": [0.002, 0.004]}, figures)
+
+    rows = [line.strip("| ").split() for line in capsys.readouterr().out.strip().splitlines()]
+    assert rows[-2] == ["quiet", *("|", "0"), *("|", "none") * 4]
+    assert rows[-1] == ["loading", *("|", "2"), *("|", "3.00"), *("|", "4.00") * 2, *("|", "none")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--prompt 100 --longest 164", "longest: a stream of 164 tokens with a prompt of 100"),
+        ("--prompt 4032", "longest: a stream of 4096 tokens"),
+        ("--trials 0", "trials: at least 1."),
+    ],
+)
+def test_load_refuses_what_leaves_it_nothing_to_measure(
+    flags: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "load", "--device", "cpu", "--shape", "tiny", *flags.split()]
+
+    assert main(command) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_serve_streams_over_http_beside_the_engine_alone(bench: Any, tmp_path: Path) -> None:

@@ -129,10 +129,7 @@ def test_a_job_on_bad_rows_fails_with_their_lines(client: Any, tmp_path: Path) -
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": 3}\n')
     job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client, bad))
-    deadline = time.monotonic() + 60
-    while (job := client.fine_tuning.jobs.retrieve(job.id)).status != "failed":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    job = wait_for(client, job.id, "failed")
 
     assert "line 1: `messages` must be a list of messages" in job.error.message
     assert job.fine_tuned_model is None
@@ -163,10 +160,7 @@ def test_a_setting_that_train_refuses_fails_the_job_by_name(client: Any) -> None
     job = client.fine_tuning.jobs.create(
         model="tiny", training_file=upload(client), extra_body={"loriner": {"rank": 999}}
     )
-    deadline = time.monotonic() + 60
-    while (job := client.fine_tuning.jobs.retrieve(job.id)).status != "failed":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    job = wait_for(client, job.id, "failed")
     assert "rank must be at most 256" in job.error.message
 
 

@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from llguidance import LLMatcher
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from loriner.engine.grammars import MAX_CHARS, Constraint, Grammars, Kind, bridge
 from loriner.errors import InvalidRequestError
-from tests.tiny import IM_END, VOCAB_SIZE, make_tokenizer, write_tokenizer
-
-
-@pytest.fixture(scope="module")
-def grammars(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grammars]:
-    folder = tmp_path_factory.mktemp("grammars")
-    write_tokenizer(folder)
-    made = Grammars(folder, VOCAB_SIZE, (IM_END,))
-    yield made
-    made.close()
-
-
-def compiled(grammars: Grammars, kind: Kind, text: str) -> str:
-    return asyncio.run(grammars.compile(Constraint(kind, text, "the.field")))
-
-
-def says(grammar: str, text: str) -> bool:
-    """Whether `text` is a whole answer."""
-    trie = bridge(make_tokenizer().to_str(), VOCAB_SIZE, (IM_END,))
-    matcher = LLMatcher(trie, grammar, log_level=0)
-    return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+from tests.grammars import admits, compiled, next_ids
+from tests.tiny import IM_END, VOCAB_SIZE
 
 
 @pytest.mark.parametrize(
@@ -55,7 +35,7 @@ def test_each_kind_is_compiled(
 ) -> None:
     grammar = compiled(grammars, kind, text)
 
-    assert says(grammar, answer) and not says(grammar, other)
+    assert admits(grammar, answer) and not admits(grammar, other)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +46,8 @@ def test_space_in_json_has_a_bound(grammars: Grammars, space: str, allowed: bool
     schema = {"type": "array", "items": {"type": "integer"}}
     grammar = compiled(grammars, Kind.JSON, json.dumps(schema))
 
-    assert says(grammar, f"[1,{space}2]") is allowed
-    assert not says(grammar, "[1] ")
+    assert admits(grammar, f"[1,{space}2]") is allowed
+    assert not admits(grammar, "[1] ")
 
 
 @pytest.mark.parametrize(
@@ -198,8 +178,7 @@ def test_a_sentencepiece_tokenizer_is_bridged() -> None:
     )
     ids = []
     while not matcher.is_stopped():
-        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
-        ids.append(int(np.flatnonzero(bits)[-1]))
+        ids.append(next_ids(matcher)[-1])
         assert matcher.consume_token(ids[-1])
 
     assert tokenizer.decode(ids) == '{"é": ab2世}'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from pathlib import Path
@@ -13,11 +12,12 @@ import torch
 
 from loriner.core import FinishReason, Request, SamplingParams
 from loriner.engine.cpu_runner import CpuRunner
-from loriner.engine.grammars import Constraint, Grammars, Kind
+from loriner.engine.grammars import Grammars, Kind
 from loriner.errors import InvalidRequestError
 from loriner.model.transformer import KvCache
 from tests.engines import LateRunner, WatchedEngine, build_engine, engine_config
 from tests.fakes import make_request
+from tests.grammars import compiled
 from tests.tiny import IM_END, VOCAB_SIZE, write_tiny_base
 
 BLOCK = 4
@@ -58,13 +58,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("guides"))
 
 
-def compiled(lab: Lab, kind: Kind, text: str) -> str:
-    return asyncio.run(lab.grammars.compile(Constraint(kind, text, "field")))
-
-
 def regex_request(lab: Lab, regex: str = SHORT, **fields: Any) -> Request:
     fields = {"max_tokens": 64, **fields}
-    return make_request(grammar=compiled(lab, Kind.REGEX, regex), **fields)
+    return make_request(grammar=compiled(lab.grammars, Kind.REGEX, regex), **fields)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -84,7 +80,7 @@ def test_an_answer_matches_its_grammar(
 
 
 def test_a_json_schema_is_kept(lab: Lab) -> None:
-    grammar = compiled(lab, Kind.JSON, json.dumps(POINT))
+    grammar = compiled(lab.grammars, Kind.JSON, json.dumps(POINT))
     engine = lab.engine()
     engine.run_all([make_request(grammar=grammar, max_tokens=100, n=4, temperature=1.0)])
     engine.close()
@@ -147,7 +143,9 @@ def mixture(lab: Lab) -> list[Request]:
         fields |= {"repetition_penalty": 1.2} if i % 5 == 0 else {}
         prompt = [(7 * i + k) % 256 for k in range(3 + i)]
         if i % 2 or i % 3 == 0:
-            fields["grammar"] = compiled(lab, Kind.REGEX, SHORT if i % 4 else r"(\d+,){1,8}\.")
+            fields["grammar"] = compiled(
+                lab.grammars, Kind.REGEX, SHORT if i % 4 else r"(\d+,){1,8}\."
+            )
         requests.append(make_request(prompt, **fields))
     return requests
 
@@ -211,7 +209,7 @@ def test_a_grammar_that_gets_too_hard_fails_its_sequence_alone(
     hard = LLParserLimits(step_lexer_fuel=1, step_max_items=1, precompute_large_lexemes=False)
     monkeypatch.setattr("loriner.engine.guides.LIMITS", hard)
     engine = lab.engine()
-    grammar = compiled(lab, Kind.JSON, json.dumps({"type": "object"}))
+    grammar = compiled(lab.grammars, Kind.JSON, json.dumps({"type": "object"}))
     engine.run_all([make_request(grammar=grammar, max_tokens=40), make_request(request_id="free")])
     engine.close()
 

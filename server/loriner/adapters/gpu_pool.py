@@ -8,6 +8,7 @@ step launched before that, and a seat is ready only once its image and its row h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -119,14 +120,11 @@ class DeviceSeats:
     def _pairs(self, seat_id: int, image: SeatImage, allocation: Allocation) -> Pairs:
         """The image, in as few stretches as it has on the device, then the row of the table."""
         places = [start * self._page for start in allocation.starts]
-        first = 0  # chunk of the stretch
-        for i, (_, end) in enumerate(image.plan.chunks):
-            start = image.plan.chunks[first][0]
-            if i + 1 < len(places) and places[i + 1] - places[first] == end - start:
-                continue
-            target = self._slab[places[first] : places[first] + end - start]
-            yield target, image.bytes[start:end]
-            first = i + 1
+        placed = zip(image.plan.chunks, places, strict=True)
+        for shift, stretch in groupby(placed, key=lambda one: one[1] - one[0][0]):
+            chunks = [chunk for chunk, _ in stretch]
+            start, end = chunks[0][0], chunks[-1][1]
+            yield self._slab[start + shift : end + shift], image.bytes[start:end]
         base = self._slab.data_ptr()
         row = self._rows[seat_id]
         row.copy_(torch.from_numpy(image.plan.entries([base + place for place in places])))

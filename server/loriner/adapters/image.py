@@ -26,6 +26,7 @@ PAGE_BYTES = 16 << 10  # in which device memory is handed out
 CHUNK_BYTES = 2 << 20  # an image may be split where a chunk has at least this much
 MAX_SLICES = 3  # q, k and v
 NONE = -1
+_A, _B, _BIAS = 0, 1, 1 + MAX_SLICES  # columns of `ImagePlan.offsets`; from the last two on, slices
 
 ENTRY = np.dtype(  # the entry of one fused linear in the seat table, as kernels read it
     [
@@ -113,9 +114,9 @@ class ImagePlan:
         shifted = self.offsets + shift[self.chunk_of][:, None]
         pointers = np.where(self.offsets == NONE, 0, shifted).astype(np.uint64)
         table = np.zeros(len(pointers), ENTRY)
-        table["a"] = pointers[:, 0]
-        table["b"] = pointers[:, 1 : 1 + MAX_SLICES]
-        table["bias"] = pointers[:, 1 + MAX_SLICES :]
+        table["a"] = pointers[:, _A]
+        table["b"] = pointers[:, _B:_BIAS]
+        table["bias"] = pointers[:, _BIAS:]
         table["scale"], table["rank_end"] = self.scales, self.rank_ends
         return table.view(np.uint8).reshape(len(table), ENTRY.itemsize)
 
@@ -161,39 +162,37 @@ class _Planning:
         self._chunk_start = 0
 
     def add_group(self, group: int, members: Sequence[tuple[int, str, Module]]) -> None:
+        """One fused linear. `members`: (slice, name, module), in the order of the slices."""
         if self.position - self._chunk_start >= self.layout.chunk_bytes:
             self.close_chunk()
-        is_embedding = group == self.layout.embedding
         self.chunk_of[group] = len(self.chunks)
-        self.offsets[group, 0] = self.position
-        rank = 0
-        for _, name, module in members:
-            shape = (module.rank, module.num_in)
-            place = Place(
-                self.position + rank * module.num_in * 2,
-                shape[::-1] if is_embedding else shape,
-                torch.bfloat16,
-                is_embedding,
-            )
-            self.places[name, "a"] = place
-            rank += module.rank
-        self.position = _round_up(self.position + rank * members[0][2].num_in * 2, ALIGNMENT)
+        self._add_a(group, members)
         rank = 0
         for part, name, module in members:
             rank += module.rank
             self.rank_ends[group, part:] = rank
             self.scales[group, part] = module.scaling
             shape = (module.num_out, module.rank)
-            self._add(group, 1 + part, name, "b", shape, torch.bfloat16)
+            self._add(group, _B + part, name, "b", shape, torch.bfloat16)
             if module.has_bias:
-                column = 1 + MAX_SLICES + part
-                self._add(group, column, name, "bias", shape[:1], torch.float32)
+                self._add(group, _BIAS + part, name, "bias", shape[:1], torch.float32)
 
     def close_chunk(self) -> None:
         self.position = _round_up(self.position, self.layout.page_bytes)
         if self.position > self._chunk_start:
             self.chunks.append((self._chunk_start, self.position))
         self._chunk_start = self.position
+
+    def _add_a(self, group: int, members: Sequence[tuple[int, str, Module]]) -> None:
+        """The A of all slices, one on the other without gaps: they are read as one."""
+        self.offsets[group, _A] = end = self.position
+        transposed = group == self.layout.embedding
+        for _, name, module in members:
+            shape = (module.rank, module.num_in)
+            place = Place(end, shape[::-1] if transposed else shape, torch.bfloat16, transposed)
+            self.places[name, "a"] = place
+            end += place.num_bytes
+        self.position = _round_up(end, ALIGNMENT)
 
     def _add(
         self,

@@ -17,8 +17,9 @@ from loriner.adapters.disk import storage_errors, sync_tree
 from loriner.adapters.formats import BaseTensor, Modules
 from loriner.adapters.generations import Generations
 from loriner.adapters.intake import Limits, collect
-from loriner.adapters.names import AdapterName, AdapterRef, is_digest, parse_name, parse_ref, show
-from loriner.adapters.records import READY, AdapterRecord, PublishReport, check_expected
+from loriner.adapters.lookup import Lookup
+from loriner.adapters.names import AdapterName, AdapterRef, parse_name, parse_ref, show
+from loriner.adapters.records import READY, AdapterRecord, PublishReport
 from loriner.adapters.seal import seal_folder
 from loriner.adapters.template import CheckTemplate, refuse_template, take_template
 from loriner.errors import AdapterNotFoundError, AdapterStoreError, InvalidAdapterError
@@ -56,6 +57,7 @@ class Store:
         with storage_errors():
             self._generations = Generations(root, modules, base_digest, base_tensor)
         self._catalogue = self._generations.catalogue
+        self._lookup = Lookup(self._generations)
 
     def __enter__(self) -> Store:
         return self
@@ -90,7 +92,7 @@ class Store:
         if not folder.is_dir():
             raise InvalidAdapterError(["there is no such folder"])
         with storage_errors(), self.staging() as staged:
-            self._check_expected(full, expected_generation)
+            self._lookup.check_expected(full, expected_generation)
             ignored = collect(folder, staged, self._limits).ignored
             template, unused = take_template(staged, self._check_template)
             adapter = self._generations.read(staged).with_template(template)
@@ -98,14 +100,14 @@ class Store:
             seal_folder(staged, adapter, self._generations.modules)
             sync_tree(staged)
             with self._generations.exclusive():
-                self._check_expected(full, expected_generation)
+                self._lookup.check_expected(full, expected_generation)
                 existed = self._generations.add(
                     staged,
                     generation,
                     adapter.template,
                     lambda: self._point(full, generation, None, source),
                 )
-                entry = self._entry(AdapterRef(full))
+                entry = self._lookup.entry(AdapterRef(full))
                 self._generations.remove_garbage()
         return self._report(entry, existed, (*ignored, *unused))
 
@@ -116,7 +118,7 @@ class Store:
         published for another base.
         """
         with storage_errors():
-            return self._record(self._servable(parse_ref(name)))
+            return self._lookup.record(self._lookup.servable(parse_ref(name)))
 
     def acquire(self, name: str) -> AdapterRecord:
         """`resolve`, and keep the generation's files until the matching `release`."""
@@ -125,9 +127,9 @@ class Store:
         with storage_errors():
             while True:
                 with self._generations.holding():
-                    entry = self._servable(ref)
+                    entry = self._lookup.servable(ref)
                     if self._hold(ref, entry.generation.digest):
-                        return self._record(entry)
+                        return self._lookup.record(entry)
                 if time.monotonic() > give_up_at:
                     raise AdapterStoreError("Another process keeps the adapter locked.")
                 time.sleep(HOLD_RETRY_S)
@@ -140,13 +142,13 @@ class Store:
     def list(self, tenant: str | None = None, *, all_states: bool = False) -> Records:
         """Names in order, of all tenants or one; only what can be served unless `all_states`."""
         with storage_errors():
-            records = [self._record(entry) for entry in self._catalogue.names(tenant)]
+            records = [self._lookup.record(entry) for entry in self._catalogue.names(tenant)]
         return [record for record in records if all_states or record.state == READY]
 
     def get(self, name: str) -> AdapterRecord:
         """The record of a name in whatever state. Raises AdapterNotFoundError."""
         with storage_errors():
-            return self._record(self._entry(parse_ref(name)))
+            return self._lookup.record(self._lookup.entry(parse_ref(name)))
 
     def history(self, name: str) -> Records:
         """The generations a name stood for, newest (the present one) first."""
@@ -155,7 +157,7 @@ class Store:
             entries = self._catalogue.history(str(full))
         if not entries:
             raise AdapterNotFoundError(str(full))
-        return [self._record(entry) for entry in entries]
+        return [self._lookup.record(entry) for entry in entries]
 
     def set_alias(
         self, name: str, target: str, *, expected_generation: str | None = None
@@ -168,32 +170,32 @@ class Store:
         """
         full = parse_name(name)
         with storage_errors(), self._generations.exclusive():
-            self._check_expected(full, expected_generation)
-            generation, alias_of, source = self._target(full, target)
+            self._lookup.check_expected(full, expected_generation)
+            generation, alias_of, source = self._lookup.target(full, target)
             with self._catalogue.transaction():
                 self._point(full, generation, alias_of, source)
             self._generations.remove_garbage()
-            return self._record(self._entry(AdapterRef(full)))
+            return self._lookup.record(self._lookup.entry(AdapterRef(full)))
 
     def delete(self, name: str, *, expected_generation: str | None = None) -> AdapterRecord:
         """Forget a name and its history; other names of the same generations stay."""
         full = _plain(name)
         with storage_errors(), self._generations.exclusive():
-            entry = self._entry(AdapterRef(full))
-            self._check_expected(full, expected_generation)
+            entry = self._lookup.entry(AdapterRef(full))
+            self._lookup.check_expected(full, expected_generation)
             with self._catalogue.transaction():
                 self._catalogue.delete_name(entry.name)
             self._generations.remove_garbage()
-            return self._record(entry)
+            return self._lookup.record(entry)
 
     def set_pinned(self, name: str, pinned: bool) -> AdapterRecord:
         """Mark a name as one to keep ready to run, or take the mark away."""
         full = _plain(name)
         with storage_errors(), self._generations.exclusive():
-            self._entry(AdapterRef(full))
+            self._lookup.entry(AdapterRef(full))
             with self._catalogue.transaction():
                 self._catalogue.set_pinned(str(full), pinned)
-            return self._record(self._entry(AdapterRef(full)))
+            return self._lookup.record(self._lookup.entry(AdapterRef(full)))
 
     def path(self, generation: str) -> Path:
         """The folder of a generation that can be served; it stays while the generation is held."""
@@ -215,10 +217,6 @@ class Store:
             known = self._generations.known(generation)
             return self._catalogue.template(known.digest)
 
-    def _check_expected(self, name: AdapterName, expected: str | None) -> None:
-        entry = self._catalogue.find(str(name))
-        check_expected(entry.generation.digest if entry else None, str(name), expected)
-
     def _point(
         self, name: AdapterName, generation: Generation, alias_of: str | None, source: str
     ) -> None:
@@ -226,60 +224,12 @@ class Store:
         self._catalogue.point(str(name), generation.digest, alias_of, text, int(time.time()))
         self._catalogue.trim_history(str(name), self._max_history)
 
-    def _target(self, name: AdapterName, target: str) -> tuple[Generation, str | None, str]:
-        """What an alias may point at: (generation, name it was reached by, source)."""
-        if is_digest(target):
-            if not self._catalogue.is_in_tenant(target, name.tenant):
-                raise AdapterNotFoundError(target, "target")
-            return self._generations.known(target), None, "alias"
-        ref = parse_ref(target, param="target")
-        if ref.name.tenant != name.tenant:
-            raise AdapterNotFoundError(show(target), "target")
-        entry = self._servable(ref, "target")
-        alias_of = None if ref.name == name else str(ref.name)
-        return entry.generation, alias_of, entry.source
-
     def _hold(self, ref: AdapterRef, digest: str) -> bool:
         def still_wanted() -> bool:
-            entry = self._find(ref)
+            entry = self._lookup.find(ref)
             return entry is not None and entry.generation.digest == digest
 
         return self._generations.hold(digest, still_wanted)
-
-    def _find(self, ref: AdapterRef) -> Entry | None:
-        if ref.digest is None:
-            return self._catalogue.find(str(ref.name))
-        found = self._catalogue.find_generations(str(ref.name), ref.digest)
-        return found[0] if len(found) == 1 else None
-
-    def _entry(self, ref: AdapterRef, param: str = "adapter") -> Entry:
-        entry = self._find(ref)
-        if entry is None:
-            raise AdapterNotFoundError(str(ref), param)
-        return entry
-
-    def _servable(self, ref: AdapterRef, param: str = "adapter") -> Entry:
-        entry = self._entry(ref, param)
-        self._generations.check(entry.generation, str(ref))
-        return entry
-
-    def _record(self, entry: Entry) -> AdapterRecord:
-        generation = entry.generation
-        return AdapterRecord(
-            name=entry.name,
-            short_name=entry.name.partition("/")[2],
-            generation=generation.digest,
-            ranks=generation.ranks,
-            targets=generation.targets,
-            num_bytes=generation.num_bytes,
-            pinned=entry.pinned,
-            created_at=entry.created_at,
-            alias_of=entry.alias_of,
-            base_digest=generation.base_digest,
-            source=entry.source,
-            state=self._generations.state(generation),
-            has_template=generation.has_template,
-        )
 
     def _report(self, entry: Entry, existed: bool, ignored: tuple[str, ...]) -> PublishReport:
         generation = entry.generation

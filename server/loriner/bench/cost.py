@@ -77,9 +77,8 @@ def run(args: argparse.Namespace) -> int:
     options.require_device(args)
     from loriner.bench.dense_base import make_bases
     from loriner.bench.figures import Figures
-    from loriner.bench.timing import Stopwatch
 
-    figures = Figures(args, Stopwatch(args.device))
+    figures = Figures(args)
     with tempfile.TemporaryDirectory() as temporary:
         bases = make_bases(args.source, args.folder or Path(temporary))
         found = {v: _runs(v, args, bases, figures) for v in VARIANTS if v.key in args.variants}

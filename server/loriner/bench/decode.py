@@ -129,17 +129,13 @@ class Measured:
 def run(args: argparse.Namespace) -> int:
     options.require_device(args)
     from loriner.bench.figures import Figures
-    from loriner.bench.random_adapters import RandomAdapters
-    from loriner.bench.random_base import RandomBase
+    from loriner.bench.random_adapters import draw
     from loriner.bench.target import Target
-    from loriner.bench.timing import Stopwatch
 
-    watch = Stopwatch(args.device)
-    base = RandomBase(args.shape, args.device, seed=args.seed)
-    adapters = RandomAdapters(base.config, args.ranks, seed=args.seed)
+    base, adapters = draw(args)
     cases = list_cases(args, base.config.max_context)
-    figures = Figures(args, watch)
-    limits = figures.measure_limits(watch)
+    figures = Figures(args)
+    limits = figures.measure_limits()
     need = need_of(cases, adapters.num_bytes)
     target = Target(base, adapters, need, args.threads)
     try:

@@ -75,13 +75,10 @@ def run(args: argparse.Namespace) -> int:
     from loriner.bench.base_folder import write_base
     from loriner.bench.drive import Prompts
     from loriner.bench.figures import Figures
-    from loriner.bench.random_adapters import RandomAdapters
-    from loriner.bench.random_base import RandomBase
-    from loriner.bench.timing import Stopwatch
+    from loriner.bench.random_adapters import draw
 
-    base = RandomBase(args.shape, args.device, seed=args.seed)
-    adapters = RandomAdapters(base.config, args.ranks, seed=args.seed)
-    figures = Figures(args, Stopwatch(args.device))
+    base, adapters = draw(args)
+    figures = Figures(args)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         if args.base is None:

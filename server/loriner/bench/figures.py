@@ -32,16 +32,17 @@ class Limits:
 
 
 class Figures:
-    """The output of one run."""
+    """The output of one run. `watch` times the device that its flags name."""
 
-    def __init__(self, args: argparse.Namespace, watch: Stopwatch) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.watch = Stopwatch(args.device)
         self._file: Path | None = args.json
-        described = describe(args, watch)
+        described = describe(args, self.watch)
         self._write("  ".join(f"{key}={value}" for key, value in described.items()))
         self._append({"kind": "machine", **described})
 
-    def measure_limits(self, watch: Stopwatch) -> Limits:
-        limits = Limits(read_bandwidth(watch), matmul_rate(watch))
+    def measure_limits(self) -> Limits:
+        limits = Limits(read_bandwidth(self.watch), matmul_rate(self.watch))
         self._write(
             f"read {limits.read_bytes_per_s / 1e9:,.0f} GB/s, matmul"
             f" {limits.flop_per_s / 1e12:,.1f} TFLOP/s (measured now)"

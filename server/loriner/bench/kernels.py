@@ -80,22 +80,19 @@ def run(args: argparse.Namespace) -> int:
     options.require_device(args)
     from loriner.bench.figures import Figures
     from loriner.bench.random_base import RandomBase
-    from loriner.bench.timing import Stopwatch
 
-    watch = Stopwatch(args.device)
     base = RandomBase(args.shape, args.device, seed=args.seed)
-    figures = Figures(args, watch)
-    limits = figures.measure_limits(watch)
-    measured = measure_linears(args, base, watch, limits, figures)
+    figures = Figures(args)
+    limits = figures.measure_limits()
+    measured = measure_linears(args, base, limits, figures)
     figures.table(LINEAR_HEAD, [cells(one) for one in measured])
-    measure_others(args, base, watch, limits, figures)
+    measure_others(args, base, limits, figures)
     return 0
 
 
 def measure_linears(
     args: argparse.Namespace,
     base: RandomBase,
-    watch: Stopwatch,
     limits: Limits,
     figures: Figures,
 ) -> list[Measured]:
@@ -104,7 +101,7 @@ def measure_linears(
     kernels = Surface(base, args.threads)
     found: list[Measured] = []
     for fused in LINEARS:
-        bench = _LinearBench(fused, base, kernels, watch, limits)
+        bench = _LinearBench(fused, base, kernels, figures.watch, limits)
         found += bench.measure(args.rows, args.peers, args.repeats)
     for rows in args.rows:
         found.append(total([one for one in found if one.rows == rows]))
@@ -242,7 +239,6 @@ def total(parts: Sequence[Measured]) -> Measured:
 def measure_others(
     args: argparse.Namespace,
     base: RandomBase,
-    watch: Stopwatch,
     limits: Limits,
     figures: Figures,
 ) -> None:
@@ -250,7 +246,7 @@ def measure_others(
 
     rows = []
     for op in step_ops(base, args.rows, args.ranks, args.context, args.threads):
-        us = watch.each_us(op.launches, repeats=args.repeats)
+        us = figures.watch.each_us(op.launches, repeats=args.repeats)
         floor = 1e3 * limits.floor_ms(op.num_bytes)
         figures.record(
             "op",

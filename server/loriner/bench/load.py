@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loriner.bench import options
+from loriner.errors import ConfigError
 
 if TYPE_CHECKING:
     from loriner.adapters.store import Store
@@ -60,14 +63,12 @@ def add_command(subparsers: options.Parsers) -> None:
 def run(args: argparse.Namespace) -> int:
     options.require_device(args)
     from loriner.bench.figures import Figures
-    from loriner.bench.random_adapters import RandomAdapters
-    from loriner.bench.random_base import RandomBase
+    from loriner.bench.random_adapters import draw
     from loriner.bench.target import Target
-    from loriner.bench.timing import Stopwatch
 
-    base = RandomBase(args.shape, args.device, seed=args.seed)
-    adapters = RandomAdapters(base.config, args.ranks, seed=args.seed)
-    figures = Figures(args, Stopwatch(args.device))
+    base, adapters = draw(args)
+    check_flags(args, base.config.max_context)
+    figures = Figures(args)
     seats = args.streams + SPARE_SEATS
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         store = open_store(Path(folder) / "store", base)
@@ -82,6 +83,21 @@ def run(args: argparse.Namespace) -> int:
             target.close()
             store.close()
     return 0
+
+
+def check_flags(args: argparse.Namespace, max_context: int) -> None:
+    """Raises ConfigError."""
+    from loriner.bench.streams import ROOM
+
+    for flag in ("streams", "loads", "trials", "prompt"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"{flag}: at least 1.")
+    tokens = min(args.longest, max_context)
+    if tokens - args.prompt <= ROOM:
+        raise ConfigError(
+            f"longest: a stream of {tokens} tokens with a prompt of {args.prompt} has no room for"
+            f" a load, which takes {ROOM}."
+        )
 
 
 def open_store(root: Path, base: RandomBase) -> Store:
@@ -171,30 +187,54 @@ def measure_gaps(
     """Gaps between the tokens of `running` streams: quiet, and while `cold` ones are loaded."""
     from loriner.bench.streams import Streams
 
-    streams = Streams(target, running, args.prompt)
     gaps: dict[str, list[float]] = {"quiet": [], "loading": [], "loading and asking": []}
     num_loads = 0
     for label, load in (("loading", load_alone), ("loading and asking", load_and_ask)):
-        for first in range(0, args.loads, GROUP):
-            group = range(first, min(first + GROUP, args.loads))
-            before = len(gaps[label])
-            with streams.gaps_into(gaps[label]):
-                for index in group:
-                    if streams.has_room:
-                        load(target, streams, cold[index % len(cold)], args.prompt)
-                        num_loads += 1
-            with streams.gaps_into(gaps["quiet"]):
-                streams.run(len(gaps[label]) - before)
-    streams.close()
-    figures.note(f"{args.streams} streams; {num_loads} adapters loaded of {2 * args.loads}")
-    quiet = summary(gaps["quiet"])
+        streams = Streams(target, running, args.prompt)  # anew: each way has whole contexts
+        names = islice(cycle(cold), args.loads)
+        loads = [partial(load, target, streams, name, args.prompt) for name in names]
+        num_loads += alternate(streams, loads, gaps[label], gaps["quiet"])
+        streams.close()
+    told = f"{args.streams} streams; {num_loads} adapters loaded of {2 * args.loads}"
+    if num_loads < 2 * args.loads:
+        told += f": contexts of {target.runner.max_len} tokens had room for no more"
+    figures.note(told)
+    tell_gaps(gaps, figures)
+
+
+def alternate(
+    streams: Streams,
+    loads: Sequence[Callable[[], None]],
+    loading: list[float],
+    quiet: list[float],
+) -> int:
+    """Groups of `loads`, and as many quiet steps after each, while there is room for both; how many
+    were loaded."""
+    num_loads = 0
+    for first in range(0, len(loads), GROUP):
+        before = len(loading)
+        with streams.gaps_into(loading):
+            for load in loads[first : first + GROUP]:
+                if streams.has_room(len(loading) - before):
+                    load()
+                    num_loads += 1
+        with streams.gaps_into(quiet):
+            streams.run(len(loading) - before)
+    return num_loads
+
+
+def tell_gaps(gaps: Mapping[str, Sequence[float]], figures: Figures) -> None:
+    """Beside those of the quiet; where no gap was seen there are no figures."""
+    found = {label: summary(seen) for label, seen in gaps.items()}
+    quiet_ms = found["quiet"].get("p99_ms")
     rows = []
-    for label, found in gaps.items():
-        of = summary(found)
-        ratio = of["p99_ms"] / quiet["p99_ms"]
-        figures.record("gaps", {"while": label, **of, "p99_of_quiet": ratio})
-        figures_of = (f"{of[key]:.2f}" for key in ("median_ms", "p99_ms", "longest_ms"))
-        rows.append((label, str(len(found)), *figures_of, f"{ratio:.2f}"))
+    for label, of in found.items():
+        if quiet_ms and "p99_ms" in of:
+            of["p99_of_quiet"] = of["p99_ms"] / quiet_ms
+        figures.record("gaps", {"while": label, **of})
+        keys = ("median_ms", "p99_ms", "longest_ms", "p99_of_quiet")
+        cells = (f"{of[key]:.2f}" if key in of else "none" for key in keys)
+        rows.append((label, str(of["steps"]), *cells))
     figures.table(GAP_HEAD, rows)
 
 
@@ -216,7 +256,9 @@ def load_and_ask(target: Target, streams: Streams, generation: str, prompt_len: 
 
 
 def summary(gaps: Sequence[float]) -> dict[str, float]:
-    """Milliseconds; `gaps` are seconds."""
+    """Milliseconds; `gaps` are seconds. Of no gaps, only that there are none."""
+    if not gaps:
+        return {"steps": 0}
     ordered = sorted(1e3 * gap for gap in gaps)
     return {
         "steps": len(ordered),

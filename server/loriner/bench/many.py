@@ -89,14 +89,11 @@ def run(args: argparse.Namespace) -> int:
     options.require_device(args)
     from loriner.bench.figures import Figures
     from loriner.bench.load import open_store, publish
-    from loriner.bench.random_adapters import RandomAdapters
-    from loriner.bench.random_base import RandomBase
+    from loriner.bench.random_adapters import draw
     from loriner.bench.target import Target
-    from loriner.bench.timing import Stopwatch
 
-    base = RandomBase(args.shape, args.device, seed=args.seed)
-    adapters = RandomAdapters(base.config, args.ranks, seed=args.seed)
-    figures = Figures(args, Stopwatch(args.device))
+    base, adapters = draw(args)
+    figures = Figures(args)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         num_bytes = check_free(folder, adapters, args.adapters)

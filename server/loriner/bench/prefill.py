@@ -54,16 +54,12 @@ class Measured:
 def run(args: argparse.Namespace) -> int:
     options.require_device(args)
     from loriner.bench.figures import Figures
-    from loriner.bench.random_adapters import RandomAdapters
-    from loriner.bench.random_base import RandomBase
+    from loriner.bench.random_adapters import draw
     from loriner.bench.target import Need, Target
-    from loriner.bench.timing import Stopwatch
 
-    watch = Stopwatch(args.device)
-    base = RandomBase(args.shape, args.device, seed=args.seed)
-    adapters = RandomAdapters(base.config, args.ranks, seed=args.seed)
-    figures = Figures(args, watch)
-    limits = figures.measure_limits(watch)
+    base, adapters = draw(args)
+    figures = Figures(args)
+    limits = figures.measure_limits()
     longest = max(args.tokens)
     sizes = [adapters.num_bytes(index) for index in range(len(args.ranks))]
     need = Need(1, longest + 16, sizes, step_tokens=longest)

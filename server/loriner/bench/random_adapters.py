@@ -7,6 +7,7 @@ numbers, and `generation(i)` names them in this process alone.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,19 @@ import torch
 from torch import Tensor
 
 from loriner.adapters.adapter import Adapter, LoraWeight
+from loriner.bench.random_base import RandomBase
 from loriner.model.config import ATTENTION, MLP, ModelConfig
 
 POOL = 1 << 22  # numbers; more than the largest tensor of rank 64 takes is added
 STRIDE = 128  # windows begin at multiples of it: 256 bytes
 SIZE = 1 / 64  # of a number: A x of a normed x is about one, and B moves the output by a tenth
 TARGETS = (*ATTENTION, *MLP)
+
+
+def draw(args: argparse.Namespace) -> tuple[RandomBase, RandomAdapters]:
+    """The base and the adapters of a benchmark, by its flags: shape, device, ranks and seed."""
+    base = RandomBase(args.shape, args.device, seed=args.seed)
+    return base, RandomAdapters(base.config, args.ranks, seed=args.seed)
 
 
 class RandomAdapters:

@@ -68,13 +68,10 @@ class Measured:
 def run(args: argparse.Namespace) -> int:
     options.require_device(args)
     from loriner.bench.figures import Figures
-    from loriner.bench.random_adapters import RandomAdapters
-    from loriner.bench.random_base import RandomBase
-    from loriner.bench.timing import Stopwatch
+    from loriner.bench.random_adapters import draw
 
-    base = RandomBase(args.shape, args.device, seed=args.seed)
-    adapters = RandomAdapters(base.config, args.ranks, seed=args.seed)
-    figures = Figures(args, Stopwatch(args.device))
+    base, adapters = draw(args)
+    figures = Figures(args)
     answers = measure_http(args, base, adapters)
     over_http = of_answers(answers)
     alone = measure_engine(args, base, adapters)

@@ -35,10 +35,9 @@ class Streams:
         while self.step() < len(self._names):
             pass
 
-    @property
-    def has_room(self) -> bool:
-        """Whether all streams go on for a while."""
-        return self.left > ROOM
+    def has_room(self, num_steps: int = 0) -> bool:
+        """Whether all streams go on for a while, and for so many steps after it."""
+        return self.left - num_steps > ROOM
 
     def step(self) -> int:
         """One step of the engine; how many streams got a token in it."""

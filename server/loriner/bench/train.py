@@ -40,9 +40,8 @@ def add_command(subparsers: options.Parsers) -> None:
 def run(args: argparse.Namespace) -> int:
     options.require_device(args)
     from loriner.bench.figures import Figures
-    from loriner.bench.timing import Stopwatch
 
-    figures = Figures(args, Stopwatch(args.device))
+    figures = Figures(args)
     cases = [(OURS, count) for count in args.jobs] + ([] if args.no_peer else [(PEER, 1)])
     rows, notes = [], []
     for script, count in cases:

@@ -49,7 +49,10 @@ class BatchBuilder:
         read = [(i, run) for i, run in read if run.start < run.sequence.num_prompt]
         chosen = np.array([run.samples for run in runs], dtype=bool)
         spans = _spans(sequences, q_start.tolist())
-        all_single = len(which) == len(runs) == len(sampled)
+        if len(which) == len(runs) == len(sampled):  # one row each, all sampled
+            sample_spans = spans
+        else:
+            sample_spans = _spans([run.sequence for run in sampled], range(len(sampled) + 1))
         step = StepInput(
             token_ids=token_ids,
             token_source=token_source,
@@ -60,10 +63,8 @@ class BatchBuilder:
             block_table=table,
             spans=spans,
             sample_rows=q_start[1:][chosen] - 1,
-            sample_spans=spans
-            if all_single
-            else _spans([run.sequence for run in sampled], range(len(sampled) + 1)),
-            draws=tuple([Draw.of(run.sequence, run.start + run.num_rows) for run in sampled]),
+            sample_spans=sample_spans,
+            draws=tuple([Draw.of(run.sequence, run.end) for run in sampled]),
             readings=tuple([_reading(run, int(q_start[i])) for i, run in read]),
         )
         return Batch(step, tuple(sampled), tuple([run for _, run in read]))
@@ -99,7 +100,7 @@ def _tokens(runs: Seq[Run], which: Ints) -> tuple[Ints, Ints]:
     else:
         ids = []
         for run in runs:
-            ids += run.sequence.token_ids[run.start : run.start + run.num_rows]
+            ids += run.sequence.token_ids[run.start : run.end]
     token_ids = np.array(ids, dtype=np.int32)
     token_source = np.full(len(ids), -1, dtype=np.int32)
     unknown = np.flatnonzero(token_ids == UNKNOWN)

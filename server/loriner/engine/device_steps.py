@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,8 +19,8 @@ from loriner.core import MAX_LOGPROBS
 from loriner.engine.graphs import Graphs, Variant, buckets, variants
 from loriner.engine.readings import Copied, Read, Reader
 from loriner.engine.sampler import Sampled, sample
-from loriner.engine.step_buffers import Shape, StepBuffers, StepTensors, WorkLists, seats_of
-from loriner.engine.step_input import Draw, Reading, StepInput
+from loriner.engine.step_buffers import Seats, Shape, StepBuffers, StepTensors, WorkLists, seats_of
+from loriner.engine.step_input import Draw, Reading, Span, StepInput
 
 _NONE = np.empty(0, np.int32)
 NO_ITEMS = np.empty((0, 3), np.int32)
@@ -119,11 +120,8 @@ class DeviceSteps:
 
     def launch(self, step: StepInput) -> PendingStep:
         """Never waits for the device."""
-        seats = seats_of(step.spans, [self._seat_of(span.generation) for span in step.spans])
-        sampled = seats
-        if step.sample_spans is not step.spans:
-            seat_ids = [self._seat_of(span.generation) for span in step.sample_spans]
-            sampled = seats_of(step.sample_spans, seat_ids)
+        seats = self._seats(step.spans)
+        sampled = seats if step.sample_spans is step.spans else self._seats(step.sample_spans)
         variant = Variant(
             self._bucket(step.num_rows), bool(step.spans), step.num_rows > step.num_sequences
         )
@@ -153,6 +151,9 @@ class DeviceSteps:
         with torch.inference_mode():
             self._buffers.upload(NOTHING, self._shape(variant.rows), lists, nobody, nobody)
             self._chooser.load(())
+
+    def _seats(self, spans: tuple[Span, ...]) -> Seats:
+        return seats_of(spans, [self._seat_of(span.generation) for span in spans])
 
     def _bucket(self, num_rows: int) -> int:
         """Rows of the smallest graph that holds the step; beyond the largest, the step's own."""
@@ -185,23 +186,32 @@ class DeviceSteps:
     def _begin_reading(
         self, draws: tuple[Draw, ...], logits: Tensor, reader: Reader | None
     ) -> PendingStep:
+        """Start all copies to the host."""
         self._turn ^= 1
-        told = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
+        with_logprobs = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
         results = self._read_back[self._turn]
-        used = len(results) if told else len(draws)
+        used = len(results) if with_logprobs else len(draws)  # ids stand first
         results[:used].copy_(self._chooser.results[:used], non_blocking=True)
-        rows = [row for row, draw in enumerate(draws) if draw.needs_host]
+        by_host = [row for row, draw in enumerate(draws) if draw.needs_host]
         is_cuda = self._device.type == "cuda"
-        kept = torch.empty((len(rows), logits.shape[1]), pin_memory=is_cuda)
-        for place, row in enumerate(rows):
+        kept = torch.empty((len(by_host), logits.shape[1]), pin_memory=is_cuda)
+        for place, row in enumerate(by_host):
             kept[place].copy_(logits[row], non_blocking=True)
         prompts = None if reader is None else reader.copied()
         event: Any = None
         if is_cuda:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-        read = Results(results, self._num_samples)
-        return PendingStep(draws, read, told, rows, kept, event, self._eos_ids, prompts)
+        return PendingStep(
+            event=event,
+            draws=draws,
+            results=Results(results, self._num_samples),
+            with_logprobs=with_logprobs,
+            by_host=by_host,
+            logits=kept,
+            prompts=prompts,
+            eos_ids=self._eos_ids,
+        )
 
 
 class Results(NamedTuple):
@@ -225,38 +235,31 @@ class Results(NamedTuple):
         return Sampled(token_id, float(floats[rows + row]), tuple(zip(ids, top, strict=True)))
 
 
+@dataclass(frozen=True, slots=True)
 class PendingStep:
-    """A launched step; `event` comes when its tokens are on the host. `told`: rows that ask for
-    log-probabilities; `rows`: rows that the host chooses, from `logits`."""
+    """A launched step on its way to the host."""
 
-    def __init__(
-        self,
-        draws: tuple[Draw, ...],
-        results: Results,
-        told: list[int],
-        rows: list[int],
-        logits: Tensor,
-        event: Any,
-        eos_ids: tuple[int, ...],
-        prompts: Copied | None,
-    ) -> None:
-        self.event = event
-        self._prompts = prompts
-        self._draws, self._results, self._eos_ids = draws, results, eos_ids
-        self._told, self._rows, self._logits = told, rows, logits
+    event: Any  # has come when all is there; None where nothing runs beside the host
+    draws: tuple[Draw, ...]
+    results: Results
+    with_logprobs: list[int]  # rows that ask for log-probabilities
+    by_host: list[int]  # rows whose tokens the host chooses
+    logits: Tensor  # [rows of `by_host`, V] f32
+    prompts: Copied | None  # what is read of prompts
+    eos_ids: tuple[int, ...]
 
     def result(self) -> list[Sampled]:
         """Before the second launch from here: then the buffers are another step's."""
         if self.event is not None:
             self.event.synchronize()
-        made = [Sampled(i if i >= 0 else None) for i in self._results.ids(len(self._draws))]
-        for row in self._told:
-            token_id, count = made[row].token_id, self._draws[row].params.logprobs
+        made = [Sampled(i if i >= 0 else None) for i in self.results.ids(len(self.draws))]
+        for row in self.with_logprobs:
+            token_id, count = made[row].token_id, self.draws[row].params.logprobs
             if token_id is not None and count is not None:
-                made[row] = self._results.with_logprobs(row, token_id, count)
-        for row, logits in zip(self._rows, self._logits, strict=True):
-            made[row] = sample(logits[None], [self._draws[row]], self._eos_ids)[0]
+                made[row] = self.results.with_logprobs(row, token_id, count)
+        for row, logits in zip(self.by_host, self.logits, strict=True):
+            made[row] = sample(logits[None], [self.draws[row]], self.eos_ids)[0]
         return made
 
     def read(self) -> list[Read]:
-        return [] if self._prompts is None else self._prompts.told()
+        return [] if self.prompts is None else self.prompts.told()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
+from itertools import chain
 
 from loriner.core import Sequence
 from loriner.engine.fairness import Turns
@@ -68,7 +69,8 @@ def claim_seat(
     for one in running:
         if one.generation is not None:
             users[one.generation].append(one)
-    held = Counter(who for those in users.values() for who in {one.request.salt for one in those})
+    tenants = ({one.request.salt for one in those} for those in users.values())
+    held = Counter(chain.from_iterable(tenants))  # adapters that each tenant runs on
     mine = claimant.request.salt
     share = (held[mine] + 1) / turns.weight(mine)
     able = [
@@ -82,13 +84,15 @@ def claim_seat(
 
 
 def _may_give_way(one: Sequence, claimant: Sequence, turns: Turns) -> bool:
-    owner, other = one.request.salt, claimant.request.salt
-    if owner == other or turns.served(other) > turns.served(owner):
+    """Not to its own tenant, nor to one that was served more, nor again so soon."""
+    owner, claiming = one.request.salt, claimant.request.salt
+    if owner == claiming or turns.served(claiming) > turns.served(owner):
         return False
     return not one.num_preemptions or len(one.token_ids) - one.num_when_preempted >= MIN_TOKENS
 
 
 def _held(running: Iterable[Sequence], holds: Holds) -> Counter[str]:
+    """What each tenant holds in all."""
     held: Counter[str] = Counter()
     for one in running:
         held[one.request.salt] += holds(one)
@@ -106,4 +110,5 @@ def _share(one: Sequence, held: Counter[str], turns: Turns, less: int = 0) -> fl
 
 
 def _rank(one: Sequence, held: Counter[str], turns: Turns) -> tuple[float, int]:
+    """The largest goes first: of the largest share, then the least urgent."""
     return _share(one, held, turns), one.request.turn.priority

@@ -45,9 +45,7 @@ class Scheduler:
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # in order of their turn
         self.running: dict[Sequence, None] = {}  # in order of admission
         self._wanted: Counter[str | None] = Counter()  # generations of the waiting ones
-        self.failed: list[
-            tuple[Sequence, Exception]
-        ] = []  # taken by the engine after each schedule
+        self.failed: list[tuple[Sequence, Exception]] = []  # the engine takes them after each step
         self.num_preemptions = 0
         self._clock = clock
         self.turns = Turns(load_of)
@@ -107,9 +105,8 @@ class Scheduler:
         self.turns.charge(sequence, min(run.end, sequence.num_prompt))
 
     def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Those that can go on: decoding ones, and those whose prefill has begun. Not one whose
-        last token or whose embedding is on its way, nor one whose newest token the host must see
-        before the next."""
+        """Those that can go on: (decoding, prefill begun). Not one whose last token or whose
+        embedding is on its way, nor one whose newest token the host must see before the next."""
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
@@ -137,18 +134,15 @@ class Scheduler:
         return self.num_preemptions > num_preemptions
 
     def _admit(self, sequence: Sequence, step: Step) -> None:
-        """Let a waiting one run, if it can have all that it needs."""
-        tenant = sequence.request.salt
+        """Let a waiting one run, if it can have all that it needs: a place, its adapter's seat and
+        blocks. Else `step` remembers for whom there is none of them now."""
         if sequence.generation in step.passed or self._waits_for_sibling(sequence):
             return
         if step.draining and self._takes_a_seat(sequence):
             return
-        if not sequence.all_known:
-            # Preempted while a step chose its next token, which comes before the next.
-            step.passed_tenants.add(tenant)
-            return
-        if self._claim_places(sequence) is None:
-            step.passed_tenants.add(tenant)
+        # One that is not all known was preempted while a step chose its token: that comes first.
+        if not sequence.all_known or self._claim_places(sequence) is None:
+            step.passed_tenants.add(sequence.request.salt)
             return
         if not self._seat(sequence, step):
             step.passed.add(sequence.generation)
@@ -163,6 +157,7 @@ class Scheduler:
             self._run(sequence, step)
 
     def _claim_places(self, sequence: Sequence) -> list[Sequence] | None:
+        """Who gives way to `sequence` for its place; None when it has to wait."""
         missing = len(self.running) + 1 - self.max_sequences
         if missing <= 0:
             return []

@@ -20,8 +20,9 @@ from loriner import errors
 from loriner.adapters.records import AdapterRecord, PublishReport
 from loriner.adapters.store import Store
 from loriner.config import EngineConfig, ServerConfig
-from loriner.core import Event, FinishReason, Request, SamplingParams, Scaled, Turn
+from loriner.core import Request, SamplingParams, Scaled, Turn
 from loriner.engine.admission import check_ids, check_length, fit
+from loriner.engine.admitted import Admitted
 from loriner.engine.chat import ChatTokenizer
 from loriner.engine.generation import Generation
 from loriner.engine.grammars import Grammars
@@ -61,12 +62,12 @@ class Service:
             engine_config.model, self.model_config.vocab_size, self.model_config.eos_token_ids
         )
         self._engine = EngineProcess(engine_config, server_config.store)
-        self._engine.on_event, self._engine.on_down = self._on_event, self._on_down
+        self._admitted = Admitted(engine_config.max_waiting + engine_config.max_sequences)
+        self._engine.on_event = self._admitted.deliver
+        self._engine.on_down = self._admitted.fail
         self._engine.on_ready = self._on_ready
         self._holds = Holds(self.store)
         self._pins = Pins(self.store, self._engine, engine_config)
-        self._open: dict[str, Generation] = {}
-        self._num_sequences = 0
         self._draining = False
 
     async def start(self) -> None:
@@ -87,7 +88,7 @@ class Service:
     def drain(self) -> int:
         """Refuse new requests from now on; how many are under way."""
         self._draining = True
-        return len(self._open)
+        return len(self._admitted)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `drain_s` seconds, then end the engine."""
@@ -95,10 +96,10 @@ class Service:
             return
         self._draining = True
         deadline = time.monotonic() + drain_s
-        while self._open and time.monotonic() < deadline:  # noqa: ASYNC110  streams end by themselves
+        while self._admitted and time.monotonic() < deadline:  # noqa: ASYNC110  streams end by themselves
             await asyncio.sleep(0.02)
         await self._engine.stop()
-        self._on_down()
+        self._admitted.fail()
         self.grammars.close()
         self.chat.close()
         await self._holds.wait(STOP_S)
@@ -199,27 +200,16 @@ class Service:
         else:
             sampling = fit(sampling, len(prompt_ids), self.max_model_len, prompt_param)
         check_ids(prompt_ids, sampling, self.model_config.vocab_size, prompt_param)
-        if request_id in self._open:
-            raise errors.InvalidRequestError("request_id is in use.", "request_id")
-        limit = self.engine_config.max_waiting + self.engine_config.max_sequences
-        if sampling.n > limit:
-            raise errors.InvalidRequestError(f"n: at most {limit} sequences can be queued.", "n")
-        if self._num_sequences + sampling.n > limit:
-            raise errors.OverloadedError(f"The queue is full ({limit} sequences).")
-        self._num_sequences += sampling.n
-        try:
+        with self._admitted.room(request_id, sampling.n):
             record = await self._holds.acquire(adapter) if adapter else None
-        except BaseException:
-            self._num_sequences -= sampling.n
-            raise
         digest = record.generation if record else None
         now, ids = time.monotonic(), tuple(prompt_ids)
         request = Request(request_id, ids, sampling, digest, tenant, now, turn, embeds)
         generation = Generation(request, record, self._forget)
-        self._open[request_id] = generation
+        self._admitted.add(generation)
         self._engine.send(Submit(request))
         if self._engine.state != "ready":
-            self._on_down()
+            self._admitted.fail()
         return generation
 
     async def publish(
@@ -274,34 +264,15 @@ class Service:
 
     def _forget(self, generation: Generation) -> None:
         """Close the books of one request; called by its stream, once."""
-        if self._open.pop(generation.request_id, None) is None:
+        if not self._admitted.remove(generation):
             return
-        self._num_sequences -= generation.num_sequences
         if not generation.finished:
             self._engine.send(Abort(generation.request_id))
         for held in generation.held:
             self._holds.release(held)
 
-    def _on_event(self, event: Event) -> None:
-        generation = self._open.get(event.request_id)
-        if generation is not None:
-            generation.put(event)
-
     def _on_ready(self) -> None:
         self._holds.in_background(self._pins.sync())
-
-    def _on_down(self) -> None:
-        for generation in list(self._open.values()):
-            for index in range(generation.num_sequences):
-                generation.put(
-                    Event(
-                        generation.request_id,
-                        index,
-                        finish_reason=FinishReason.ERROR,
-                        error="The engine stopped while it ran this request.",
-                        error_kind="EngineFailedError",
-                    )
-                )
 
     def _check_up(self) -> None:
         if self._draining:
