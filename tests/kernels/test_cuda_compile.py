@@ -110,6 +110,7 @@ SPILLED: dict[str, dict[tuple[int, str], int]] = {
         (8, "llama-3-8b lm_head"): 64,
         (8, "smollm2 qkv"): 40,
         (8, "llama-3-8b o, adapted"): 28,
+        (8, "llama-3-8b gate_up, adapted"): 24,
     },
 }
 SPILLED["sm_89"] = SPILLED["sm_86"]
