@@ -120,7 +120,7 @@ def assert_same_logits(base: Path, trained: Path, prompt: list[int]) -> None:
             trainer.embed(torch.tensor(prompt)),
             torch.arange(len(prompt)),
             Plan.of([len(prompt)], trainer.device),
-            [Segment(0, len(prompt), lora)],
+            [Segment(0, len(prompt), lora, lora.cast(trainer.dtype))],
         )
         ours = hidden[-1] @ trainer.head.dense().T
 

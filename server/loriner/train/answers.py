@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def _generate(
     cache: Any = DynamicCache(config=base.decoder.config)
     answers = [Answer([], []) for _ in questions]
     open_rows = set(range(len(questions)))
-    base.routing.segments = _segments(questions)
+    base.routing.segments = _segments(questions, base.dtype)
     for _ in range(max_tokens):
         logits = _next_logits(base, ids, mask, cache)
         values, best = logits.log_softmax(dim=-1).topk(NUM_TOP)
@@ -138,13 +138,13 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
     return ids.to(device), mask.to(device)
 
 
-def _segments(questions: Sequence[Question]) -> list[Segment]:
+def _segments(questions: Sequence[Question], dtype: torch.dtype) -> list[Segment]:
     segments: list[Segment] = []
     for row, question in enumerate(questions):
         if question.lora is None:
             continue
         if segments and segments[-1].end == row and segments[-1].lora is question.lora:
-            segments[-1] = Segment(segments[-1].start, row + 1, question.lora)
+            segments[-1] = replace(segments[-1], end=row + 1)
         else:
-            segments.append(Segment(row, row + 1, question.lora))
+            segments.append(Segment(row, row + 1, question.lora, question.lora.cast(dtype)))
     return segments

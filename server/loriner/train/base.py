@@ -140,7 +140,30 @@ def _fill(
         if f"model.{module}" not in linears and module != "lm_head":
             tensor = _moved(weights.tensor(name), device, dtype)
             setattr(model.get_submodule(module), kind, nn.Parameter(tensor, requires_grad=False))
+    _fuse_norms(model)
     _fill_buffers(model, device)
+
+
+class Norm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: RMSNorm (arXiv 1910.07467) in one
+    launch, where transformers takes eight."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight, requires_grad=False), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def _fuse_norms(model: Any) -> None:
+    """Norms of the Llama family alone: Gemma's, which multiplies by 1 + weight, has no
+    `variance_epsilon`."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            parent, _, last = name.rpartition(".")
+            norm = Norm(module.weight.data, module.variance_epsilon)
+            setattr(model.get_submodule(parent), last, norm)
 
 
 def _checkpoint_layers(model: Any) -> None:

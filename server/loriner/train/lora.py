@@ -80,6 +80,9 @@ def _quant_state(weight: Nf4, dtype: torch.dtype, device: torch.device) -> Any:
     )
 
 
+Pair = tuple[Tensor, Tensor]  # A [R, K], B [N, R]
+
+
 class Lora:
     """One adapter in training: A and B of every target, f32."""
 
@@ -110,6 +113,15 @@ class Lora:
     def num_parameters(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
 
+    def cast(self, dtype: torch.dtype) -> Mapping[str, Pair]:
+        """A and B of every target as a pass in `dtype` multiplies by them. All at once: a launch
+        for each of them, and for each gradient, costs a small model more than its products."""
+        if dtype == torch.float32:
+            return self.weights
+        cast: Any = _Cast.apply
+        flat = iter(cast(dtype, *self.parameters()))
+        return {name: (next(flat), next(flat)) for name in self.weights}
+
     def tensors(self) -> dict[str, Tensor]:
         """By the names that PEFT gives them; shares memory."""
         named = {}
@@ -126,13 +138,38 @@ class Lora:
             tensor.copy_(tensors[name])
 
 
+class _Cast(torch.autograd.Function):
+    """(dtype, tensors ...) -> the tensors in dtype; gradients come back in the tensors' own."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        made = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(made, tensors)
+        return tuple(made)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        found = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+        made = [torch.empty_like(grad, dtype=ctx.dtypes[i]) for i, grad in found]
+        if found:
+            torch._foreach_copy_(made, [grad for _, grad in found])
+        results: list[Tensor | None] = [None] * len(grads)
+        for (i, _), grad in zip(found, made, strict=True):
+            results[i] = grad
+        return None, *results
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows [start, end) of a pass and the adapter they use. `seed`: of dropout, None for none."""
+    """Rows [start, end) of a pass and the adapter they use. `weights`: its own in the dtype of the
+    pass (`Lora.cast`). `seed`: of dropout, None for none."""
 
     start: int
     end: int
     lora: Lora
+    weights: Mapping[str, Pair]
     seed: str | None = None
 
 
@@ -158,7 +195,7 @@ class SegmentedLinear(nn.Module):
         scale = self._routing.per_row
         parts, weights = [], list[Tensor]()
         for segment in self._routing.segments:
-            pair = segment.lora.weights.get(self.name)
+            pair = segment.weights.get(self.name)
             if pair is not None:
                 span = (segment.start * scale, segment.end * scale)
                 parts.append(_Part(*span, segment.lora.scaling, _noise(segment, self.name)))
@@ -205,13 +242,12 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         y = nn.functional.linear(x, weight.dense(), bias)
         hidden = []  # x A^T of each part, [rows, R]
-        cast = [tensor.to(x.dtype) for tensor in pairs]
-        for part, a, b in zip(parts, cast[::2], cast[1::2], strict=True):
+        for part, a, b in zip(parts, pairs[::2], pairs[1::2], strict=True):
             h = part.drop(x[part.start : part.end]) @ a.T
             y[part.start : part.end].addmm_(h, b.T, alpha=part.scaling)
             hidden.append(h)
-        ctx.weight, ctx.parts, ctx.dtypes = weight, parts, [tensor.dtype for tensor in pairs]
-        ctx.save_for_backward(x, *hidden, *cast)
+        ctx.weight, ctx.parts = weight, parts
+        ctx.save_for_backward(x, *hidden, *pairs)
         return y
 
     @staticmethod
@@ -230,8 +266,7 @@ class _Product(torch.autograd.Function):
                 gx[part.start : part.end].addmm_(gh, a, alpha=part.scaling)
             elif gx is not None:
                 gx[part.start : part.end] += part.drop(_scaled(part.scaling, gh, a))
-        cast = (grad.to(dtype) for grad, dtype in zip(results, ctx.dtypes, strict=True))
-        return gx, None, None, None, *cast
+        return gx, None, None, None, *results
 
 
 def _scaled(scale: float, a: Tensor, b: Tensor) -> Tensor:

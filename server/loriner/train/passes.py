@@ -69,7 +69,7 @@ def run_pass(base: Base, shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]
     weights = torch.tensor([s.weight for s in shares]).repeat_interleave(torch.tensor(counts))
     weights = weights.to(base.device, non_blocking=True)  # [S]
     embedded = _with_noise(base.embed(flat.ids), shares)
-    hidden = base.hidden(embedded, flat.positions, flat.plan, _segments(shares))
+    hidden = base.hidden(embedded, flat.positions, flat.plan, _segments(shares, base.dtype))
     states, targets = hidden.index_select(0, flat.rows - 1), flat.ids[flat.rows]
     total, losses = head_loss(states, base.head, targets, weights)
     return total, list(torch.split(losses, counts))
@@ -98,12 +98,12 @@ def _chunks(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
     return [*chunks, (start, len(lengths))]
 
 
-def _segments(shares: Sequence[Share]) -> list[Segment]:
+def _segments(shares: Sequence[Share], dtype: torch.dtype) -> list[Segment]:
     segments, start = [], 0
     for share in shares:
         end = start + share.num_tokens
         if share.lora is not None:
-            segments.append(Segment(start, end, share.lora, share.seed))
+            segments.append(Segment(start, end, share.lora, share.lora.cast(dtype), share.seed))
         start = end
     return segments
 
