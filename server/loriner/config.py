@@ -40,7 +40,10 @@ class EngineConfig:
     max_model_len: int = setting(0, "longest prompt + answer, tokens (0: the model's own)", low=0)
     max_sequences: int = setting(32, "most sequences that run in one step", low=1, high=4096)
     max_step_tokens: int = setting(
-        0, "token budget of one step (0: 32 on a CPU, 512 on a GPU, max_sequences if more)", low=0
+        0,
+        "token budget of one step (0: 32 on a CPU, 16 while several tenants ask; 512 on a GPU,"
+        " max_sequences if more)",
+        low=0,
     )
     block_size: int = setting(16, "tokens in one KV block", low=1, high=256)
     kv_bytes: int = setting(
@@ -72,6 +75,10 @@ class EngineConfig:
     def step_tokens(self, usual: int) -> int:
         """Token budget of one step on a device where this one is `usual`."""
         return self.max_step_tokens or max(usual, self.max_sequences)
+
+    def shared_step_tokens(self, usual: int) -> int:
+        """The same while several tenants ask: not all that run need a row in each step."""
+        return self.max_step_tokens or usual
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ class IdleRunner:
 
     is_async = True
     usual_step_tokens = 512
+    shared_step_tokens = 512
     max_len = 8192
     num_blocks = 20_000
     operand_bytes = 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from loriner.core import Sequence
 from loriner.engine.kv_cache import BlockManager
 from loriner.engine.runs import Run
-from loriner.engine.scheduler import DRAIN_S, Scheduler
+from loriner.engine.scheduler import DRAIN_S, SHARED_S, Scheduler
 from loriner.errors import AdapterError
 from tests.fakes import Clock, FakeRegistry, make_sequence
 
@@ -16,6 +18,7 @@ def make(
     num_blocks: int = 64,
     max_sequences: int = 8,
     max_step_tokens: int = 16,
+    shared_step_tokens: int | None = None,
     clock: Clock | None = None,
 ) -> Scheduler:
     return Scheduler(
@@ -23,6 +26,7 @@ def make(
         FakeRegistry(seats),  # type: ignore[arg-type]
         max_sequences=max_sequences,
         max_step_tokens=max_step_tokens,
+        shared_step_tokens=shared_step_tokens,
         clock=clock or Clock(),
     )
 
@@ -47,6 +51,43 @@ def test_a_long_prompt_runs_in_chunks_within_the_budget() -> None:
     scheduler = make(max_step_tokens=16)
     add(scheduler, make_sequence(range(40)))
     assert [[r.num_rows for r in step(scheduler)] for _ in range(4)] == [[16], [16], [8], [1]]
+
+
+def test_steps_are_shorter_while_tenants_share_and_a_while_after() -> None:
+    clock = Clock()
+    scheduler = make(max_step_tokens=16, shared_step_tokens=6, clock=clock)
+    add(scheduler, make_sequence(range(40), salt="a"))
+    assert [run.num_rows for run in step(scheduler)] == [16]
+
+    quiet = make_sequence(range(3), salt="b")
+    add(scheduler, quiet)
+    assert sum(run.num_rows for run in step(scheduler)) == 6
+    scheduler.finish(quiet)
+    clock.now += SHARED_S / 2
+    assert [run.num_rows for run in step(scheduler)] == [6]
+    clock.now += SHARED_S
+    assert [run.num_rows for run in step(scheduler)] == [15]  # all that is left
+
+
+@pytest.mark.parametrize("shared", [3, 5, 7])
+def test_where_a_step_is_too_short_for_all_they_take_turns(shared: int) -> None:
+    scheduler = make(max_step_tokens=32, shared_step_tokens=shared, num_blocks=1000)
+    sequences = [
+        make_sequence(range(2), request_id=f"{i}", salt=tenant, max_tokens=200)
+        for i, tenant in enumerate("aaaaaaab")
+    ]
+    *flood, other = sequences
+    add(scheduler, *flood)
+    for _ in range(3):  # all have their prompts behind them
+        step(scheduler)
+    add(scheduler, other)
+    step(scheduler)
+    before = [one.num_output for one in sequences]
+    steps = [step(scheduler) for _ in range(70)]
+
+    assert all(len(runs) == min(shared, 8) for runs in steps)
+    *gained, most = [one.num_output - had for one, had in zip(sequences, before, strict=True)]
+    assert max(gained) - min(gained) <= 1 and 0 < min(gained) <= most
 
 
 def test_the_last_two_rows_of_a_prompt_run_together() -> None:

@@ -56,6 +56,7 @@ class CpuRunner:
 
     is_async = False
     usual_step_tokens = 32  # a row costs the same from there on: longer steps only make others wait
+    shared_step_tokens = 16  # a row costs a tenth more, and the step takes half the time
 
     def __init__(
         self,

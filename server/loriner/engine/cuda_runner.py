@@ -94,6 +94,7 @@ class CudaRunner:
 
     is_async = True
     usual_step_tokens = 512
+    shared_step_tokens = 512  # some ten milliseconds
 
     def __init__(
         self,

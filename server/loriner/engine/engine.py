@@ -71,6 +71,7 @@ class Engine:
             self.registry,
             max_sequences=config.max_sequences,
             max_step_tokens=config.step_tokens(runner.usual_step_tokens),
+            shared_step_tokens=config.shared_step_tokens(runner.shared_step_tokens),
             load_of=self._load_of,
         )
         self.counters = Counters()

@@ -49,6 +49,7 @@ class Runner(Protocol):
     max_len: int  # tokens of the longest context
     is_async: bool  # whether a step can be launched while the one before it runs
     usual_step_tokens: int  # token budget of a step: more would save little
+    shared_step_tokens: int  # and while several tenants ask: who comes waits for the step under way
 
     @property
     def num_blocks(self) -> int:

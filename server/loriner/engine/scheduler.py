@@ -12,6 +12,7 @@ given more tokens than its limit.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from loriner.engine.kv_cache import BlockManager
 from loriner.engine.runs import Run, Step
 
 DRAIN_S = 0.5
+SHARED_S = 10.0  # after several tenants asked at once, steps stay short for so long
 
 
 class Scheduler:
@@ -37,11 +39,13 @@ class Scheduler:
         *,
         max_sequences: int,
         max_step_tokens: int,
+        shared_step_tokens: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         load_of: Callable[[str], float] = lambda generation: 1.0,
     ) -> None:
         self.blocks, self.registry = blocks, registry
         self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
+        self.shared_step_tokens = min(max_step_tokens, shared_step_tokens or max_step_tokens)
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # in order of their turn
         self.running: dict[Sequence, None] = {}  # in order of admission
         self._wanted: Counter[str | None] = Counter()  # generations of the waiting ones
@@ -49,6 +53,8 @@ class Scheduler:
         self.num_preemptions = 0
         self._clock = clock
         self.turns = Turns(load_of)
+        self._shared_until = -math.inf  # by the clock
+        self._ran_at: dict[Sequence, int] = {}  # in which order they had rows, where steps are short
         self._leaders: dict[str, Sequence] = {}  # first choice of each request
         registry.is_wanted = self._is_wanted
 
@@ -62,20 +68,40 @@ class Scheduler:
 
     def schedule(self) -> list[Run]:
         """Choose this step's rows; sequences that cannot run are in `failed`."""
-        if self.turns.contested:
-            self.turns.settle()
-        step = Step(self.max_step_tokens)
+        step = Step(self._budget())
         decoding, begun = self._ready()
         if self._grow(decoding):
             decoding, begun = self._ready()
+        if self._ran_at:
+            decoding.sort(key=lambda one: self._ran_at.get(one, 0))
         has_place = len(self.running) < self.max_sequences
         waiting = self.waiting if has_place or self.turns.claimable else ()
-        if begun or waiting:
+        if begun or waiting or len(decoding) > step.budget:
             ready = chain(decoding, begun)
             self._fill(step, self.turns.order(ready, list(waiting), step.passed_tenants))
         else:
             self._fill(step, decoding)
+        self._note_who_ran(step, decoding)
         return list(step.runs.values())
+
+    def _budget(self) -> int:
+        """Rows of the next step: fewer while tenants share, also in the pauses of one of them."""
+        if self.turns.contested:
+            self.turns.settle()
+            self._shared_until = self._clock() + SHARED_S
+        elif self._shared_until == -math.inf or self._clock() > self._shared_until:
+            return self.max_step_tokens
+        return self.shared_step_tokens
+
+    def _note_who_ran(self, step: Step, decoding: Iterable[Sequence]) -> None:
+        """Where a step is too short for all, who had no row for the longest time is first in the
+        next."""
+        if step.budget or all(one in step.runs or one in step.gave_way for one in decoding):
+            self._ran_at.clear()
+            return
+        last = max(self._ran_at.values(), default=0)
+        self._ran_at = {one: at for one, at in self._ran_at.items() if one in self.running}
+        self._ran_at |= {one: at for at, one in enumerate(step.runs, last + 1)}
 
     def finish(self, sequence: Sequence) -> None:
         """Forget `sequence`, wherever it is; its blocks and pin are free at once."""
