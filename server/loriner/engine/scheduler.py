@@ -54,7 +54,7 @@ class Scheduler:
         self._clock = clock
         self.turns = Turns(load_of)
         self._shared_until = -math.inf  # by the clock
-        self._ran_at: dict[Sequence, int] = {}  # in which order they had rows, where steps are short
+        self._ran_at: dict[Sequence, int] = {}  # order of rows, where steps are short
         self._leaders: dict[str, Sequence] = {}  # first choice of each request
         registry.is_wanted = self._is_wanted
 
