@@ -27,6 +27,7 @@ ROOT = HERE.parents[1]
 PACKAGES = {
     "openai": ["openai>=3,<4"],
     "langchain": ["langchain-openai>=1.7,<2"],
+    "litellm": ["litellm>=1.80,<2"],
     "llamaindex": ["llama-index-llms-openai-like>=0.8,<1"],
     "llamaindex_finetuning": [
         "llama-index-llms-openai-like>=0.8,<1",
