@@ -68,7 +68,11 @@ class Scheduler:
 
     def schedule(self) -> list[Run]:
         """Choose this step's rows; sequences that cannot run are in `failed`."""
-        step = Step(self._budget())
+        if self.turns.contested:
+            self.turns.settle()
+            self._shared_until = self._clock() + SHARED_S
+        is_shared = self._clock() <= self._shared_until  # also in the pauses of one of them
+        step = Step(self.shared_step_tokens if is_shared else self.max_step_tokens)
         decoding, begun = self._ready()
         if self._grow(decoding):
             decoding, begun = self._ready()
@@ -83,15 +87,6 @@ class Scheduler:
             self._fill(step, decoding)
         self._note_who_ran(step, decoding)
         return list(step.runs.values())
-
-    def _budget(self) -> int:
-        """Rows of the next step: fewer while tenants share, also in the pauses of one of them."""
-        if self.turns.contested:
-            self.turns.settle()
-            self._shared_until = self._clock() + SHARED_S
-        elif self._shared_until == -math.inf or self._clock() > self._shared_until:
-            return self.max_step_tokens
-        return self.shared_step_tokens
 
     def _note_who_ran(self, step: Step, decoding: Iterable[Sequence]) -> None:
         """Where a step is too short for all, who had no row for the longest time is first in the

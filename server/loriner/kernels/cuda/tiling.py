@@ -14,9 +14,7 @@ from loriner.kernels.cuda.packing import BLOCK, TILE
 
 KIND_F32, KIND_NESTED, KIND_BF16 = 0, 1, 2  # of weights
 TOKEN_TILES = (1, 2, 3, 4, 6, 8, 12, 16)  # of 8 rows
-MOST_TILES = (
-    8  # where weights are dense, or not multiplied by wgmma: sums and weights share registers
-)
+MOST_TILES = 8  # of dense weights, or without wgmma: sums and weights share registers
 MAX_STACKED_RANK = 768  # three slices of rank 256
 STAGE_BLOCKS = 4  # KU of linear.cu
 GROUP_ROWS = 4 * TILE
