@@ -23,11 +23,10 @@ from rich.table import Table
 from loriner.commands.remote import Remote, add_flags
 from loriner.errors import ConfigError
 from loriner.train.data import Prompt, load_prompts, parse_columns
-from loriner.train.scoring import SCORERS, mean_interval, wilson
-from loriner.train.settings import METRICS
+from loriner.train.scoring import mean_interval, scorer, wilson
 
 BASE = "base"
-FORCE = 100.0  # logit bias that makes a token certain; log-probabilities are those without it
+LOSS = "loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,13 @@ def add_command(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="rows, as `loriner train` takes")
     parser.add_argument("--adapters", default=BASE, help="names, `base` among them: a,b,base")
-    parser.add_argument("--metric", choices=METRICS, default="exact", help="(default: exact)")
+    parser.add_argument(
+        "--metric",
+        type=metrics_of,
+        default=("exact",),
+        help="exact, json, json.KEY, number, or several of one answer: json,json.intent; or loss"
+        " (default: exact)",
+    )
     parser.add_argument("--columns", default="", help="as for `loriner train`")
     parser.add_argument("--limit", type=int, default=0, help="rows, from the first (0: all)")
     parser.add_argument("--max-tokens", type=int, default=256, help="longest answer (default: 256)")
@@ -59,6 +64,20 @@ def add_command(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--json", type=Path, help="also append the scores here, as JSON lines")
     add_flags(parser)
     parser.set_defaults(run=run)
+
+
+def metrics_of(text: str) -> tuple[str, ...]:
+    """Raises ArgumentTypeError for what is no metric, or asks for answers and for a loss."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    try:
+        for name in names:
+            if name != LOSS:
+                scorer(name)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{error} Or it is loss.") from None
+    if LOSS in names and len(names) > 1:
+        raise argparse.ArgumentTypeError("loss stands alone: it asks for no answers.")
+    return names
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,21 +107,26 @@ class Evaluation:
 
     def __init__(self, remote: Remote, args: argparse.Namespace, console: Console) -> None:
         self._remote, self._console = remote, console
-        self._metric: str = args.metric
+        self._metrics: Sequence[str] = args.metric
+        self._scorers = [scorer(name) for name in self._metrics if name != LOSS]
         self._concurrency: int = args.concurrency
         self._max_tokens: int = args.max_tokens
 
     def run(self, prompts: Sequence[Prompt], adapters: Sequence[str]) -> list[Score]:
-        """Scores in the order of `adapters`."""
+        """Scores in the order of `adapters`, each by all metrics."""
         # Row by row, so that neighbours in the queue are different adapters of one prompt.
-        if self._metric == "loss":
+        if not self._scorers:
             rows = self._in_parallel("tokenizing", self._wanted, [(prompt,) for prompt in prompts])
             work = [(*row, adapter) for row in rows for adapter in adapters]
-            results = self._in_parallel("asking", self._losses, work)
-        else:
-            pairs = [(prompt, adapter) for prompt in prompts for adapter in adapters]
-            results = self._in_parallel("asking", self._is_right, pairs)
-        return [self._score(name, results[i :: len(adapters)]) for i, name in enumerate(adapters)]
+            results = self._in_parallel("scoring", self._losses, work)
+            return [_loss(name, results[i :: len(adapters)]) for i, name in enumerate(adapters)]
+        pairs = [(prompt, adapter) for prompt in prompts for adapter in adapters]
+        results = self._in_parallel("asking", self._are_right, pairs)
+        return [
+            _share(name, metric, [row[place] for row in results[i :: len(adapters)]])
+            for i, name in enumerate(adapters)
+            for place, metric in enumerate(self._metrics)
+        ]
 
     def _in_parallel(
         self, what: str, ask: Callable[..., Any], work: Sequence[tuple[Any, ...]]
@@ -120,14 +144,8 @@ class Evaluation:
                 progress.advance(task)
         return results
 
-    def _score(self, adapter: str, results: Sequence[Any]) -> Score:
-        if self._metric == "loss":
-            losses = [loss for row in results for loss in row]
-            return Score(adapter, "loss", *mean_interval(losses), len(losses))
-        low, high = wilson(sum(results), len(results))
-        return Score(adapter, self._metric, sum(results) / len(results), low, high, len(results))
-
-    def _is_right(self, prompt: Prompt, adapter: str) -> bool:
+    def _are_right(self, prompt: Prompt, adapter: str) -> list[bool]:
+        """By each metric."""
         body: dict[str, Any] = {
             "adapter": adapter,
             "temperature": 0,
@@ -141,25 +159,21 @@ class Evaluation:
             body["prompt"] = prompt.text
             answer = self._remote.call("POST", "/v1/completions", json=body)
             text = answer["choices"][0]["text"]
-        return SCORERS[self._metric](text, prompt.answer)
+        return [is_right(text, prompt.answer) for is_right in self._scorers]
 
     def _losses(self, ids: list[int], wanted: list[int], adapter: str) -> list[float]:
-        """-log p of each token of the wanted answer, without its end: one request a token, whose
-        prompt is all before it (the server's prefix cache has it already)."""
-        losses = []
-        for place, token in enumerate(wanted):
-            body = {
-                "adapter": adapter,
-                "prompt": [*ids, *wanted[:place]],
-                "temperature": 0,
-                "max_tokens": 1,
-                "logprobs": 0,
-                "logit_bias": {str(token): FORCE},
-                "ignore_eos": True,
-            }
-            answer = self._remote.call("POST", "/v1/completions", json=body)
-            losses.append(-answer["choices"][0]["logprobs"]["token_logprobs"][0])
-        return losses
+        """-log p of each token of the wanted answer, without its end; the very first of a text has
+        none."""
+        body = {
+            "adapter": adapter,
+            "prompt": [*ids, *wanted],
+            "max_tokens": 0,
+            "echo": True,
+            "logprobs": 0,
+        }
+        answer = self._remote.call("POST", "/v1/completions", json=body)
+        logprobs: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"]
+        return [-logprob for logprob in logprobs[max(1, len(ids)) :]]
 
     def _wanted(self, prompt: Prompt) -> tuple[list[int], list[int]]:
         """Token ids of prompt and answer, by the server's own tokenizer and chat template."""
@@ -179,12 +193,22 @@ class Evaluation:
         return ids
 
 
+def _loss(adapter: str, rows: Sequence[Sequence[float]]) -> Score:
+    losses = [loss for row in rows for loss in row]
+    return Score(adapter, LOSS, *mean_interval(losses), len(losses))
+
+
+def _share(adapter: str, metric: str, are_right: Sequence[bool]) -> Score:
+    right, count = sum(are_right), len(are_right)
+    return Score(adapter, metric, right / count, *wilson(right, count), count)
+
+
 def _show(scores: Sequence[Score], console: Console) -> None:
-    metric = scores[0].metric
-    unit = "tokens" if metric == "loss" else "rows"
-    table = Table("adapter", metric, "95 % interval", unit)
+    table = Table("adapter", "metric", "score", "95 % interval", "of")
     for score in scores:
+        is_loss = score.metric == LOSS
         shown = (score.score, score.low, score.high)
-        value, low, high = (f"{x:.4f}" if metric == "loss" else f"{x:.1%}" for x in shown)
-        table.add_row(score.adapter, value, f"{low} to {high}", str(score.count))
+        value, low, high = (f"{x:.4f}" if is_loss else f"{x:.1%}" for x in shown)
+        count = f"{score.count} {'tokens' if is_loss else 'rows'}"
+        table.add_row(score.adapter, score.metric, value, f"{low} to {high}", count)
     console.print(table)
