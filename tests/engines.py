@@ -24,7 +24,7 @@ from loriner.engine.engine import Engine
 from loriner.engine.readings import Read
 from loriner.engine.runner import Runner
 from loriner.engine.runs import Run
-from loriner.engine.sampler import Sampled, needs_host, sample
+from loriner.engine.sampler import Sampled, sample
 from loriner.engine.step_input import StepInput
 from loriner.model.batch_meta import BatchMeta
 from loriner.model.config import ModelConfig
@@ -62,7 +62,7 @@ class LateRunner(CpuRunner):
         self._ids = torch.empty(0, dtype=torch.int64)  # of the last step that ran
 
     def needs_host(self, params: SamplingParams) -> bool:
-        return needs_host(params)
+        return bool(params.looks_back or params.logit_bias or params.min_tokens)
 
     def launch(self, step: StepInput) -> LateStep:  # type: ignore[override]
         assert len(self._queue) <= 1, "two steps are under way already"
@@ -71,7 +71,9 @@ class LateRunner(CpuRunner):
             assert self.launched and step.token_source.max() < len(self.launched[-1].draws)
         ahead = set(unknown.tolist())
         for row, draw in zip(step.sample_rows.tolist(), step.draws, strict=True):
-            assert row not in ahead or not needs_host(draw.params), "launched over an unknown token"
+            assert row not in ahead or not self.needs_host(draw.params), (
+                "launched over an unknown token"
+            )
             assert UNKNOWN not in draw.token_ids
         made = LateStep(self, len(self.launched), step, self.meta(step))
         self.launched.append(step)
@@ -103,9 +105,18 @@ class LateStep:
         runner, fed = self._runner, self._runner.feed(self._step)
         meta = dataclasses.replace(self._meta, token_ids=fed, reader=self._reader)
         logits = runner.run(meta)
-        self._sampled = sample(logits, self._step.draws, runner.model_config.eos_token_ids)
+        # A guide that was not asked is of a sequence that has ended.
+        draws = [
+            d._replace(guide=None) if d.guide is not None and d.guide.words() is None else d
+            for d in self._step.draws
+        ]
+        self._sampled = sample(logits, draws, runner.model_config.eos_token_ids)
         chosen = [0 if s.token_id is None else s.token_id for s in self._sampled]
         runner._ids = torch.tensor(chosen, dtype=torch.int64)
+
+    def choose(self) -> None:
+        """It is not even run yet."""
+        assert self._runner._queue[-1] is self
 
     def result(self) -> list[Sampled]:
         self._runner.catch_up(self)

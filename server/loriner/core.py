@@ -143,6 +143,10 @@ class Guide(Protocol):
     def allowed(self) -> Any:
         """Ids of the tokens that may come next, ascending, at least one: an array [A] i64."""
 
+    def words(self) -> Any:
+        """The same, a bit for each token: an array [ceil(V / 32)] i32. None where nothing was asked
+        of the guide for this step: its sequence has ended."""
+
     def accept(self, token_id: int) -> None:
         """Walk over the chosen token. Raises InvalidRequestError when the way is too hard."""
 

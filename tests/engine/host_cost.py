@@ -29,6 +29,8 @@ class IdleStep:
     def __init__(self, count: int) -> None:
         self._count = count
 
+    def choose(self) -> None: ...
+
     def result(self) -> list[Sampled]:
         return [Sampled(97)] * self._count
 

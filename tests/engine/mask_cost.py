@@ -46,7 +46,7 @@ def walk(guides: Guides, batch: list[Guide], rng: random.Random, times: dict[str
     left, steps = list(batch), 0
     while left and steps < MAX_TOKENS:
         began = time.perf_counter()
-        guides.begin(left)
+        guides.begin(left, as_ids=True)
         launched = time.perf_counter()
         rows = [guide.allowed() for guide in left]
         ready = time.perf_counter()

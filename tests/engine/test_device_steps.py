@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 from torch import Tensor
 
 from loriner.adapters.pool import Pool
@@ -47,6 +49,11 @@ from tests.fakes import make_request, make_sequence
 from tests.tiny import write_tiny_base
 
 CPU = torch.device("cpu")
+GUIDED: list[dict[str, Any]] = [
+    {"ignore_eos": True},
+    {"grammar": LLMatcher.grammar_from_regex("[ab]{5}")},
+    {"grammar": LLMatcher.grammar_from_regex("[0-9]{2,}"), "top_k": 3, "repetition_penalty": 1.1},
+]
 BLOCK = 4
 TILE, CHUNK = 16, 8
 
@@ -70,7 +77,7 @@ class DeviceLikeRunner(CpuRunner):
         return pool
 
     def needs_host(self, params: SamplingParams) -> bool:
-        return params.looks_back or params.grammar is not None
+        return params.looks_back or (params.grammar is not None and params.logprobs is not None)
 
     def launch(self, step: StepInput) -> PendingStep:  # type: ignore[override]
         self.computation.step = step
@@ -197,12 +204,18 @@ class CpuChooser:
             if draw.needs_host:
                 self.ids[row] = 1  # whatever: the host chooses
                 continue
-            chosen = sample(logits[row : row + 1], [draw], self.eos_ids)[0]
+            free = draw._replace(guide=None)
+            chosen = sample(logits[row : row + 1], [free], self.eos_ids)[0]
             self.ids[row] = -1 if chosen.token_id is None else chosen.token_id
             if chosen.logprob is not None:
                 self.logprobs[row] = chosen.logprob
                 for place, (token_id, logprob) in enumerate(chosen.top):
                     self.top_ids[row, place], self.top[row, place] = token_id, logprob
+
+    def bar(self, logits: Tensor, rows: Seq[int], words: Seq[Any]) -> None:
+        for row, mask in zip(rows, words, strict=True):
+            bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: logits.shape[1]]
+            logits[row][torch.from_numpy(bits == 0)] = -torch.inf
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +293,35 @@ def test_rows_whose_logits_are_broken_end_alone(
     assert len(engine.outputs["good", 0]) == 4
 
 
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_guided_rows_fit_their_grammar_and_disturb_nobody(
+    runners: tuple[CpuRunner, DeviceLikeRunner], base: Path, logprobs: int | None
+) -> None:
+    """With log-probabilities the host chooses them."""
+    results = []
+    for runner in runners:
+        engine = make(runner, base)
+        engine.run_all(
+            [
+                make_request(
+                    [3 + i, 5],
+                    request_id=str(i),
+                    seed=i,
+                    temperature=float(i % 3),
+                    max_tokens=12,
+                    **GUIDED[i % 3],
+                    logprobs=logprobs,
+                )
+                for i in range(9)
+            ]
+        )
+        engine.close()
+        results.append(answers(engine))
+        assert all(re.fullmatch("[ab]{5}", engine.text[str(i), 0]) for i in range(1, 9, 3))
+        assert all(re.fullmatch("[0-9]{2,}", engine.text[str(i), 0]) for i in range(2, 9, 3))
+    assert results[0] == results[1]
+
+
 class NotedSampler:
     """Keeps what the GPU's sampler would be given."""
 
@@ -292,6 +334,9 @@ class NotedSampler:
         self.rows, self.positions, self.lists = rows, list(positions), dict(lists)
 
     def __call__(self, logits: Tensor) -> None:
+        raise NotImplementedError
+
+    def bar(self, logits: Tensor, rows: Seq[int], words: Seq[Any]) -> None:
         raise NotImplementedError
 
 

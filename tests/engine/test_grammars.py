@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from loriner.engine.grammars import MAX_CHARS, Constraint, Grammars, Kind, bridge
 from loriner.errors import InvalidRequestError
 from tests.grammars import admits, compiled, next_ids
-from tests.tiny import IM_END, VOCAB_SIZE
+from tests.tiny import IM_END, VOCAB_SIZE, make_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,19 @@ def test_each_kind_is_compiled(
     grammar = compiled(grammars, kind, text)
 
     assert admits(grammar, answer) and not admits(grammar, other)
+
+
+def test_bytes_are_spelled_as_the_pre_tokenizer_says_whatever_else_the_decoder_knows() -> None:
+    """As converters of GGUF files write it."""
+    tokenizer = make_tokenizer()
+    replace = decoders.Replace("▁", " ")
+    several = [decoders.ByteFallback(), decoders.Fuse(), replace, decoders.ByteLevel()]
+    tokenizer.decoder = decoders.Sequence(several)
+    matcher = LLMatcher(
+        bridge(tokenizer.to_str(), VOCAB_SIZE, (IM_END,)), LLMatcher.grammar_from_regex("a b")
+    )
+
+    assert all(matcher.consume_token(token) for token in tokenizer.encode("a b").ids)
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ class ForcedRunner:
             return pending
         if isinstance(self.runner, RecordingRunner):
             return Ended(self.note(step.draws, self.runner.last_logits))
-        pending.event.synchronize()
-        return Ended(self.note(step.draws, pending._logits))
+        pending.result()  # has come
+        return Ended(self.note(step.draws, pending._known().logits))
 
     def note(self, draws: Seq[Draw], logits: Tensor) -> list[Sampled]:
         assert self.notes is not None and torch.isfinite(logits).all()

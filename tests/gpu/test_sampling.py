@@ -195,3 +195,21 @@ def test_cutting_a_row_otherwise_changes_nothing(rng: np.random.Generator) -> No
     outs = [run(Sampler(d, 32000, MAX_ROWS), logits, CASES, seeds, places) for d in (device, other)]
     for name, values in outs[0].items():
         np.testing.assert_array_equal(values, outs[1][name])
+
+
+@pytest.mark.parametrize("vocab", [1, 33, 49152, 128256])
+def test_barred_tokens_are_those_without_a_bit_in_the_rows_that_are_named(vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    sampler = Sampler(Device(), vocab, 8)
+    logits = torch.from_numpy(normal(rng, (6, vocab))).cuda()
+    rows = [4, 0, 3]
+    bits = rng.random((3, -(-vocab // 32) * 32)) < 0.1
+    bits[:, 0] = True
+    words = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    wanted = logits.clone()
+    for row, own in zip(rows, bits, strict=True):
+        wanted[row][~torch.from_numpy(own[:vocab]).cuda()] = -math.inf
+
+    sampler.bar(logits, rows, list(words))
+
+    assert torch.equal(logits, wanted)

@@ -44,6 +44,9 @@ class Ended:
     sampled: list[Sampled]
     told: list[Read] = field(default_factory=list)
 
+    def choose(self) -> None:
+        raise AssertionError("chosen when it was launched")
+
     def result(self) -> list[Sampled]:
         return self.sampled
 

@@ -175,8 +175,9 @@ class CudaRunner:
         return read
 
     def needs_host(self, params: SamplingParams) -> bool:
-        # The GPU keeps no count of a sequence's tokens and knows no grammar.
-        return params.looks_back or params.grammar is not None
+        # The GPU keeps no count of a sequence's tokens, and masks of grammars overwrite the logits
+        # that log-probabilities are of.
+        return params.looks_back or (params.grammar is not None and params.logprobs is not None)
 
     def launch(self, step: StepInput) -> PendingStep:
         pending = self._steps.launch(step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from loriner.engine.graphs import Graphs, Variant, buckets, variants
 from loriner.engine.readings import Copied, Read, Reader
 from loriner.engine.sampler import Sampled, sample
 from loriner.engine.step_buffers import Seats, Shape, StepBuffers, StepTensors, WorkLists, seats_of
-from loriner.engine.step_input import Draw, Reading, Span, StepInput
+from loriner.engine.step_input import Draw, Ints, Reading, Span, StepInput
 
 _NONE = np.empty(0, np.int32)
 NO_ITEMS = np.empty((0, 3), np.int32)
@@ -82,6 +83,10 @@ class Chooser(Protocol):
     def __call__(self, logits: Tensor) -> None:
         """logits [rows, V] -> `results`. Launches kernels only: it is captured."""
 
+    def bar(self, logits: Tensor, rows: Seq[int], words: Seq[Ints]) -> None:
+        """Make -inf of what these rows may not choose: `words` has a bit for each token that they
+        may. Never waits."""
+
 
 class DeviceSteps:
     """Launches steps of one computation on the current stream of `device`."""
@@ -131,7 +136,30 @@ class DeviceSteps:
             self._buffers.upload(step, self._shape(variant.rows), lists, seats, sampled)
             self._chooser.load(step.draws)
             reader = self._computation.reader(step.readings) if step.readings else None
-            return self._begin_reading(step.draws, self._compute(variant, reader), reader)
+            logits = self._compute(variant, reader)
+        copy = partial(self._begin_reading, step.draws, logits, reader)
+        guided = [i for i, d in enumerate(step.draws) if d.guide is not None and not d.needs_host]
+        if not guided:
+            copies = copy()
+            return PendingStep(copies.event, copies)
+        return PendingStep(self._event(), partial(self._choose, step.draws, guided, logits, copy))
+
+    def _choose(
+        self,
+        draws: tuple[Draw, ...],
+        guided: Seq[int],
+        logits: Tensor,
+        copy: Callable[[], Copies],
+    ) -> Copies:
+        """Once more, with `guided` rows under their masks; others get what they had."""
+        masks = [(row, guide.words()) for row in guided if (guide := draws[row].guide) is not None]
+        known = [(row, words) for row, words in masks if words is not None]
+        with torch.inference_mode():
+            if known:
+                rows, words = zip(*known, strict=True)
+                self._chooser.bar(logits, rows, words)
+                self._chooser(logits)
+        return copy()
 
     def run_again(self) -> None:
         """Compute the last step once more; nothing is uploaded or read back."""
@@ -185,25 +213,21 @@ class DeviceSteps:
 
     def _begin_reading(
         self, draws: tuple[Draw, ...], logits: Tensor, reader: Reader | None
-    ) -> PendingStep:
+    ) -> Copies:
         """Start all copies to the host."""
         self._turn ^= 1
         with_logprobs = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
         results = self._read_back[self._turn]
         used = len(results) if with_logprobs else len(draws)  # ids stand first
-        results[:used].copy_(self._chooser.results[:used], non_blocking=True)
         by_host = [row for row, draw in enumerate(draws) if draw.needs_host]
-        is_cuda = self._device.type == "cuda"
-        kept = torch.empty((len(by_host), logits.shape[1]), pin_memory=is_cuda)
-        for place, row in enumerate(by_host):
-            kept[place].copy_(logits[row], non_blocking=True)
-        prompts = None if reader is None else reader.copied()
-        event: Any = None
-        if is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        return PendingStep(
-            event=event,
+        kept = torch.empty((len(by_host), logits.shape[1]), pin_memory=self._device.type == "cuda")
+        with torch.inference_mode():
+            results[:used].copy_(self._chooser.results[:used], non_blocking=True)
+            for place, row in enumerate(by_host):
+                kept[place].copy_(logits[row], non_blocking=True)
+            prompts = None if reader is None else reader.copied()
+        return Copies(
+            event=self._event(),
             draws=draws,
             results=Results(results, self._num_samples),
             with_logprobs=with_logprobs,
@@ -212,6 +236,14 @@ class DeviceSteps:
             prompts=prompts,
             eos_ids=self._eos_ids,
         )
+
+    def _event(self) -> Any:
+        """Comes when all that was launched is over; None where nothing runs beside the host."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
 
 class Results(NamedTuple):
@@ -236,8 +268,8 @@ class Results(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class PendingStep:
-    """A launched step on its way to the host."""
+class Copies:
+    """A step's results on their way to the host."""
 
     event: Any  # has come when all is there; None where nothing runs beside the host
     draws: tuple[Draw, ...]
@@ -249,7 +281,6 @@ class PendingStep:
     eos_ids: tuple[int, ...]
 
     def result(self) -> list[Sampled]:
-        """Before the second launch from here: then the buffers are another step's."""
         if self.event is not None:
             self.event.synchronize()
         made = [Sampled(i if i >= 0 else None) for i in self.results.ids(len(self.draws))]
@@ -261,5 +292,27 @@ class PendingStep:
             made[row] = sample(logits[None], [self.draws[row]], self.eos_ids)[0]
         return made
 
+
+class PendingStep:
+    """A launched step. One with guided rows is read only when they have been chosen."""
+
+    def __init__(self, event: Any, copies: Copies | Callable[[], Copies]) -> None:
+        """`event` has come when the forward pass is over."""
+        self.event = event
+        self._copies = copies
+
+    def choose(self) -> None:
+        if not isinstance(self._copies, Copies):
+            self._copies = self._copies()
+
+    def result(self) -> list[Sampled]:
+        """Before the second launch from here: then the buffers are another step's."""
+        return self._known().result()
+
     def read(self) -> list[Read]:
-        return [] if self.prompts is None else self.prompts.told()
+        prompts = self._known().prompts
+        return [] if prompts is None else prompts.told()
+
+    def _known(self) -> Copies:
+        assert isinstance(self._copies, Copies), "guided rows are not chosen yet"
+        return self._copies

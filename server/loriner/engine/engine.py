@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from loriner.adapters.loaders import Source
 from loriner.adapters.registry import Registry
 from loriner.config import EngineConfig
-from loriner.core import UNKNOWN, Event, Request, Sequence
+from loriner.core import UNKNOWN, Event, Guide, Request, Sequence
 from loriner.engine.answers import Answers
 from loriner.engine.batch import BatchBuilder
 from loriner.engine.guides import Guides
@@ -46,6 +46,15 @@ class Flight:
     sampled: tuple[Run, ...]  # in the order of the tokens
     read: tuple[Run, ...]  # in the order of what is read of prompts
     pending: Pending
+
+    @property
+    def is_guided(self) -> bool:
+        return any(run.sequence.guide is not None for run in self.sampled)
+
+    @property
+    def guides(self) -> list[Guide | None]:
+        """Of the rows in `sampled`, but of those whose sequence has ended."""
+        return [None if run.sequence.done else run.sequence.guide for run in self.sampled]
 
 
 class Engine:
@@ -126,7 +135,8 @@ class Engine:
             except Exception as error:  # noqa: BLE001  `_fail_step` logs it
                 events += self._read(0)
                 return events + self._fail_step(runs, error)
-        return events + self._read(self._depth if runs else 0)
+        events += self._read(self._depth if runs else 0)
+        return events + self._choose()
 
     def check_integrity(self) -> None:
         """Assert the invariants of every allocator; cheap enough to call whenever idle."""
@@ -160,7 +170,8 @@ class Engine:
 
     def _launch(self, runs: list[Run]) -> None:
         batch = self._builder.build(runs)
-        self.guides.begin([run.sequence.guide for run in batch.sampled])
+        if not self._depth:
+            self.guides.begin([run.sequence.guide for run in batch.sampled], as_ids=True)
         pending = self.runner.launch(batch.step)
         for run in runs:
             run.sequence.num_computed = run.end
@@ -182,6 +193,19 @@ class Engine:
             else:
                 events += self._commit(flight, sampled, read)
         return events
+
+    def _choose(self) -> list[Event]:
+        """Choose the guided rows' tokens of the step that was just launched: what may follow was
+        not known before those of the step ahead of it were read."""
+        if not self._flights or not (flight := self._flights[-1]).is_guided:
+            return []
+        try:
+            self.guides.begin(flight.guides, as_ids=False)
+            flight.pending.choose()
+        except Exception as error:  # noqa: BLE001  `_fail_step` logs it
+            self._flights.pop()
+            return self._fail_step(flight.runs, error)
+        return []
 
     def _fail_step(self, runs: list[Run], error: Exception) -> list[Event]:
         """End all that had rows in a step which failed, except what has ended since. Raises what

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
-from loriner.engine.step_input import Draw
+from loriner.engine.step_input import Draw, Ints
 from loriner.kernels.cuda.sampling import ROW, Records, adjustments, describe
 
 MEMO = "gpu sampler"
@@ -29,6 +29,8 @@ class GpuSampler(Protocol):
     ) -> None: ...
 
     def __call__(self, logits: Tensor) -> None: ...
+
+    def bar(self, logits: Tensor, rows: Seq[int], words: Seq[Ints]) -> None: ...
 
 
 class Record(NamedTuple):
@@ -64,6 +66,9 @@ class GpuChooser:
 
     def __call__(self, logits: Tensor) -> None:
         self._sampler(logits)
+
+    def bar(self, logits: Tensor, rows: Seq[int], words: Seq[Ints]) -> None:
+        self._sampler.bar(logits, rows, words)
 
     def _record(self, draw: Draw) -> Record:
         params = draw.params

@@ -67,7 +67,18 @@ class Constraint:
 def bridge(tokenizer: str, vocab_size: int, eos_ids: tuple[int, ...]) -> LLTokenizer:
     """llguidance's trie over the tokens of a tokenizer.json; takes up to a second and holds the
     interpreter for it."""
-    return LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_ids) or None)
+    return LLTokenizer(_as_read(tokenizer), n_vocab=vocab_size, eos_token=list(eos_ids) or None)
+
+
+def _as_read(tokenizer: str) -> str:
+    """llguidance tells by the decoder how tokens spell bytes, and takes the first it knows. Some
+    converters write several, of which the pre-tokenizer shows that one alone counts."""
+    told = json.loads(tokenizer)
+    split = told.get("pre_tokenizer") or {}
+    for part in [split, *split.get("pretokenizers", [])]:
+        if part.get("type") == "ByteLevel":
+            return json.dumps({**told, "decoder": part})
+    return tokenizer
 
 
 def compiling_thread() -> ThreadPoolExecutor:

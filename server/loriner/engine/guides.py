@@ -13,6 +13,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
@@ -28,6 +29,14 @@ MAX_KEPT = 16  # compiled grammars; a hard one holds up to 40 MB
 WORD_BITS = 32
 
 Ids = NDArray[np.int64]  # of allowed tokens, ascending
+Words = NDArray[np.int32]  # a bit for each token
+
+
+class Mask(NamedTuple):
+    """What may follow."""
+
+    words: Words
+    ids: Ids | None  # where they were asked for
 
 
 class Guide:
@@ -35,17 +44,22 @@ class Guide:
 
     def __init__(self, matcher: LLMatcher) -> None:
         self.matcher = matcher
-        self._masks: Future[list[Ids]] | None = None
+        self._masks: Future[list[Mask]] | None = None
         self._row = 0
 
-    def expect(self, masks: Future[list[Ids]], row: int) -> None:
+    def expect(self, masks: Future[list[Mask]], row: int) -> None:
         """The next mask will be `row` of these."""
         self._masks, self._row = masks, row
 
     def allowed(self) -> Ids:
         """Waits for the step's masks."""
         assert self._masks is not None, "asked before its mask was begun"
-        return self._masks.result()[self._row]
+        words, ids = self._masks.result()[self._row]
+        return _ids(words) if ids is None else ids
+
+    def words(self) -> Words | None:
+        """Waits for the step's masks."""
+        return None if self._masks is None else self._masks.result()[self._row].words
 
     def accept(self, token_id: int) -> None:
         """Walk over a chosen token. Raises InvalidRequestError when the grammar, on this path,
@@ -104,11 +118,11 @@ class Guides:
             made.append(self._made.get())
         return made
 
-    def begin(self, of_rows: Seq[core.Guide | None]) -> None:
-        """Start the masks of one step's constrained rows."""
+    def begin(self, of_rows: Seq[core.Guide | None], *, as_ids: bool) -> None:
+        """Start the masks of one step's constrained rows; `as_ids`: the host chooses by them."""
         guides = [guide for guide in of_rows if isinstance(guide, Guide)]
         if guides:
-            masks = self._masker.submit(self._compute, [guide.matcher for guide in guides])
+            masks = self._masker.submit(self._compute, [guide.matcher for guide in guides], as_ids)
             for row, guide in enumerate(guides):
                 guide.expect(masks, row)
 
@@ -142,12 +156,10 @@ class Guides:
             self._kept.popitem(last=False)
         return matcher
 
-    def _compute(self, matchers: Seq[LLMatcher]) -> list[Ids]:
-        words = self._words(matchers)
-        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
-        return [np.flatnonzero(row) for row in bits.view(np.bool_)]
+    def _compute(self, matchers: Seq[LLMatcher], as_ids: bool) -> list[Mask]:
+        return [Mask(row, _ids(row) if as_ids else None) for row in self._words(matchers)]
 
-    def _words(self, matchers: Seq[LLMatcher]) -> NDArray[np.int32]:
+    def _words(self, matchers: Seq[LLMatcher]) -> Words:
         """One bit for each token."""
         num_words = -(-self._vocab_size // WORD_BITS)
         words = np.zeros((len(matchers), num_words), np.int32)
@@ -159,3 +171,7 @@ class Guides:
         rows = [(matcher, row) for row, matcher in enumerate(matchers)]
         self._executor.unsafe_compute_mask_ptr(rows, words.ctypes.data, num_words * 4, len(rows))
         return words
+
+
+def _ids(words: Words) -> Ids:
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little").view(np.bool_))

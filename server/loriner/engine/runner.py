@@ -34,6 +34,10 @@ OLDEST = (8, 0)  # compute capability
 class Pending(Protocol):
     """A step that was launched."""
 
+    def choose(self) -> None:
+        """Choose the tokens of guided rows, whose masks have been begun: once, before `result` and
+        the next launch. Only asked of an asynchronous runner's steps that have such rows."""
+
     def result(self) -> list[Sampled]:
         """Its B tokens, in order, once it has ended. Raises what went wrong in it."""
 

@@ -54,13 +54,6 @@ def uniform(seed: int, position: int) -> float:
     return ((z ^ (z >> 31)) >> 11) / float(1 << 53)
 
 
-def needs_host(params: SamplingParams) -> bool:
-    """Whether logits must be adjusted before the choice, which only the host does."""
-    return bool(
-        params.looks_back or params.logit_bias or params.min_tokens or params.grammar is not None
-    )
-
-
 def _adjusts(draw: Draw) -> bool:
     """Whether a greedy choice needs more than the raw logits."""
     params = draw.params

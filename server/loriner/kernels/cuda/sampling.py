@@ -22,11 +22,13 @@ from loriner.kernels.cuda.launch import Device
 SOURCE = "sampling.cu"
 CLUSTER = 8  # blocks that share a row, from sm_90 on
 THREADS = 384
+BAR_THREADS = 256
 FIXED_SMEM = 4096  # bytes of shared memory before a block's part of the row
 MAX_TOP = 20  # the most log-probabilities a row can ask for
 MAX_VOCAB = 1 << 18  # more could overflow the sum of masses
 ENTRIES_PER_ROW = 1280  # room for biases and barred tokens, on average over the rows
 _ALIGN = 32  # ids: segments begin on 128 bytes
+WORD_BITS = 32  # of a mask
 _RING = 3  # steps whose parameters can be on their way
 
 # One row's parameters, as `struct Row`. `scale` is log2(e) / temperature, 0 for greedy; `gap` is
@@ -154,6 +156,7 @@ class Sampler:
         self.vocab, self.max_rows = vocab, max_rows
         module = device.module(SOURCE, CLUSTER=self.plan.cluster)
         self._sample = module.kernel("sample", smem=self.plan.smem)
+        self._bar = module.kernel("bar")
         where = device.torch_device
         scratch = max_rows * self.plan.padded if self.plan.cluster == 1 else 1
         self._scratch = torch.empty(scratch, dtype=torch.float32, device=where)
@@ -164,6 +167,14 @@ class Sampler:
         self._sheets = [Sheet(pinned.numpy(), max_rows) for pinned in self._pinned]
         self._copied = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
         self._turn = 0
+        self.num_words = -(-vocab // WORD_BITS)
+        masks = (max_rows, 1 + self.num_words)  # its row, then a bit for each token
+        self._masks = torch.zeros(masks, dtype=torch.int32, device=where)
+        self._pinned_masks = [
+            torch.zeros(masks, dtype=torch.int32).pin_memory() for _ in range(_RING)
+        ]
+        self._masks_copied = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
+        self._masks_turn = 0
         self.results = torch.zeros(max_rows * (4 + 2 * MAX_TOP), dtype=torch.int32, device=where)
         sizes = [max_rows, max_rows, max_rows * MAX_TOP, max_rows * MAX_TOP, max_rows * 2]
         ids, logprobs, top_ids, top, cuts = torch.split(self.results, sizes)
@@ -176,7 +187,7 @@ class Sampler:
     @property
     def num_bytes(self) -> int:
         """Of GPU memory."""
-        held = (self._scratch, self._parameters, self.results)
+        held = (self._scratch, self._parameters, self._masks, self.results)
         return sum(tensor.nbytes for tensor in held)
 
     def load(
@@ -211,4 +222,26 @@ class Sampler:
             self.top_logprobs,
             self.cuts,
             cluster=self.plan.cluster,
+        )
+
+    def bar(self, logits: Tensor, rows: Seq[int], words: Seq[Ints]) -> None:
+        """logits [B, V] f32: -inf where `words` [rows] of [ceil(V / 32)] i32 has no bit for a token
+        of that row. In place; other rows are not touched. Never waits."""
+        turn, self._masks_turn = self._masks_turn, (self._masks_turn + 1) % _RING
+        self._masks_copied[turn].synchronize()  # of three steps ago: over long since
+        pinned = self._pinned_masks[turn]
+        sheet = pinned.numpy()
+        for place, (row, mask) in enumerate(zip(rows, words, strict=True)):
+            sheet[place, 0], sheet[place, 1:] = row, mask
+        count = len(rows)
+        self._masks[:count].copy_(pinned[:count], non_blocking=True)
+        self._masks_copied[turn].record()
+        self._bar(
+            (-(-self.num_words // BAR_THREADS), count),
+            BAR_THREADS,
+            logits,
+            logits.stride(0),
+            self.vocab,
+            self.num_words,
+            self._masks,
         )

@@ -613,3 +613,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLUSTER > 1 ? 3 : 2)
     row_sync();  // peers may still read this block's shared memory
 #endif
 }
+
+// -inf over the tokens of some rows that have no bit. masks [gridDim.y, 1 + num_words]: a row, and its words. A thread
+// has a word; lanes take turns, so that a warp writes 32 neighbours.
+extern "C" __global__ void bar(float* logits, i32 stride, i32 V, i32 num_words, const u32* masks) {
+    grid_launch();
+    grid_wait();
+    const u32* mask = masks + (i64)blockIdx.y * (1 + num_words);
+    const i32 lane = threadIdx.x & 31, word = blockIdx.x * blockDim.x + threadIdx.x;
+    float* const row = logits + (i64)mask[0] * stride;
+    const u32 own = word < num_words ? mask[1 + word] : FULL;
+    for (i32 i = 0; i < 32; i++) {
+        const u32 bits = __shfl_sync(FULL, own, i);
+        const i32 id = (word - lane + i) * 32 + lane;
+        if (id < V && !(bits >> lane & 1)) row[id] = NEG_INF;
+    }
+}
