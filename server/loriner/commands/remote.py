@@ -10,7 +10,9 @@ import contextlib
 import io
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -53,25 +55,45 @@ def default_key() -> str:
 
 
 class Remote:
-    """One server. Close it, or use it in a `with` block."""
+    """One server, for any number of threads. Close it, or use it in a `with` block.
+
+    Each thread has a client: in a shared one a request waits for a connection of its own, gives up
+    after `TIMEOUT`, and takes the pool with it.
+    """
 
     def __init__(self, url: str, key: str = "", transport: httpx.BaseTransport | None = None):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url!r} is not an http:// or https:// address.")
-        self._client = httpx.Client(
+        trust_env = not is_loopback(parts.hostname)
+        self._make = partial(
+            httpx.Client,
             base_url=url,
             headers={"authorization": f"Bearer {key}"} if key else {},
             timeout=TIMEOUT,
-            trust_env=not is_loopback(parts.hostname),
+            trust_env=trust_env,
             transport=transport,
+            verify=httpx.create_ssl_context(trust_env=trust_env),
         )
+        self._url = url
+        self._own = threading.local()
+        self._clients: list[httpx.Client] = []
+
+    @property
+    def _client(self) -> httpx.Client:
+        """This thread's."""
+        client: httpx.Client | None = getattr(self._own, "client", None)
+        if client is None:
+            client = self._own.client = self._make()
+            self._clients.append(client)
+        return client
 
     def __enter__(self) -> Remote:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._client.close()
+        for client in self._clients:
+            client.close()
 
     def call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         """The JSON answer of one request."""
@@ -101,10 +123,10 @@ class Remote:
             yield
         except httpx.ConnectError:
             raise RemoteError(
-                f"no server answers at {self._client.base_url}: is `loriner serve` running?"
+                f"no server answers at {self._url}: is `loriner serve` running?"
             ) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise RemoteError(f"{self._client.base_url}: {error}") from None
+            raise RemoteError(f"{self._url}: {error}") from None
 
 
 def upload_parts(
