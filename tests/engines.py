@@ -4,6 +4,7 @@ watched."""
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -133,7 +134,8 @@ class WatchedEngine(Engine):
 
     def __init__(self, config: EngineConfig, runner: Runner, source: Source) -> None:
         tokenizer = Tokenizer.from_file(str(config.model / "tokenizer.json"))
-        super().__init__(config, runner, tokenizer, source)
+        self._loaded = threading.Event()
+        super().__init__(config, runner, tokenizer, source, self._loaded.set)
         self.logits: dict[Key, list[Tensor]] = {}
         self.outputs: dict[Key, list[int]] = {}
         self.text: dict[Key, str] = {}
@@ -153,7 +155,10 @@ class WatchedEngine(Engine):
 
     def step(self) -> list[Event]:
         self._sampled = ()
+        self._loaded.clear()
         events = super().step()
+        if not self.ran:
+            self._loaded.wait(0.01)  # a loop that spins keeps loaders' threads from running
         if isinstance(self.runner, RecordingRunner):
             for row, run in enumerate(self._sampled):
                 sequence = run.sequence

@@ -57,6 +57,7 @@ def build(job: dict[str, Any]) -> Engine:
 
 def measure(engine: Engine, prompts: list[list[int]], picks: list[int], num_new: int) -> Any:
     """Submit all rows at once and step until they end."""
+    from loriner.bench import drive
     from loriner.core import Request, SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=num_new, ignore_eos=True)
@@ -68,7 +69,7 @@ def measure(engine: Engine, prompts: list[list[int]], picks: list[int], num_new:
     answers: list[list[int]] = [[] for _ in picks]
     prefilled = None
     while engine.has_work:
-        for event in engine.step():
+        for event in drive.step(engine):
             if event.error is not None:
                 raise RuntimeError(event.error)
             answers[int(event.request_id)].extend(event.token_ids)
