@@ -88,6 +88,8 @@ class Side:
         self.clear()
         for start in range(0, len(requests), size):
             self.engine.run_all(requests[start : start + size])
+        errors = {key: end.error for key, end in self.engine.ends.items() if end.error}
+        assert not errors
         return [self.engine.outputs[request.request_id, 0] for request in requests]
 
     def clear(self) -> None:

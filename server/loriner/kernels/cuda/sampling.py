@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loriner.kernels.cuda.launch import Device
+from loriner.kernels.cuda.upload import Upload
 
 SOURCE = "sampling.cu"
 CLUSTER = 8  # blocks that share a row, from sm_90 on
@@ -29,7 +30,6 @@ MAX_VOCAB = 1 << 18  # more could overflow the sum of masses
 ENTRIES_PER_ROW = 1280  # room for biases and barred tokens, on average over the rows
 _ALIGN = 32  # ids: segments begin on 128 bytes
 WORD_BITS = 32  # of a mask
-_RING = 3  # steps whose parameters can be on their way
 
 # One row's parameters, as `struct Row`. `scale` is log2(e) / temperature, 0 for greedy; `gap` is
 # temperature * ln(min_p); entries are [first_entry, first_entry + num_entries) of the step's.
@@ -161,20 +161,13 @@ class Sampler:
         scratch = max_rows * self.plan.padded if self.plan.cluster == 1 else 1
         self._scratch = torch.empty(scratch, dtype=torch.float32, device=where)
         size = Sheet.num_bytes(max_rows, max_rows * ENTRIES_PER_ROW)
-        self._parameters = torch.zeros(size, dtype=torch.uint8, device=where)
-        self._entries = self._parameters[max_rows * ROW.itemsize :]
-        self._pinned = [torch.zeros(size, dtype=torch.uint8).pin_memory() for _ in range(_RING)]
-        self._sheets = [Sheet(pinned.numpy(), max_rows) for pinned in self._pinned]
-        self._copied = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
-        self._turn = 0
+        self._parameters = Upload((size,), torch.uint8, where)
+        self._sheets = [Sheet(buffer.numpy(), max_rows) for buffer in self._parameters.buffers]
+        self._entries = self._parameters.tensor[max_rows * ROW.itemsize :]
         self.num_words = -(-vocab // WORD_BITS)
-        masks = (max_rows, 1 + self.num_words)  # its row, then a bit for each token
-        self._masks = torch.zeros(masks, dtype=torch.int32, device=where)
-        self._pinned_masks = [
-            torch.zeros(masks, dtype=torch.int32).pin_memory() for _ in range(_RING)
-        ]
-        self._masks_copied = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
-        self._masks_turn = 0
+        # of a row: its number, then a bit for each token
+        self._masks = Upload((max_rows, 1 + self.num_words), torch.int32, where)
+        self._mask_rows = [buffer.numpy() for buffer in self._masks.buffers]
         self.results = torch.zeros(max_rows * (4 + 2 * MAX_TOP), dtype=torch.int32, device=where)
         sizes = [max_rows, max_rows, max_rows * MAX_TOP, max_rows * MAX_TOP, max_rows * 2]
         ids, logprobs, top_ids, top, cuts = torch.split(self.results, sizes)
@@ -187,7 +180,7 @@ class Sampler:
     @property
     def num_bytes(self) -> int:
         """Of GPU memory."""
-        held = (self._scratch, self._parameters, self._masks, self.results)
+        held = (self._scratch, self._parameters.tensor, self._masks.tensor, self.results)
         return sum(tensor.nbytes for tensor in held)
 
     def load(
@@ -195,11 +188,8 @@ class Sampler:
     ) -> None:
         """Give the next launch its parameters (`Sheet.fill`): one asynchronous copy on the current
         stream."""
-        turn, self._turn = self._turn, (self._turn + 1) % _RING
-        self._copied[turn].synchronize()  # of three steps ago: over long since
-        size = self._sheets[turn].fill(rows, positions, lists)
-        self._parameters[:size].copy_(self._pinned[turn][:size], non_blocking=True)
-        self._copied[turn].record()
+        turn = self._parameters.begin()
+        self._parameters.send(self._sheets[turn].fill(rows, positions, lists))
 
     def __call__(self, logits: Tensor) -> None:
         """logits [B, V] f32, rows any stride apart; not changed. B is the bucket's: rows that
@@ -213,7 +203,7 @@ class Sampler:
             logits.stride(0),
             self.vocab,
             self.plan.segment,
-            self._parameters,
+            self._parameters.tensor,
             self._entries,
             self._scratch,
             self.ids,
@@ -227,15 +217,11 @@ class Sampler:
     def bar(self, logits: Tensor, rows: Seq[int], words: Seq[Ints]) -> None:
         """logits [B, V] f32: -inf where `words` [rows] of [ceil(V / 32)] i32 has no bit for a token
         of that row. In place; other rows are not touched. Never waits."""
-        turn, self._masks_turn = self._masks_turn, (self._masks_turn + 1) % _RING
-        self._masks_copied[turn].synchronize()  # of three steps ago: over long since
-        pinned = self._pinned_masks[turn]
-        sheet = pinned.numpy()
+        sheet = self._mask_rows[self._masks.begin()]
         for place, (row, mask) in enumerate(zip(rows, words, strict=True)):
             sheet[place, 0], sheet[place, 1:] = row, mask
         count = len(rows)
-        self._masks[:count].copy_(pinned[:count], non_blocking=True)
-        self._masks_copied[turn].record()
+        self._masks.send(count)
         self._bar(
             (-(-self.num_words // BAR_THREADS), count),
             BAR_THREADS,
@@ -243,5 +229,5 @@ class Sampler:
             logits.stride(0),
             self.vocab,
             self.num_words,
-            self._masks,
+            self._masks.tensor,
         )
