@@ -19,7 +19,6 @@ from loriner.adapters.store import Store
 from loriner.cli import main
 from loriner.model.transformer import layout
 from loriner.model.weights import Checkpoint
-from loriner.train.attention import Plan
 from loriner.train.base import open_base
 from loriner.train.canaries import FILE, read
 from loriner.train.lora import Lora, Segment
@@ -119,7 +118,7 @@ def assert_same_logits(base: Path, trained: Path, prompt: list[int]) -> None:
         hidden = trainer.hidden(
             trainer.embed(torch.tensor(prompt)),
             torch.arange(len(prompt)),
-            Plan.of([len(prompt)], trainer.device),
+            trainer.plan([len(prompt)]),
             [Segment(0, len(prompt), lora, lora.cast(trainer.dtype))],
         )
         ours = hidden[-1] @ trainer.head.dense().T

@@ -88,10 +88,8 @@ def peft_gradients(
 
 def gradients_of(lora: Lora) -> dict[str, Tensor]:
     """By the names of `Lora.tensors`."""
-    grads = (parameter.grad for parameter in lora.parameters())
-    return {
-        name: grad for name, grad in zip(lora.tensors(), grads, strict=True) if grad is not None
-    }
+    grads = (grad for pair in lora.gradients.values() for grad in pair)
+    return dict(zip(lora.tensors(), grads, strict=True))
 
 
 def off(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:

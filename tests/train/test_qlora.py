@@ -59,7 +59,7 @@ def losses(job: Job) -> list[float]:
 
 
 def weights(job: Job) -> list[torch.Tensor]:
-    return [parameter.data for parameter in job.lora.parameters()]
+    return list(job.lora.tensors().values())
 
 
 def test_the_loss_falls_and_the_base_stays_as_it_was(make: Make, base: Base) -> None:
@@ -230,7 +230,7 @@ def test_only_the_newest_checkpoints_are_kept(make: Make, base: Base) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(make: Make, base: Base) -> None:
     job = make()
-    job.lora.parameters()[1].data.fill_(torch.inf)
+    weights(job)[1].fill_(torch.inf)
 
     with pytest.raises(TrainError, match="the loss of pirate is not finite: lower learning_rate"):
         train(base, [job], Silent())

@@ -20,6 +20,7 @@ from loriner.train.asking import ask
 from loriner.train.base import Base, device_of, dtype_of, open_base
 from loriner.train.data import load_prompts
 from loriner.train.files import Settings
+from loriner.train.graphs import Graphs
 from loriner.train.lora import Lora
 from loriner.train.prepare import Preparation, prepare
 from loriner.train.progress import peak_memory
@@ -58,8 +59,9 @@ def _train_adapter(
     base = open_base(preparation.settings.run)
     (job,) = preparation.start(base)
     start = time.perf_counter()
+    graphs = Graphs(base)
     while not job.is_done:
-        turn(base, [job], Silent())
+        turn(graphs, [job], Silent())
     losses = [record.loss for record in job.steps]
     found = _found(losses, time.perf_counter() - start, preparation, job.lora.num_parameters)
     return base, job.lora, found

@@ -19,7 +19,7 @@ from loriner.train.data import DataSet
 from loriner.train.feed import Pass
 from loriner.train.job import make_feed, num_steps
 from loriner.train.optim import check_finite, clip, learning_rate, make_optimizer
-from loriner.train.passes import Flat
+from loriner.train.passes import Flat, lengths_of
 from loriner.train.settings import JobConfig
 
 
@@ -49,11 +49,12 @@ class FullModel:
     def loss(self, documents: Pass) -> Tensor:
         """The sum over the learnt tokens, to call backward on."""
         flat = Flat.of(documents, self.device)
+        plan = attention.Groups.of(lengths_of(documents), self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             states = self._model.model(
                 input_ids=flat.ids.unsqueeze(0),
                 position_ids=flat.positions.unsqueeze(0),
-                plan=flat.plan,
+                plan=plan,
                 use_cache=False,
             ).last_hidden_state.squeeze(0)
             logits = self._model.lm_head(states.index_select(0, flat.rows - 1))  # [S, vocab]

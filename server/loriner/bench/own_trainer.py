@@ -15,6 +15,7 @@ import torch
 from loriner.bench.random_base import RandomBase
 from loriner.train.base import Base
 from loriner.train.data import DataSet, Entry, Prompt
+from loriner.train.graphs import Graphs
 from loriner.train.job import Job
 from loriner.train.masks import Document
 from loriner.train.progress import peak_memory
@@ -40,10 +41,10 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         loaded = torch.cuda.memory_allocated() if on_gpu else peak_memory()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        times, losses = [], []
+        graphs, times, losses = Graphs(base), [], []
         for _ in range(job["steps"] + WARM_UP):
             start = time.perf_counter()
-            turn(base, jobs, Silent())
+            turn(graphs, jobs, Silent())
             losses.append(jobs[0].steps[-1].loss)  # its value is there, so the step is over
             times.append(time.perf_counter() - start)
     return {

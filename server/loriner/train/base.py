@@ -20,7 +20,7 @@ from loriner.model.config import ModelConfig
 from loriner.model.shards import read_json
 from loriner.model.weights import Checkpoint
 from loriner.train import attention
-from loriner.train.attention import Plan
+from loriner.train.attention import Groups, Plan, Starts
 from loriner.train.lora import Frozen, Routing, Segment, SegmentedLinear
 from loriner.train.settings import RunConfig
 
@@ -54,6 +54,20 @@ class Base:
     def decoder(self) -> Any:
         """transformers' decoder, without the head."""
         return self._model
+
+    @property
+    def has_flash(self) -> bool:
+        """Whether attention is one launch for documents of any lengths (`Starts`)."""
+        fits = self.config.head_dim % 8 == 0 and self.config.head_dim <= 256
+        if self.device.type != "cuda" or self.dtype == torch.float32 or not fits:
+            return False
+        return torch.cuda.get_device_capability(self.device) >= (8, 0)
+
+    def plan(self, lengths: Sequence[int]) -> Plan:
+        """How documents of these lengths are attended to."""
+        plan: Any = Starts if self.has_flash else Groups
+        made: Plan = plan.of(lengths, self.device)
+        return made
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, H]."""

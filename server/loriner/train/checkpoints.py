@@ -21,6 +21,7 @@ from loriner.train.job import Job
 from loriner.train.peft_folder import WEIGHTS_NAME, write_peft_folder
 
 KEPT = 3  # checkpoints of a run, newest
+LAYOUT = 2  # of the optimiser's state: of one tensor; 1 was of each A and B
 STATE, OPTIMIZER, BEST = "state.json", "optimizer.pt", "best.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
 # Settings that may differ between a run and its continuation: they change no step.
@@ -57,7 +58,7 @@ def save_checkpoint(job: Job, base_digest: str, base_name: str) -> Path:
     torch.save(job.optimizer.state_dict(), part / OPTIMIZER)
     if job.best is not None:
         save_file(job.best, part / BEST)
-    state = {**job.state(), "identity": _identity(job, base_digest)}
+    state = {**job.state(), "layout": LAYOUT, "identity": _identity(job, base_digest)}
     (part / STATE).write_text(json.dumps(state), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
@@ -80,6 +81,7 @@ def resume(job: Job, base_digest: str) -> Path:
     folder = found[-1]
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        _check_layout(folder, state)
         _check_identity(folder, state["identity"], _identity(job, base_digest))
         device = str(job.lora.parameters()[0].device)
         job.lora.load(load_file(folder / WEIGHTS_NAME, device=device))
@@ -91,6 +93,15 @@ def resume(job: Job, base_digest: str) -> Path:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise TrainError(f"{folder} cannot be resumed from: {error}") from error
     return folder
+
+
+def _check_layout(folder: Path, state: dict[str, Any]) -> None:
+    if state.get("layout", 1) != LAYOUT:
+        raise TrainError(
+            f"{folder} cannot be resumed from: its optimiser's state is in layout "
+            f"{state.get('layout', 1)}, and this version of Loriner reads layout {LAYOUT} alone. "
+            "Finish the run with the version that began it, or start anew in another --out."
+        )
 
 
 def _identity(job: Job, base_digest: str) -> dict[str, Any]:

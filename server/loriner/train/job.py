@@ -46,7 +46,7 @@ class EvalRecord:
 
 
 class Job:
-    """`next_share`, backward, `note`, and `advance` once `is_step_complete`."""
+    """`next_share`, a pass that learns it, `note`, and `advance` once `is_step_complete`."""
 
     def __init__(
         self, settings: JobConfig, base: Base, data: DataSet, held: DataSet | None
@@ -119,7 +119,7 @@ class Job:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
         self.step += 1
         now = time.perf_counter()
         record = StepRecord(self.step, loss, rate, norm, self._num_tokens, now - self._started)
@@ -129,7 +129,7 @@ class Job:
     def abandon_step(self) -> None:
         """Forget a step that is not complete; the next one begins anew."""
         self._passes.clear()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
 
     def is_eval_due(self) -> bool:
         if self.held is None or (self.evals and self.evals[-1].step == self.step):

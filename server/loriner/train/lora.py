@@ -83,8 +83,13 @@ def _quant_state(weight: Nf4, dtype: torch.dtype, device: torch.device) -> Any:
 Pair = tuple[Tensor, Tensor]  # A [R, K], B [N, R]
 
 
+ALIGN = 256  # elements: a block of eight-bit optimiser states lies in one tensor
+
+
 class Lora:
-    """One adapter in training: A and B of every target, f32."""
+    """One adapter in training: A and B of every target, f32, one after the other in `flat`, so that
+    what is done to all of them is one launch. Invariant: `flat` and its gradient stay where they
+    are; what lies between the tensors is zero."""
 
     def __init__(
         self,
@@ -98,36 +103,65 @@ class Lora:
     ) -> None:
         """`targets`: full module names -> (N, K). Starts as PEFT does: A uniform, B zero."""
         self.rank, self.scaling, self.dropout = rank, scaling, dropout
-        self.weights: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._shapes = {name: ((rank, k), (n, rank)) for name, (n, k) in targets.items()}
+        sizes = [math.prod(shape) for pair in self._shapes.values() for shape in pair]
+        self._spaces = [-(-size // ALIGN) * ALIGN for size in sizes]
+        self.num_parameters = sum(sizes)
+        self._values = torch.zeros(sum(self._spaces), device=device)
+        self.gradient = torch.zeros_like(self._values)
+        self.flat = nn.Parameter(self._values)
+        self.flat.grad = self.gradient
+        self.weights: Mapping[str, Pair] = self._views(self._values)
         generator = torch.Generator().manual_seed(seed)
-        for name, (num_out, num_in) in targets.items():
-            a = torch.empty(rank, num_in)
-            nn.init.kaiming_uniform_(a, math.sqrt(5), generator=generator)
-            b = torch.zeros(num_out, rank)
-            self.weights[name] = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
+        for a, _ in self.weights.values():
+            start = torch.empty(a.shape)
+            a.copy_(nn.init.kaiming_uniform_(start, math.sqrt(5), generator=generator))
 
     def parameters(self) -> list[nn.Parameter]:
-        return [weight for pair in self.weights.values() for weight in pair]
+        """What an optimiser takes: `flat`, whose gradient is `gradient`."""
+        return [self.flat]
 
     @property
-    def num_parameters(self) -> int:
-        return sum(weight.numel() for weight in self.parameters())
+    def gradients(self) -> Mapping[str, Pair]:
+        """Of A and B of every target; shares memory."""
+        return self._views(self.gradient)
 
     def cast(self, dtype: torch.dtype) -> Mapping[str, Pair]:
-        """A and B of every target as a pass in `dtype` multiplies by them. All at once: a launch
-        for each of them, and for each gradient, costs a small model more than its products."""
-        if dtype == torch.float32:
-            return self.weights
-        cast: Any = _Cast.apply
-        flat = iter(cast(dtype, *self.parameters()))
-        return {name: (next(flat), next(flat)) for name in self.weights}
+        """A and B of every target as a pass in `dtype` multiplies by them; in f32, the weights."""
+        return self.weights if dtype == torch.float32 else self._views(self._values.to(dtype))
+
+    def leaves(self, dtype: torch.dtype) -> Mapping[str, Pair]:
+        """As `cast`, for a backward to ask the gradients of."""
+        cast = self.cast(dtype).items()
+        return {
+            name: (a.detach().requires_grad_(), b.detach().requires_grad_())
+            for name, (a, b) in cast
+        }
+
+    def add(self, gradients: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+        """Add gradients of the leaves, in their order, onto `gradient`. None is zero."""
+        total = torch.zeros_like(self._values, dtype=dtype)
+        places = [place for pair in self._views(total).values() for place in pair]
+        found = [(p, g) for p, g in zip(places, gradients, strict=True) if g is not None]
+        torch._foreach_copy_([place for place, _ in found], [g for _, g in found])
+        self.gradient.add_(total)
+
+    def _views(self, flat: Tensor) -> dict[str, Pair]:
+        spaces = iter(torch.split(flat, self._spaces))
+        return {
+            name: (
+                next(spaces)[: math.prod(a)].view(a),
+                next(spaces)[: math.prod(b)].view(b),
+            )
+            for name, (a, b) in self._shapes.items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names that PEFT gives them; shares memory."""
         named = {}
         for name, (a, b) in self.weights.items():
-            named[f"base_model.model.{name}.lora_A.weight"] = a.data
-            named[f"base_model.model.{name}.lora_B.weight"] = b.data
+            named[f"base_model.model.{name}.lora_A.weight"] = a
+            named[f"base_model.model.{name}.lora_B.weight"] = b
         return named
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -138,33 +172,10 @@ class Lora:
             tensor.copy_(tensors[name])
 
 
-class _Cast(torch.autograd.Function):
-    """(dtype, tensors ...) -> the tensors in dtype; gradients come back in the tensors' own."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        made = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-        torch._foreach_copy_(made, tensors)
-        return tuple(made)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        found = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
-        made = [torch.empty_like(grad, dtype=ctx.dtypes[i]) for i, grad in found]
-        if found:
-            torch._foreach_copy_(made, [grad for _, grad in found])
-        results: list[Tensor | None] = [None] * len(grads)
-        for (i, _), grad in zip(found, made, strict=True):
-            results[i] = grad
-        return None, *results
-
-
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Rows [start, end) of a pass and the adapter they use. `weights`: its own in the dtype of the
-    pass (`Lora.cast`). `seed`: of dropout, None for none."""
+    pass (`Lora.cast` or `leaves`). `seed`: of dropout, None for none."""
 
     start: int
     end: int

@@ -17,7 +17,10 @@ EPS = 1e-8
 
 
 def make_optimizer(job: JobConfig, parameters: Sequence[nn.Parameter]) -> Any:
-    """AdamW with states in f32, or in 8 bits (bitsandbytes), in memory that can be paged out."""
+    """AdamW with states in f32, or in 8 bits (bitsandbytes), in memory that can be paged out.
+
+    bitsandbytes leaves the states of a parameter below 4096 elements in f32. An adapter is one
+    parameter, so its small tensors have 8-bit states too, in blocks of their own."""
     options = {"lr": job.learning_rate, "betas": BETAS, "eps": EPS}
     options["weight_decay"] = job.weight_decay
     if job.optimizer == "adamw":

@@ -7,17 +7,20 @@ gradient is the mean over its step however it is cut into passes or whom it shar
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from loriner.train.attention import Plan
+from loriner.train.attention import Plan, Starts
 from loriner.train.base import Base
-from loriner.train.lora import Lora, Segment
+from loriner.train.lora import Lora, Pair, Segment
 from loriner.train.loss import head_loss
 from loriner.train.masks import Document
+from loriner.train.padding import Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +29,21 @@ class Flat:
 
     ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64, from 0 in each document
-    plan: Plan
     rows: Tensor  # [S] int64: the rows of `ids` to predict, each from the row before it
 
     @classmethod
-    def of(cls, documents: Sequence[Document], device: torch.device) -> Flat:
-        lengths = [len(d.token_ids) for d in documents]
+    def of(cls, documents: Sequence[Document], device: torch.device, num_rows: int = 0) -> Flat:
+        """The last row to predict is repeated up to `num_rows`."""
         ids = torch.tensor([i for d in documents for i in d.token_ids])
-        positions = torch.cat([torch.arange(length) for length in lengths])
+        positions = torch.cat([torch.arange(length) for length in lengths_of(documents)])
         rows = torch.tensor([flag for d in documents for flag in d.is_learnt]).nonzero().squeeze(1)
-        plan = Plan.of(lengths, device)
-        moved = [x.to(device, non_blocking=True) for x in (ids, positions, rows)]
-        return cls(moved[0], moved[1], plan, moved[2])
+        if num_rows > len(rows):
+            rows = torch.cat((rows, rows[-1:].expand(num_rows - len(rows))))
+        return cls(*(x.to(device, non_blocking=True) for x in (ids, positions, rows)))
+
+
+def lengths_of(documents: Sequence[Document]) -> list[int]:
+    return [len(document.token_ids) for document in documents]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +65,87 @@ class Share:
         return sum(document.num_learnt for document in self.documents)
 
 
-def run_pass(base: Base, shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
-    """(the sum of weighted losses, to call backward on; each share's losses, one a learnt token).
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All that the device must know of the documents of a pass."""
 
-    One forward of the base for all shares.
-    """
-    flat = Flat.of([document for share in shares for document in share.documents], base.device)
+    embedded: Tensor  # [T, H], noise included
+    positions: Tensor  # [T] int64
+    plan: Plan
+    rows: Tensor  # [S] int64: whose states predict
+    targets: Tensor  # [S] int64
+    weights: Tensor  # [S] f32, of each row's loss
+
+    @classmethod
+    def of(cls, base: Base, shares: Sequence[Share], sizes: Sizes | None = None) -> Batch:
+        """With `sizes`, of shares that are padded to them."""
+        documents = [document for share in shares for document in share.documents]
+        lengths = lengths_of(documents)
+        plan: Plan = (
+            Starts.of(lengths, base.device, sizes.num_documents, sizes.longest)
+            if sizes
+            else base.plan(lengths)
+        )
+        flat = Flat.of(documents, base.device, sizes.num_learnt if sizes else 0)
+        counts = torch.tensor([share.num_learnt for share in shares])
+        weights = torch.tensor([s.weight for s in shares]).repeat_interleave(counts)
+        weights = pad(weights, (0, len(flat.rows) - len(weights)))
+        embedded = _with_noise(base.embed(flat.ids), shares)
+        weights = weights.to(base.device, non_blocking=True)
+        targets = flat.ids.index_select(0, flat.rows)
+        return cls(embedded, flat.positions, plan, flat.rows - 1, targets, weights)
+
+    def copy(self, other: Batch) -> None:
+        """Take what `other`, a padded batch of the same sizes, holds."""
+        assert isinstance(self.plan, Starts) and isinstance(other.plan, Starts)
+        assert self.plan.longest == other.plan.longest
+        self.plan.starts.copy_(other.plan.starts)
+        for name in ("embedded", "positions", "rows", "targets", "weights"):
+            getattr(self, name).copy_(getattr(other, name))
+
+
+def learn(base: Base, shares: Sequence[Share]) -> list[Tensor]:
+    """Each share's losses, one a learnt token. The gradients of their weighted sum are added onto
+    those of the adapters. One forward and backward of the base for all shares."""
+    return by_share(learn_batch(base, Batch.of(base, shares), shares), shares)
+
+
+def learn_batch(base: Base, batch: Batch, shares: Sequence[Share]) -> Tensor:
+    """`learn` on a batch that was made of `shares`: losses [S]. Waits for the device nowhere, reads
+    the batch and the adapters where they are, and adds to gradients where they are."""
+    segments = _segments(shares, lambda lora: lora.leaves(base.dtype))
+    with torch.enable_grad():
+        total, losses = _losses(base, batch, segments)
+    leaves = [leaf for s in segments for pair in s.weights.values() for leaf in pair]
+    if leaves:
+        gradients = iter(torch.autograd.grad(total, leaves, allow_unused=True))
+        for segment in segments:
+            own = list(islice(gradients, 2 * len(segment.weights)))
+            segment.lora.add(own, base.dtype)
+    base.routing.segments = ()
+    return losses
+
+
+def by_share(losses: Tensor, shares: Sequence[Share]) -> list[Tensor]:
+    """Losses [S] of a batch -> those of each share."""
     counts = [share.num_learnt for share in shares]
-    weights = torch.tensor([s.weight for s in shares]).repeat_interleave(torch.tensor(counts))
-    weights = weights.to(base.device, non_blocking=True)  # [S]
-    embedded = _with_noise(base.embed(flat.ids), shares)
-    hidden = base.hidden(embedded, flat.positions, flat.plan, _segments(shares, base.dtype))
-    states, targets = hidden.index_select(0, flat.rows - 1), flat.ids[flat.rows]
-    total, losses = head_loss(states, base.head, targets, weights)
-    return total, list(torch.split(losses, counts))
+    return list(torch.split(losses[: sum(counts)], counts))
 
 
 @torch.no_grad()
+def run_pass(base: Base, shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
+    """(the sum of weighted losses; each share's losses, one a learnt token), nothing learnt."""
+    segments = _segments(shares, lambda lora: lora.cast(base.dtype))
+    total, losses = _losses(base, Batch.of(base, shares), segments)
+    return total, by_share(losses, shares)
+
+
+def _losses(base: Base, batch: Batch, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+    hidden = base.hidden(batch.embedded, batch.positions, batch.plan, segments)
+    states = hidden.index_select(0, batch.rows)
+    return head_loss(states, base.head, batch.targets, batch.weights)
+
+
 def mean_loss(
     base: Base, lora: Lora | None, documents: Sequence[Document], max_tokens: int
 ) -> float:
@@ -98,12 +168,14 @@ def _chunks(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
     return [*chunks, (start, len(lengths))]
 
 
-def _segments(shares: Sequence[Share], dtype: torch.dtype) -> list[Segment]:
+def _segments(
+    shares: Sequence[Share], weights: Callable[[Lora], Mapping[str, Pair]]
+) -> list[Segment]:
     segments, start = [], 0
     for share in shares:
         end = start + share.num_tokens
         if share.lora is not None:
-            segments.append(Segment(start, end, share.lora, share.lora.cast(dtype), share.seed))
+            segments.append(Segment(start, end, share.lora, weights(share.lora), share.seed))
         start = end
     return segments
 

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from loriner.train.base import Base
 from loriner.train.checkpoints import save_checkpoint
+from loriner.train.graphs import Graphs
 from loriner.train.job import EvalRecord, Job, StepRecord
-from loriner.train.passes import run_pass
 
 
 class Watcher(Protocol):
@@ -46,6 +44,7 @@ def train(base: Base, jobs: Sequence[Job], watcher: Watcher, duty: float = 1.0) 
     """Train all `jobs` to their end. False when it was stopped: every job then has a checkpoint of
     its last whole step. `duty` below 1 idles after each turn, so that whoever shares the device
     waits for one turn at most. Raises TrainError when a loss or gradient is not finite."""
+    graphs = Graphs(base)
     evaluate_due(base, jobs, watcher)  # at step 0 B is zero, so this is the base's own loss
     while running := [job for job in jobs if not job.is_done]:
         if watcher.wants_stop:
@@ -54,7 +53,7 @@ def train(base: Base, jobs: Sequence[Job], watcher: Watcher, duty: float = 1.0) 
                 save_checkpoint(job, base.digest, base.path.name)
             return False
         start = time.perf_counter()
-        stepped = turn(base, running, watcher)
+        stepped = turn(graphs, running, watcher)
         rest((time.perf_counter() - start) * (1 / duty - 1))
         evaluate_due(base, stepped, watcher)
         for job in stepped:
@@ -68,11 +67,9 @@ def rest(seconds: float) -> None:
         time.sleep(seconds)
 
 
-def turn(base: Base, jobs: Sequence[Job], watcher: Watcher) -> list[Job]:
+def turn(graphs: Graphs, jobs: Sequence[Job], watcher: Watcher) -> list[Job]:
     """One pass of every job, and an optimiser step of those that it completes."""
-    shares = [job.next_share() for job in jobs]
-    total, losses = run_pass(base, shares)
-    torch.autograd.backward(total)
+    losses = graphs.learn([job.next_share() for job in jobs])
     for job, own in zip(jobs, losses, strict=True):
         job.note(own)
     stepped = [job for job in jobs if job.is_step_complete]
