@@ -89,7 +89,7 @@ ALIGN = 256  # elements: a block of eight-bit optimiser states lies in one tenso
 class Lora:
     """One adapter in training: A and B of every target, f32, one after the other in `flat`, so that
     what is done to all of them is one launch. Invariant: `flat` and its gradient stay where they
-    are; what lies between the tensors is zero."""
+    are; between the tensors gradients are zero, and nothing reads the values."""
 
     def __init__(
         self,
