@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -17,7 +18,7 @@ from loriner.train.graphs import IDLE, Graphs, Run
 from loriner.train.lora import ALIGN, Lora
 from loriner.train.masks import Document
 from loriner.train.padding import eighth, padded
-from loriner.train.passes import Share, learn
+from loriner.train.passes import Share, learn, learn_batch
 from loriner.train.settings import RunConfig
 from tests.tiny import write_tiny_base
 from tests.train.test_lora import LENGTHS, assert_close, documents, make_lora, taken
@@ -118,7 +119,8 @@ def test_losses_of_a_replay_outlive_the_next(base: Base) -> None:
 def test_a_replay_reads_weights_as_they_are_now(base: Base) -> None:
     graphs, lora = Graphs(base, Again()), make_lora(base)
     share = share_of(lora, *LENGTHS)
-    graphs.learn([share]), graphs.learn([share])
+    for _ in range(2):
+        graphs.learn([share])
     other = make_lora(base, seed=5)
     lora.load(other.tensors())
     taken(lora)
@@ -165,6 +167,24 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(
         "capturing"
     ]
     assert graphs.num_replays == 0
+
+
+def test_a_pass_for_which_graphs_leave_no_memory_runs_without_them(
+    base: Base, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs, lora = Graphs(base, Again()), make_lora(base)
+    for _ in range(2):
+        graphs.learn([share_of(lora, 30)])
+    taken(lora)
+
+    def short(base: Base, batch: Any, shares: Sequence[Share]) -> Tensor:
+        if len(graphs):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return learn_batch(base, batch, shares)
+
+    monkeypatch.setattr("loriner.train.graphs.learn_batch", short)
+    assert_learns_as_alone(base, graphs, [share_of(lora, 200)])
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_a_graph_in_use_stays_and_an_idle_one_makes_room(base: Base) -> None:

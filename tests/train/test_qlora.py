@@ -132,6 +132,16 @@ def test_a_run_does_not_resume_with_other_settings(
         resume(make("other"), base.digest)
 
 
+def test_a_checkpoint_of_another_layout_is_refused_with_the_reason(make: Make, base: Base) -> None:
+    train(base, [make()], StopAfter(2))
+    file = list_checkpoints(make().settings.folder)[-1] / "state.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in state.items() if k != "layout"}))
+
+    with pytest.raises(TrainError, match="state is in layout 1, and .* reads layout 2 alone"):
+        resume(make(), base.digest)
+
+
 def test_jobs_in_one_run_learn_what_they_learn_alone(
     make: Make, base: Base, write_rows: WriteRows
 ) -> None:

@@ -61,7 +61,8 @@ class Base:
         fits = self.config.head_dim % 8 == 0 and self.config.head_dim <= 256
         if self.device.type != "cuda" or self.dtype == torch.float32 or not fits:
             return False
-        return torch.cuda.get_device_capability(self.device) >= (8, 0)
+        is_built = torch.backends.cuda.is_flash_attention_available()
+        return is_built and torch.cuda.get_device_capability(self.device) >= (8, 0)
 
     def plan(self, lengths: Sequence[int]) -> Plan:
         """How documents of these lengths are attended to."""

@@ -63,11 +63,27 @@ class Graphs:
         batch = Batch.of(self._base, filled, sizes)
         graph = self._graph((sizes, tuple(share.lora for share in shares)), batch, filled)
         if graph is None:
-            return by_share(learn_batch(self._base, batch, filled), shares)
+            return by_share(self._eager(batch, filled), shares)
         if graph.batch is not batch:
             graph.batch.copy(batch)
         self.num_replays += 1
         return by_share(graph.replay().clone(), shares)
+
+    def _eager(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+        """Once more without the graphs, if there is no memory beside them: until gradients are
+        added, which takes none, nothing has changed."""
+        try:
+            return learn_batch(self._base, batch, shares)
+        except torch.OutOfMemoryError as error:
+            if not self._graphs:
+                raise
+            self._give_up(error)
+        return learn_batch(self._base, batch, shares)
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("Passes run without CUDA graphs, more slowly: %s", error)
+        self._record = None
+        self._graphs.clear()
 
     def _graph(self, key: Key, batch: Batch, shares: Sequence[Share]) -> _Graph | None:
         graph = self._graphs.get(key)
@@ -95,9 +111,7 @@ class Graphs:
         try:
             replay = self._record(lambda: learn_batch(self._base, batch, shares))
         except Exception as error:  # noqa: BLE001 - whatever stops a capture, eager passes go on
-            logger.warning("Passes run without CUDA graphs, more slowly: %s", error)
-            self._record = None
-            self._graphs.clear()
+            self._give_up(error)
             return None
         self._graphs[key] = graph = _Graph(batch, replay, self.num_passes)
         return graph
@@ -108,17 +122,23 @@ def _has_dropout(share: Share) -> bool:
 
 
 class CudaRecord:
-    """Captures into one pool of memory, as one graph is replayed at a time."""
+    """Captures into one pool of memory, as one graph is replayed at a time. Raises RuntimeError
+    when what is left would not hold a pass beside it: evaluations and other sizes run eagerly."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._size = 0  # bytes
 
     def __call__(self, run: Run) -> Run:
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                before = torch.cuda.memory_reserved()
                 losses = run()
+            self._size += torch.cuda.memory_reserved() - before
+            if _bytes_left() < self._size:
+                raise RuntimeError("there is no memory for both them and other passes.")
         except BaseException:
             torch.cuda.set_stream(stream)  # a capture that cannot be ended leaves its own
             torch.cuda.synchronize()
@@ -129,3 +149,10 @@ class CudaRecord:
             return losses
 
         return replay
+
+
+def _bytes_left() -> int:
+    """Of the device, or of this process's part of it."""
+    free, total = torch.cuda.mem_get_info()
+    part = int(torch.cuda.get_per_process_memory_fraction() * total)
+    return min(free, part - torch.cuda.memory_reserved())

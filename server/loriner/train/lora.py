@@ -112,6 +112,7 @@ class Lora:
         self.flat = nn.Parameter(self._values)
         self.flat.grad = self.gradient
         self.weights: Mapping[str, Pair] = self._views(self._values)
+        self.gradients: Mapping[str, Pair] = self._views(self.gradient)
         generator = torch.Generator().manual_seed(seed)
         for a, _ in self.weights.values():
             start = torch.empty(a.shape)
@@ -120,11 +121,6 @@ class Lora:
     def parameters(self) -> list[nn.Parameter]:
         """What an optimiser takes: `flat`, whose gradient is `gradient`."""
         return [self.flat]
-
-    @property
-    def gradients(self) -> Mapping[str, Pair]:
-        """Of A and B of every target; shares memory."""
-        return self._views(self.gradient)
 
     def cast(self, dtype: torch.dtype) -> Mapping[str, Pair]:
         """A and B of every target as a pass in `dtype` multiplies by them; in f32, the weights."""
@@ -138,13 +134,11 @@ class Lora:
             for name, (a, b) in cast
         }
 
-    def add(self, gradients: Sequence[Tensor | None], dtype: torch.dtype) -> None:
-        """Add gradients of the leaves, in their order, onto `gradient`. None is zero."""
-        total = torch.zeros_like(self._values, dtype=dtype)
-        places = [place for pair in self._views(total).values() for place in pair]
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients of the leaves, in their order and dtype, onto `gradient`; None is zero."""
+        places = [place for pair in self.gradients.values() for place in pair]
         found = [(p, g) for p, g in zip(places, gradients, strict=True) if g is not None]
-        torch._foreach_copy_([place for place, _ in found], [g for _, g in found])
-        self.gradient.add_(total)
+        torch._foreach_add_([place for place, _ in found], [gradient for _, gradient in found])
 
     def _views(self, flat: Tensor) -> dict[str, Pair]:
         spaces = iter(torch.split(flat, self._spaces))

@@ -120,8 +120,7 @@ def learn_batch(base: Base, batch: Batch, shares: Sequence[Share]) -> Tensor:
     if leaves:
         gradients = iter(torch.autograd.grad(total, leaves, allow_unused=True))
         for segment in segments:
-            own = list(islice(gradients, 2 * len(segment.weights)))
-            segment.lora.add(own, base.dtype)
+            segment.lora.add(list(islice(gradients, 2 * len(segment.weights))))
     base.routing.segments = ()
     return losses
 
