@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ from loriner.train.attention import Groups, Starts
 from loriner.train.base import Base, open_base
 from loriner.train.graphs import IDLE, Graphs, Run
 from loriner.train.lora import ALIGN, Lora
-from loriner.train.masks import Document
-from loriner.train.padding import eighth, padded
-from loriner.train.passes import Share, learn, learn_batch
+from loriner.train.padding import next_size, padding
+from loriner.train.passes import Batch, Share, learn, learn_batch
 from loriner.train.settings import RunConfig
 from tests.tiny import write_tiny_base
 from tests.train.test_lora import LENGTHS, assert_close, documents, make_lora, taken
@@ -116,6 +116,16 @@ def test_losses_of_a_replay_outlive_the_next(base: Base) -> None:
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_noise_is_the_same_whatever_follows_it(base: Base) -> None:
+    share = share_of(None, *LENGTHS, neftune=5.0)
+    alone, count = Batch.of(base, [share]).embedded, sum(LENGTHS)
+    padded = Batch.of(base, [replace(share, padding=documents(40, seed=1))]).embedded
+    quiet = Batch.of(base, [replace(share, neftune=0.0)]).embedded
+
+    assert torch.equal(padded[:count], alone)
+    assert len(padded) == count + 40 and not torch.equal(alone, quiet)
+
+
 def test_a_replay_reads_weights_as_they_are_now(base: Base) -> None:
     graphs, lora = Graphs(base, Again()), make_lora(base)
     share = share_of(lora, *LENGTHS)
@@ -211,33 +221,37 @@ def test_a_base_on_the_cpu_has_no_graphs_of_its_own(base: Base) -> None:
     assert (graphs.num_replays, len(graphs)) == (0, 0)
 
 
-@pytest.mark.parametrize("lengths", [(13, 5, 29), (1,), (512,), (600, 7), (64,) * 9])
+@pytest.mark.parametrize("lengths", [(13, 5, 29), (2,), (512,), (600, 7), (64,) * 9, (700,) * 3])
 def test_padding_fills_a_size_with_documents_that_learn_nothing(lengths: tuple[int, ...]) -> None:
     rows = documents(*lengths)
-    (filled,), sizes = padded([rows])
-    added = filled[len(rows) :]
+    (added,), sizes = padding([rows])
+    filled = [*rows, *added]
 
-    assert filled[: len(rows)] == rows
     assert not any(any(document.is_learnt) for document in added)
     assert sizes.tokens == (sum(len(d.token_ids) for d in filled),)
-    assert sizes.tokens[0] == eighth(sum(lengths)) <= max(64, sum(lengths) * 1.25 + 64)
+    assert sum(lengths) <= sizes.tokens[0] <= max(sum(lengths) + 63, sum(lengths) * 1.125)
     assert max(len(d.token_ids) for d in filled) <= sizes.longest
     assert sizes.num_documents >= len(filled) > sizes.num_documents / 2
     assert sizes.num_learnt >= sum(d.num_learnt for d in rows)
 
 
-def test_there_are_eight_sizes_between_powers_of_two() -> None:
-    assert [eighth(n) for n in (1, 64, 65, 512, 513, 1024, 1025)] == [
-        64,
-        64,
-        128,
-        512,
-        576,
-        1024,
-        1152,
-    ]
-    for power in (9, 12, 20):
-        assert len({eighth(n) for n in range(2**power + 1, 2 ** (power + 1) + 1, 7)}) == 8
+def test_jobs_are_padded_to_the_largest_where_that_is_cheap() -> None:
+    def tokens(*sums: int) -> tuple[int, ...]:
+        return padding([documents(count) for count in sums])[1].tokens
+
+    assert tokens(100, 300, 512) == (512, 512, 512)  # a small pass takes its launches anyway
+    assert tokens(1000, 1100) == (1152, 1152)
+    assert tokens(1000, 4000) == (1024, 4096)
+
+
+def test_sizes_lie_evenly_between_powers_of_two() -> None:
+    found = [next_size(n, 8) for n in (1, 64, 65, 512, 513, 1024, 1025)]
+
+    assert found == [64, 64, 128, 512, 576, 1024, 1152]
+    for octave in (9, 12, 20):
+        span = range(2**octave + 1, 2 ** (octave + 1) + 1, 7)
+        assert len({next_size(n, 8) for n in span}) == 8
+        assert all(n <= next_size(n, 8) < n * 1.126 for n in span)
 
 
 def test_both_plans_of_a_batch_mean_the_same_attention() -> None:
@@ -273,9 +287,3 @@ def test_eight_bit_states_of_an_adapters_tensors_are_those_of_each_alone(base: B
     assert all((tensor.data_ptr() - start) % (4 * ALIGN) == 0 for tensor in mine)
     assert lora.flat.data_ptr() == start and lora.flat.grad is lora.gradient
     assert lora.num_parameters == sum(tensor.numel() for tensor in mine) < lora.flat.numel()
-
-
-def test_documents_of_padding_are_not_learnt_documents() -> None:
-    (filled,), _ = padded([[Document((1, 2), (False, True))]])
-
-    assert [len(d.token_ids) for d in filled] == [2, 62]

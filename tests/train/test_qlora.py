@@ -16,6 +16,7 @@ from loriner.train import qlora
 from loriner.train.base import Base, open_base
 from loriner.train.checkpoints import list_checkpoints, resume
 from loriner.train.files import Settings
+from loriner.train.graphs import Graphs
 from loriner.train.job import Job
 from loriner.train.optim import learning_rate
 from loriner.train.prepare import prepare
@@ -161,6 +162,41 @@ def test_jobs_in_one_run_learn_what_they_learn_alone(
     for one, shared in zip(alone, together, strict=True):
         assert losses(shared) == pytest.approx(losses(one), rel=2e-4)
         assert len(shared.steps) == one.num_steps
+
+
+def test_runs_of_captured_passes_learn_what_eager_ones_learn_and_resume_to_the_bit(
+    make: Make, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a capture does is done again here, on the same tensors."""
+    kinds: list[dict[str, Any]] = [
+        {"rank": 4, "neftune": 5.0, "accumulation": 2},
+        {"rank": 8, "steps": 6, "packing": True, "batch": 1, "optimizer": "adamw_8bit"},
+    ]
+
+    def jobs_in(folder: str) -> list[Job]:
+        return [make(f"{i}", **kind, out=tmp_path / folder) for i, kind in enumerate(kinds)]
+
+    eager, made = jobs_in("eager"), list[Graphs]()
+    train(base, eager, Silent())
+
+    def graphs(base: Base) -> Graphs:
+        made.append(Graphs(base, lambda run: run))
+        return made[-1]
+
+    monkeypatch.setattr(qlora, "Graphs", graphs)
+    straight = jobs_in("straight")
+    train(base, straight, Silent())
+    train(base, jobs_in("stopped"), StopAfter(3))
+    again = jobs_in("stopped")
+    for job in again:
+        resume(job, base.digest)
+    train(base, again, Silent())
+
+    for one, other, resumed in zip(eager, straight, again, strict=True):
+        assert losses(other) == pytest.approx(losses(one), rel=2e-4)
+        assert losses(resumed) == losses(other)
+        assert all(map(torch.equal, weights(resumed), weights(other)))
+    assert made[0].num_replays > made[0].num_passes / 2
 
 
 def test_accumulated_passes_are_one_large_pass(make: Make, base: Base) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loriner.train.base import Base
 from loriner.train.lora import Lora
-from loriner.train.padding import Sizes, padded
+from loriner.train.padding import Sizes, padding
 from loriner.train.passes import Batch, Share, by_share, learn, learn_batch
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ class Graphs:
         self.num_passes += 1
         if self._record is None or any(_has_dropout(share) for share in shares):
             return learn(self._base, shares)
-        parts, sizes = padded([share.documents for share in shares])
-        filled = [replace(s, documents=part) for s, part in zip(shares, parts, strict=True)]
+        fillings, sizes = padding([share.documents for share in shares])
+        filled = [replace(s, padding=own) for s, own in zip(shares, fillings, strict=True)]
         batch = Batch.of(self._base, filled, sizes)
         graph = self._graph((sizes, tuple(share.lora for share in shares)), batch, filled)
         if graph is None:

@@ -1,7 +1,7 @@
 """Passes padded to a few sizes, so that what was prepared for one serves others of its size.
 
-Padding is documents of token 0 at the end of each job's own: nothing in them is learnt, and no row
-of another document sees them. Knows no tensors. Invariant: a padded pass has the losses and the
+Padding is documents of token 0 after each job's own: nothing in them is learnt, and no row of
+another document sees them. Knows no tensors. Invariant: a padded pass has the losses and the
 gradients of the pass it was.
 """
 
@@ -14,6 +14,9 @@ from loriner.train.masks import Document
 
 STEP = 64  # tokens or learnt rows, at least
 LONGEST = 128  # tokens: the smallest size of the longest document
+# All jobs of a pass are padded to the largest, as long as that costs less than more sizes do: it
+# makes the pass larger by this factor at most, or no larger than it takes to launch it.
+EVENED, LAUNCHED = 1.3, 2048  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +29,37 @@ class Sizes:
     num_learnt: int  # rows, those of weight zero at the end included
 
 
-def padded(parts: Sequence[Sequence[Document]]) -> tuple[list[list[Document]], Sizes]:
-    """The documents of each job with its padding, and the sizes that they come to."""
-    longest = _power(max(len(d.token_ids) for part in parts for d in part), LONGEST)
-    filled = [[*part, *_filling(part, longest)] for part in parts]
-    tokens = tuple(sum(len(d.token_ids) for d in part) for part in filled)
-    num_learnt = sum(d.num_learnt for part in parts for d in part)
-    num_documents = _power(sum(map(len, filled)), 1)
-    return filled, Sizes(tokens, num_documents, longest, eighth(num_learnt))
+def padding(parts: Sequence[Sequence[Document]]) -> tuple[list[list[Document]], Sizes]:
+    """What follows the documents of each job, and the sizes that the pass comes to."""
+    documents = [document for part in parts for document in part]
+    longest = power(max(len(d.token_ids) for d in documents), LONGEST)
+    counts = [sum(len(d.token_ids) for d in part) for part in parts]
+    tokens = _sizes(counts)
+    fillings = [_filling(size - n, longest) for n, size in zip(counts, tokens, strict=True)]
+    num_documents = power(len(documents) + sum(map(len, fillings)), 1)
+    num_learnt = next_size(sum(d.num_learnt for d in documents), 4)
+    return fillings, Sizes(tokens, num_documents, longest, num_learnt)
 
 
-def eighth(count: int) -> int:
-    """The next of the sizes, of which there are eight between a power of two and the next."""
-    step = max(STEP, 1 << max(0, (count - 1).bit_length() - 4))
+def next_size(count: int, num_between: int) -> int:
+    """The least size that holds `count`; there are `num_between` from one power of two to the next,
+    where they are not below STEP."""
+    octave = 1 << max(0, (count - 1).bit_length() - 1)
+    step = max(STEP, octave // num_between)
     return -(-count // step) * step
 
 
-def _power(count: int, least: int) -> int:
+def power(count: int, least: int) -> int:
     """The least power of two times `least` that holds `count`."""
     return least << (-(-count // least) - 1).bit_length()
 
 
-def _filling(part: Sequence[Document], longest: int) -> list[Document]:
-    count = sum(len(d.token_ids) for d in part)
-    left = eighth(count) - count
+def _sizes(counts: Sequence[int]) -> tuple[int, ...]:
+    own = tuple(next_size(count, 8) for count in counts)
+    even = max(own) * len(own)
+    return (max(own),) * len(own) if even <= max(LAUNCHED, EVENED * sum(counts)) else own
+
+
+def _filling(left: int, longest: int) -> list[Document]:
     lengths = [longest] * (left // longest) + [left % longest] * bool(left % longest)
     return [Document((0,) * length, (False,) * length) for length in lengths]

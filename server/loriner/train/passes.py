@@ -48,17 +48,20 @@ def lengths_of(documents: Sequence[Document]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one job brings to a pass. `seed`: of its noise, None for none."""
+    """What one job brings to a pass. `seed`: of its noise, None for none. `padding`: documents that
+    follow its own (`train.padding`), which learn nothing and get no noise."""
 
     documents: Sequence[Document]
     lora: Lora | None  # None: the base alone
     weight: float = 1.0  # of the loss of each learnt token
     seed: str | None = None
     neftune: float = 0.0
+    padding: Sequence[Document] = ()
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(document.token_ids) for document in self.documents)
+        """Padding included."""
+        return sum(lengths_of((*self.documents, *self.padding)))
 
     @property
     def num_learnt(self) -> int:
@@ -79,7 +82,7 @@ class Batch:
     @classmethod
     def of(cls, base: Base, shares: Sequence[Share], sizes: Sizes | None = None) -> Batch:
         """With `sizes`, of shares that are padded to them."""
-        documents = [document for share in shares for document in share.documents]
+        documents = [d for share in shares for d in (*share.documents, *share.padding)]
         lengths = lengths_of(documents)
         plan: Plan = (
             Starts.of(lengths, base.device, sizes.num_documents, sizes.longest)
@@ -186,11 +189,12 @@ def _with_noise(embedded: Tensor, shares: Sequence[Share]) -> Tensor:
     noisy, start = embedded.clone(), 0
     for share in shares:
         if share.neftune and share.seed:
-            noise = _uniform(share.num_tokens, embedded, f"{share.seed} neftune")
-            lengths = torch.tensor([len(d.token_ids) for d in share.documents])
+            lengths = torch.tensor(lengths_of(share.documents))
+            end = start + int(lengths.sum())
+            noise = _uniform(end - start, embedded, f"{share.seed} neftune")
             size = share.neftune / (lengths * embedded.shape[1]).sqrt()
             scale = size.repeat_interleave(lengths).to(embedded.device)
-            noisy[start : start + share.num_tokens] += (noise * scale.unsqueeze(1)).to(noisy.dtype)
+            noisy[start:end] += (noise * scale.unsqueeze(1)).to(noisy.dtype)
         start += share.num_tokens
     return noisy
 
