@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from loriner.train.masks import Document
 
 STEP = 64  # tokens or learnt rows, at least
-LONGEST = 128  # tokens: the smallest size of the longest document
+# The smallest sizes; beyond what is there, attention finds nothing to do and is soon done.
+DOCUMENTS, LONGEST = 16, 512  # tokens of the longest document
 # All jobs of a pass are padded to the largest, as long as that costs less than more sizes do: it
 # makes the pass larger by this factor at most, or no larger than it takes to launch it.
 EVENED, LAUNCHED = 1.3, 2048  # tokens
@@ -36,7 +37,7 @@ def padding(parts: Sequence[Sequence[Document]]) -> tuple[list[list[Document]], 
     counts = [sum(len(d.token_ids) for d in part) for part in parts]
     tokens = _sizes(counts)
     fillings = [_filling(size - n, longest) for n, size in zip(counts, tokens, strict=True)]
-    num_documents = power(len(documents) + sum(map(len, fillings)), 1)
+    num_documents = power(len(documents) + sum(map(len, fillings)), DOCUMENTS)
     num_learnt = next_size(sum(d.num_learnt for d in documents), 4)
     return fillings, Sizes(tokens, num_documents, longest, num_learnt)
 
