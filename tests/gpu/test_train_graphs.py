@@ -130,7 +130,7 @@ def test_a_replay_learns_what_an_eager_pass_learns(
                 assert max(off(ours, same).values()) <= ATOMICS
                 assert fmean(off(ours, true).values()) <= 1.25 * fmean(off(unpadded, true).values())
 
-    assert not caplog.records
+    assert "without CUDA graphs" not in caplog.text
     assert (len(graphs), graphs.num_passes, graphs.num_replays) == (2, 10, 8)
 
 
@@ -191,11 +191,19 @@ class StopAfter(qlora.Silent):
         self.wants_stop = record.step >= self._step
 
 
+def states(job: Job) -> list[Tensor]:
+    """Of the optimiser, on the host: paged ones are in no one place."""
+    (state,) = job.optimizer.state.values()
+    return [v.cpu() for _, v in sorted(state.items()) if isinstance(v, Tensor)]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 def test_a_resumed_run_goes_on_as_one_that_was_not_stopped(
     optimizer: str, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packed, two passes a step; not to the bit, as atomics add in any order."""
+    """From the bits where it was stopped; packed, two passes a step. Losses are not those of the
+    run that was not stopped to the bit, as atomics add in any order. bitsandbytes pages what has
+    100,000 elements."""
     made: list[Graphs] = []
 
     class Kept(Graphs):
@@ -206,7 +214,7 @@ def test_a_resumed_run_goes_on_as_one_that_was_not_stopped(
     monkeypatch.setattr(qlora, "Graphs", Kept)
 
     def job_in(name: str) -> Job:
-        options: dict[str, Any] = {"optimizer": optimizer, "steps": 12, "rank": 4}
+        options: dict[str, Any] = {"optimizer": optimizer, "steps": 12, "rank": 64}
         options |= {"batch": 2, "accumulation": 2, "packing": True, "max_length": 160}
         job = JobConfig(
             name="pirate", data=PIRATE, out=tmp_path / name, learning_rate=5e-3, **options
@@ -218,9 +226,12 @@ def test_a_resumed_run_goes_on_as_one_that_was_not_stopped(
     assert not qlora.train(base, [stopped], StopAfter(5))
     again = job_in("stopped")
     resume(again, base.digest)
+    assert torch.equal(again.lora.flat, stopped.lora.flat)
+    assert again.lora.flat.numel() > 100_000
+    assert all(map(torch.equal, states(again), states(stopped)))
     assert qlora.train(base, [again], qlora.Silent())
 
     losses = [[record.loss for record in job.steps] for job in (straight, again)]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[0][-1] < losses[0][0]
     assert all(graphs.num_replays for graphs in made), "every run replays"

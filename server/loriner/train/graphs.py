@@ -87,7 +87,7 @@ class Graphs:
 
     def _graph(self, key: Key, batch: Batch, shares: Sequence[Share]) -> _Graph | None:
         graph = self._graphs.get(key)
-        if graph is None and key in self._seen and self._has_room():
+        if graph is None and key in self._seen and self._make_room():
             graph = self._captured(key, batch, shares)
         self._seen.add(key)
         if graph is not None:
@@ -95,8 +95,8 @@ class Graphs:
             self._graphs.move_to_end(key)
         return graph
 
-    def _has_room(self) -> bool:
-        """For one more; drops the least recently used if that was long ago. One that is in use
+    def _make_room(self) -> bool:
+        """Whether there is room for one more; the least recently used goes if it is idle. One in use
         stays: with more sizes in turn than there is room for, each would be captured anew."""
         if len(self._graphs) < self._limit:
             return True
