@@ -96,8 +96,8 @@ class Graphs:
         return graph
 
     def _make_room(self) -> bool:
-        """Whether there is room for one more; the least recently used goes if it is idle. One in use
-        stays: with more sizes in turn than there is room for, each would be captured anew."""
+        """Whether there is room for one more; the least recently used goes if it is idle. One that
+        is in use stays: of more sizes than there is room for, each would be captured anew."""
         if len(self._graphs) < self._limit:
             return True
         key, oldest = next(iter(self._graphs.items()))
