@@ -14,7 +14,7 @@ import torch
 from loriner.errors import ConfigError, TrainError
 from loriner.train import qlora
 from loriner.train.base import Base, open_base
-from loriner.train.checkpoints import list_checkpoints, resume
+from loriner.train.checkpoints import list_checkpoints, resume, save_checkpoint
 from loriner.train.files import Settings
 from loriner.train.graphs import Graphs
 from loriner.train.job import Job
@@ -141,6 +141,28 @@ def test_a_checkpoint_of_another_layout_is_refused_with_the_reason(make: Make, b
 
     with pytest.raises(TrainError, match="state is in layout 1, and .* reads layout 2 alone"):
         resume(make(), base.digest)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_states_that_were_paged_are_not_taken_for_paged_where_they_are_not(
+    make: Make, base: Base
+) -> None:
+    """bitsandbytes marks a tensor that can be paged; the mark is saved with it."""
+    job = make(optimizer="paged_adamw_8bit")
+    train(base, [job], StopAfter(2))
+    (state,) = job.optimizer.state.values()
+    saved = {name: value.clone() for name, value in state.items() if torch.is_tensor(value)}
+    for name in ("state1", "state2"):
+        state[name].is_paged = True
+    save_checkpoint(job, base.digest, base.path.name)
+
+    again = make(optimizer="paged_adamw_8bit")
+    resume(again, base.digest)
+
+    (state,) = again.optimizer.state.values()
+    assert not any(getattr(value, "is_paged", False) for value in state.values())
+    assert all(torch.equal(state[name], value) for name, value in saved.items())
+    assert train(base, [again], Silent())
 
 
 def test_jobs_in_one_run_learn_what_they_learn_alone(

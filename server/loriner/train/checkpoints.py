@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from loriner.errors import TrainError
 from loriner.train.job import Job
+from loriner.train.optim import load_state
 from loriner.train.peft_folder import WEIGHTS_NAME, write_peft_folder
 
 KEPT = 3  # checkpoints of a run, newest
@@ -86,7 +87,7 @@ def resume(job: Job, base_digest: str) -> Path:
         device = str(job.lora.parameters()[0].device)
         job.lora.load(load_file(folder / WEIGHTS_NAME, device=device))
         saved = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
-        job.optimizer.load_state_dict(saved)
+        load_state(job.optimizer, saved)
         if (folder / BEST).is_file():
             job.best = load_file(folder / BEST)
         job.restore(state)

@@ -33,6 +33,19 @@ def make_optimizer(job: JobConfig, parameters: Sequence[nn.Parameter]) -> Any:
     return kind(parameters, **options)
 
 
+def load_state(optimizer: Any, saved: dict[str, Any]) -> None:
+    """`load_state_dict`, and states that can be paged are so again: bitsandbytes leaves them in
+    plain memory, still takes them for paged, and then ends the process at the next step."""
+    optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if getattr(value, "is_paged", False):
+                state[name] = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+                if parameter.is_cuda:
+                    torch.cuda.synchronize()  # the buffer is filled with zeros over there
+                state[name].copy_(value)
+
+
 def learning_rate(job: JobConfig, step: int, num_steps: int) -> float:
     """Of step `step` (from 0): a line up over the warm-up, then the schedule down to zero."""
     rise = num_warmup(job, num_steps)
