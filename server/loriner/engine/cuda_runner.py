@@ -8,6 +8,7 @@ no step allocates on the device outside its graph.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from loriner.config import MIB, EngineConfig
 from loriner.core import SamplingParams
 from loriner.engine.device_steps import DeviceSteps, Limits, PendingStep
 from loriner.engine.gpu_chooser import GpuChooser
-from loriner.engine.graphs import Variant
+from loriner.engine.graphs import Variant, buckets
 from loriner.engine.readings import Reader, to_device
 from loriner.engine.runner import Progress, longest_context
 from loriner.engine.step_buffers import StepTensors, WorkLists, seats_of
@@ -158,8 +159,15 @@ class CudaRunner:
         self._steps = DeviceSteps(
             computation, chooser, limits, self.device, self.pool.seat_id, eos_ids
         )
+        self._compile(limits)
         self._steps.capture()
         return self.pool
+
+    def _compile(self, limits: Limits) -> None:
+        begin = time.monotonic()
+        rows = [*buckets(limits.rows), limits.sequences]
+        self.ops.compile_ahead(self.model.products, rows, self.model_config.hidden_act)
+        logger.info("kernels compiled, or found in the cache, in %.1f s", time.monotonic() - begin)
 
     def pack(self, adapter: Adapter) -> Weights:
         return pack_image(adapter, self._images, self._host.allocate)

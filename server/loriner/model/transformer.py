@@ -6,7 +6,7 @@ see and which adapter they use is in `BatchMeta`. Weights go to `ops.prepare` on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -66,6 +66,16 @@ class Transformer:
         self.lm_head = load.linear("lm_head", [head])
         self.rope = ops.prepare_rope(*tables(config, max_len))
         self.num_bytes = load.num_bytes  # of the operands that `ops` keeps resident
+
+    @property
+    def products(self) -> Iterator[tuple[str, Any]]:
+        """Every linear's operand, and the method of `ops` that multiplies by it."""
+        for layer in self.layers:
+            yield "linear", layer.attention.qkv.weight
+            yield "linear_add", layer.attention.o.weight
+            yield "linear_gated", layer.mlp.gate_up.weight
+            yield "linear_add", layer.mlp.down.weight
+        yield "logits", self.lm_head.weight
 
     @torch.inference_mode()
     def __call__(self, batch: BatchMeta, kv: KvCache) -> Tensor:

@@ -8,7 +8,7 @@ row's result does not depend on the others; beyond, cuBLAS multiplies dequantise
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,12 @@ from loriner.kernels.operands import Nf4
 
 LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
 LAST_GROUPS = ("lm_head", "embed")
+EPILOGUES = {
+    "linear": linears.STORE,
+    "linear_add": linears.ADD,
+    "linear_gated": linears.GATED,
+    "logits": linears.LOGITS,
+}
 Ints = np.typing.NDArray[np.int32]
 
 
@@ -113,6 +119,20 @@ class CudaKernels:
         self, weights: Sequence[Tensor], bias: Tensor | None, *, gated: bool = False
     ) -> Operand:
         return self.linears.prepare_dense(weights, bias, gated=gated)
+
+    def compile_ahead(
+        self, products: Iterable[tuple[str, Operand]], rows: Sequence[int], act: str
+    ) -> None:
+        """Compile what steps of so many rows launch for these operands, by the name of the method
+        that multiplies by each."""
+        uses: dict[bool, list[linears.Use]] = {False: [], True: []}  # whether of any number of rows
+        for name, operand in products:
+            epilogue = EPILOGUES[name]
+            is_gelu = epilogue == linears.GATED and act != "silu"
+            uses[epilogue == linears.LOGITS].append(linears.Use(operand, epilogue, is_gelu))
+        few = [count for count in rows if count <= MAX_FUSED_ROWS]
+        wanted = self.linears.variants(uses[False], few) + self.linears.variants(uses[True], rows)
+        self.device.compile_ahead(linears.SOURCE, wanted)
 
     def prepare_norm(self, weight: Tensor) -> Tensor:
         return weight.float().to(self.place)

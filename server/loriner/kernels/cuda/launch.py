@@ -7,7 +7,7 @@ before the one ahead of it ends, so each calls grid_wait() before it touches sha
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,10 @@ class Device:
             cubin = nvrtc.compile_cubin(source, self.arch, defines)
             self._modules[key] = Module(self, cubin)
         return self._modules[key]
+
+    def compile_ahead(self, source: str, wanted: Iterable[Mapping[str, int | str]]) -> None:
+        """Have these variants ready for `module`; compiled one by one they take a minute."""
+        nvrtc.compile_all(source, self.arch, wanted)
 
 
 def tensor_map(x: Tensor, blocks: int, tokens: int) -> Any:

@@ -8,7 +8,7 @@ compared when it is made.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from loriner.kernels.cuda.tiling import (
 )
 from loriner.kernels.operands import Nf4
 
+SOURCE = "linear.cu"
 STORE, ADD, GATED, LOGITS = 0, 1, 2, 3  # EPILOGUE of linear.cu
 MIN_SPAN = 8  # blocks that must share a nested scale's own scale, or scales are expanded
 STAGE_BYTES = STAGE_BLOCKS * BLOCK // 2  # of an output's codes in a warp's stage
@@ -59,6 +60,14 @@ class Adapters(NamedTuple):
     num_items: Tensor  # [1] i32
     plan: LoraPlan
     group: int
+
+
+class Use(NamedTuple):
+    """How a step multiplies by an operand."""
+
+    operand: Operand
+    epilogue: int
+    is_gelu: bool = False
 
 
 class Linears:
@@ -177,29 +186,45 @@ class Linears:
         adapted: bool = False,
     ) -> Kernel:
         """The compiled variant for this operand."""
-        kind = operand.kind
-        cut = operand.tiling
+        use = Use(operand, epilogue, is_gelu)
+        module = self.device.module(SOURCE, **self._defines(use, token_tiles, adapted=adapted))
         ring = self._ring(operand, token_tiles)
+        return module.kernel("linear", operand.tiling.smem(operand.kind, token_tiles, ring))
+
+    def variants(self, uses: Iterable[Use], all_rows: Iterable[int]) -> list[dict[str, int | str]]:
+        """The defines of all kernels that steps of so many rows launch, with adapters and without
+        them."""
+        smem, rows = self.device.max_smem, sorted(set(all_rows))
+        found: dict[tuple[tuple[str, int], ...], None] = {}  # in order
+        for use in uses:
+            cut, kind = use.operand.tiling, use.operand.kind
+            for tiles in {token_tiles_of(cut, kind, n, smem, is_wide=self.maps) for n in rows}:
+                for adapted in (False, True):
+                    defines = self._defines(use, tiles, adapted=adapted)
+                    found[tuple(defines.items())] = None
+        return [dict(items) for items in found]
+
+    def _defines(self, use: Use, token_tiles: int, *, adapted: bool) -> dict[str, int]:
+        cut, kind = use.operand.tiling, use.operand.kind
+        ring = self._ring(use.operand, token_tiles)
         deep = DEEP_TILES + (cut.input_groups == 1)
         lean = LEAN_ADAPTED if adapted else LEAN
-        module = self.device.module(
-            "linear.cu",
-            NT=token_tiles,
-            WR=cut.row_groups,
-            WK=cut.input_groups,
-            XU=ring.blocks,
-            STAGES=ring.stages,
-            APART=int(ring.apart),
-            DEPTH=2 if kind != KIND_BF16 and token_tiles <= deep else 1,
-            CLUSTER=cut.cluster,
-            KIND=kind,
-            EPILOGUE=epilogue,
-            MIN_BLOCKS=cut.min_blocks,
-            REGISTERS=lean if cut.min_blocks == 1 and token_tiles <= LEAN_TILES else 0,
-            GELU=int(is_gelu),
-            LORA=int(adapted),
-        )
-        return module.kernel("linear", cut.smem(kind, token_tiles, ring))
+        return {
+            "NT": token_tiles,
+            "WR": cut.row_groups,
+            "WK": cut.input_groups,
+            "XU": ring.blocks,
+            "STAGES": ring.stages,
+            "APART": int(ring.apart),
+            "DEPTH": 2 if kind != KIND_BF16 and token_tiles <= deep else 1,
+            "CLUSTER": cut.cluster,
+            "KIND": kind,
+            "EPILOGUE": use.epilogue,
+            "MIN_BLOCKS": cut.min_blocks,
+            "REGISTERS": lean if cut.min_blocks == 1 and token_tiles <= LEAN_TILES else 0,
+            "GELU": int(use.is_gelu),
+            "LORA": int(adapted),
+        }
 
     def _ring(self, operand: Operand, token_tiles: int) -> Ring:
         ring = ring_of(operand.tiling, operand.kind, token_tiles, self.device.max_smem)

@@ -10,7 +10,9 @@ import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from cuda.bindings import nvrtc
 
 SOURCES = Path(__file__).parent / "csrc"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a")
+MOST_THREADS = 16  # a compilation takes some hundred megabytes
 OPTIONS = ("--std=c++17", "-default-device", "-lineinfo")
 
 Defines = Mapping[str, int | str]
@@ -45,6 +48,13 @@ def compile_cubin(source: str, arch: str, defines: Defines) -> bytes:
         file.write(cubin)
     os.replace(file.name, target)
     return cubin
+
+
+def compile_all(source: str, arch: str, wanted: Iterable[Defines]) -> None:
+    """`compile_cubin` of each, on all cores: from then on the cache has them."""
+    with ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0)))) as threads:
+        for _ in threads.map(partial(compile_cubin, source, arch), wanted):
+            pass
 
 
 @functools.cache
