@@ -45,9 +45,10 @@ def base(tiny: Path) -> Base:
     return open_base(RunConfig(base=tiny, device="cuda"))
 
 
-def lora_of(base: Base, rank: int) -> Lora:
+def lora_of(base: Base, rank: int, dropout: float = 0.0) -> Lora:
     targets = base.config.linears_named(ALL_LINEAR)
-    lora = Lora(targets, rank=rank, scaling=8 / rank, seed=rank, device=base.device)
+    options: dict[str, Any] = {"dropout": dropout, "seed": rank, "device": base.device}
+    lora = Lora(targets, rank=rank, scaling=8 / rank, **options)
     torch.manual_seed(rank)
     for _, b in lora.weights.values():
         b.copy_(torch.randn(b.shape) * 0.1)
@@ -63,7 +64,8 @@ def share(lora: Lora, lengths: tuple[int, ...], seed: int) -> Share:
         )
         for length in lengths
     ]
-    return Share(documents, lora, weight=1 / sum(d.num_learnt for d in documents))
+    weight = 1 / sum(d.num_learnt for d in documents)
+    return Share(documents, lora, weight, seed=f"0 {seed} 0")
 
 
 def taken(lora: Lora) -> dict[str, Tensor]:
@@ -106,12 +108,12 @@ def test_attention_in_one_launch_is_that_of_one_document_after_the_other(kv_head
 def test_a_replay_learns_what_an_eager_pass_learns(
     checkpointing: bool, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two adapters of different ranks, steps of two passes, two sizes in turn; each step's
-    gradients against those of eager passes, padded alike and not padded at all."""
+    """Two adapters of different ranks, one with dropout, steps of two passes, two sizes in turn;
+    each step's gradients against those of eager passes, padded alike and not padded at all."""
     run = RunConfig(base=tiny, device="cuda", gradient_checkpointing=checkpointing)
     base = open_base(run)
     exact_base = open_base(RunConfig(base=tiny, device="cuda", dtype="float32"))
-    loras = [lora_of(base, 4), lora_of(base, 16)]
+    loras = [lora_of(base, 4), lora_of(base, 16, dropout=0.2)]
     graphs = Graphs(base)
     with caplog.at_level(logging.WARNING):
         for seed in range(5):

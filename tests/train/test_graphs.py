@@ -152,13 +152,18 @@ def test_other_adapters_and_other_sizes_are_other_graphs(base: Base) -> None:
     assert again.num_captures == len(graphs) == graphs.num_replays == 6
 
 
-def test_a_pass_with_dropout_is_not_captured(base: Base) -> None:
-    again, lora = Again(), make_lora(base, dropout=0.5)
-    graphs = Graphs(base, again)
-    for _ in range(3):
-        assert_learns_as_alone(base, graphs, [share_of(lora, *LENGTHS)])
+def test_a_replay_drops_what_its_seed_says(base: Base) -> None:
+    again, loras = Again(), [make_lora(base, dropout=0.5), make_lora(base, dropout=0.1)]
+    graphs, losses = Graphs(base, again), set[float]()
+    for seed in range(4):
+        same = documents(*LENGTHS)
+        shares = [Share(same, lora, 0.1, seed=f"{seed} {i}") for i, lora in enumerate(loras)]
+        assert_learns_as_alone(base, graphs, shares)
+        losses |= {float(own.sum()) for own in graphs.learn(shares)}
+        [taken(lora) for lora in loras]
 
-    assert again.num_captures == 0
+    assert again.num_captures == 1 and graphs.num_replays == 7
+    assert len(losses) == 8
 
 
 def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(

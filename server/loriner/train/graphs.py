@@ -2,9 +2,9 @@
 
 A pass is padded to a size (`padding`). The first of a size runs eagerly, which readies libraries
 and memory; the second is captured, and from then on a pass of that size and those adapters copies
-its batch into the graph's and replays. Where nothing can be captured, or a job has dropout, whose
-generators are made on the host, passes run eagerly. Invariant: what a graph reads and writes stays
-at its address as long as the graph: its batch, and the weights and gradients of its adapters.
+its batch into the graph's and replays. Where nothing can be captured passes run eagerly. Invariant:
+what a graph reads and writes stays at its address as long as the graph: its batch, and the weights
+and gradients of its adapters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IDLE = 8 * LIMIT  # passes without a use, after which a graph makes room
 
 Run = Callable[[], Tensor]
 Record = Callable[[Run], Run]  # run -> what does the same again, faster, at the same addresses
-Key = tuple[Sizes, tuple[Lora | None, ...]]
+Key = tuple[Sizes, tuple[tuple[Lora | None, bool], ...]]  # whether without noise
 
 
 @dataclass(slots=True)
@@ -56,12 +56,13 @@ class Graphs:
     def learn(self, shares: Sequence[Share]) -> list[Tensor]:
         """Each share's losses, one a learnt token; gradients are added onto the adapters'."""
         self.num_passes += 1
-        if self._record is None or any(_has_dropout(share) for share in shares):
+        if self._record is None:
             return learn(self._base, shares)
         fillings, sizes = padding([share.documents for share in shares])
         filled = [replace(s, padding=own) for s, own in zip(shares, fillings, strict=True)]
         batch = Batch.of(self._base, filled, sizes)
-        graph = self._graph((sizes, tuple(share.lora for share in shares)), batch, filled)
+        users = tuple((share.lora, share.seed is None) for share in shares)
+        graph = self._graph((sizes, users), batch, filled)
         if graph is None:
             return by_share(self._eager(batch, filled), shares)
         if graph.batch is not batch:
@@ -115,10 +116,6 @@ class Graphs:
             return None
         self._graphs[key] = graph = _Graph(batch, replay, self.num_passes)
         return graph
-
-
-def _has_dropout(share: Share) -> bool:
-    return bool(share.seed and share.lora and share.lora.dropout)
 
 
 class CudaRecord:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from loriner.kernels.operands import NESTED_BLOCK, NestedScales, Nf4
 from loriner.model.nf4 import BLOCK
+from loriner.train.dropout import Dropout, seed_of
 
 
 class Frozen:
@@ -175,7 +175,7 @@ class Segment:
     end: int
     lora: Lora
     weights: Mapping[str, Pair]
-    seed: str | None = None
+    seed: Tensor | None = None  # [] int32
 
 
 @dataclass(slots=True)
@@ -203,7 +203,7 @@ class SegmentedLinear(nn.Module):
             pair = segment.weights.get(self.name)
             if pair is not None:
                 span = (segment.start * scale, segment.end * scale)
-                parts.append(_Part(*span, segment.lora.scaling, _noise(segment, self.name)))
+                parts.append(_Part(*span, segment.lora.scaling, _dropout(segment, self.name)))
                 weights += pair
         product: Any = _Product.apply
         y: Tensor = product(rows, self.weight, self.bias, tuple(parts), *weights)
@@ -215,22 +215,16 @@ class _Part:
     start: int
     end: int
     scaling: float
-    dropout: tuple[float, int] | None  # (share, seed)
+    dropout: Dropout | None
 
     def drop(self, x: Tensor) -> Tensor:
-        """x with the same elements dropped at every call."""
-        if self.dropout is None:
-            return x
-        share, seed = self.dropout
-        generator = torch.Generator(x.device).manual_seed(seed)
-        kept = torch.empty(x.shape, device=x.device).bernoulli_(1 - share, generator=generator)
-        return x * kept.to(x.dtype) / (1 - share)
+        return x if self.dropout is None else self.dropout(x)
 
 
-def _noise(segment: Segment, name: str) -> tuple[float, int] | None:
+def _dropout(segment: Segment, name: str) -> Dropout | None:
     if segment.seed is None or not segment.lora.dropout:
         return None
-    return segment.lora.dropout, zlib.crc32(f"{segment.seed} {name}".encode())
+    return Dropout(segment.lora.dropout, segment.seed, seed_of(name))
 
 
 class _Product(torch.autograd.Function):

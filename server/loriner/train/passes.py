@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from loriner.train.attention import Plan, Starts
 from loriner.train.base import Base
+from loriner.train.dropout import seed_of
 from loriner.train.lora import Lora, Pair, Segment
 from loriner.train.loss import head_loss
 from loriner.train.masks import Document
@@ -78,6 +79,7 @@ class Batch:
     rows: Tensor  # [S] int64: whose states predict
     targets: Tensor  # [S] int64
     weights: Tensor  # [S] f32, of each row's loss
+    seeds: Tensor  # [shares] int32, of dropout
 
     @classmethod
     def of(cls, base: Base, shares: Sequence[Share], sizes: Sizes | None = None) -> Batch:
@@ -96,14 +98,16 @@ class Batch:
         embedded = _with_noise(base.embed(flat.ids), shares)
         weights = weights.to(base.device, non_blocking=True)
         targets = flat.ids.index_select(0, flat.rows)
-        return cls(embedded, flat.positions, plan, flat.rows - 1, targets, weights)
+        numbers = torch.tensor([seed_of(share.seed or "") for share in shares], dtype=torch.int32)
+        seeds = numbers.to(base.device, non_blocking=True)
+        return cls(embedded, flat.positions, plan, flat.rows - 1, targets, weights, seeds)
 
     def copy(self, other: Batch) -> None:
         """Take what `other`, a padded batch of the same sizes, holds."""
         assert isinstance(self.plan, Starts) and isinstance(other.plan, Starts)
         assert self.plan.longest == other.plan.longest
         self.plan.starts.copy_(other.plan.starts)
-        for name in ("embedded", "positions", "rows", "targets", "weights"):
+        for name in ("embedded", "positions", "rows", "targets", "weights", "seeds"):
             getattr(self, name).copy_(getattr(other, name))
 
 
@@ -116,7 +120,7 @@ def learn(base: Base, shares: Sequence[Share]) -> list[Tensor]:
 def learn_batch(base: Base, batch: Batch, shares: Sequence[Share]) -> Tensor:
     """`learn` on a batch that was made of `shares`: losses [S]. Waits for the device nowhere, reads
     the batch and the adapters where they are, and adds to gradients where they are."""
-    segments = _segments(shares, lambda lora: lora.leaves(base.dtype))
+    segments = _segments(shares, batch.seeds, lambda lora: lora.leaves(base.dtype))
     with torch.enable_grad():
         total, losses = _losses(base, batch, segments)
     leaves = [leaf for s in segments for pair in s.weights.values() for leaf in pair]
@@ -137,8 +141,9 @@ def by_share(losses: Tensor, shares: Sequence[Share]) -> list[Tensor]:
 @torch.no_grad()
 def run_pass(base: Base, shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
     """(the sum of weighted losses; each share's losses, one a learnt token), nothing learnt."""
-    segments = _segments(shares, lambda lora: lora.cast(base.dtype))
-    total, losses = _losses(base, Batch.of(base, shares), segments)
+    batch = Batch.of(base, shares)
+    segments = _segments(shares, batch.seeds, lambda lora: lora.cast(base.dtype))
+    total, losses = _losses(base, batch, segments)
     return total, by_share(losses, shares)
 
 
@@ -171,13 +176,14 @@ def _chunks(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
 
 
 def _segments(
-    shares: Sequence[Share], weights: Callable[[Lora], Mapping[str, Pair]]
+    shares: Sequence[Share], seeds: Tensor, weights: Callable[[Lora], Mapping[str, Pair]]
 ) -> list[Segment]:
     segments, start = [], 0
-    for share in shares:
+    for share, seed in zip(shares, seeds, strict=True):
         end = start + share.num_tokens
         if share.lora is not None:
-            segments.append(Segment(start, end, share.lora, weights(share.lora), share.seed))
+            own = None if share.seed is None else seed
+            segments.append(Segment(start, end, share.lora, weights(share.lora), own))
         start = end
     return segments
 
