@@ -12,16 +12,16 @@ ENTRY_BYTES = 96
 POISON = float("nan")
 
 
-def random_nf4(outputs: int, inputs: int, *, nested: bool) -> Nf4:
+def random_nf4(outputs: int, inputs: int, *, nested: bool, device: str = "cuda") -> Nf4:
     blocks = outputs * inputs // 64
-    packed = torch.randint(0, 256, (outputs * inputs // 2,), device="cuda", dtype=torch.uint8)
+    packed = torch.randint(0, 256, (outputs * inputs // 2,), device=device, dtype=torch.uint8)
     if not nested:
-        scales = torch.rand(blocks, device="cuda") * 0.05 + 0.01
-        return Nf4(packed, scales, nf4_code().cuda(), (outputs, inputs))
-    index = torch.randint(0, 256, (blocks,), device="cuda", dtype=torch.uint8)
-    outer = torch.rand(-(-blocks // 256), device="cuda") * 0.01 + 0.01
-    absmax = NestedScales(index, outer, dynamic_map().cuda(), 0.05)
-    return Nf4(packed, absmax, nf4_code().cuda(), (outputs, inputs))
+        scales = torch.rand(blocks, device=device) * 0.05 + 0.01
+        return Nf4(packed, scales, nf4_code().to(device), (outputs, inputs))
+    index = torch.randint(0, 256, (blocks,), device=device, dtype=torch.uint8)
+    outer = torch.rand(-(-blocks // 256), device=device) * 0.01 + 0.01
+    absmax = NestedScales(index, outer, dynamic_map().to(device), 0.05)
+    return Nf4(packed, absmax, nf4_code().to(device), (outputs, inputs))
 
 
 def dense(weight: Nf4) -> Tensor:

@@ -24,11 +24,11 @@ from loriner.train.passes import Batch, Share, learn, learn_batch
 from loriner.train.prepare import prepare
 from loriner.train.settings import ALL_LINEAR, JobConfig, RunConfig
 from tests.tiny import write_tiny_base
+from tests.train.conftest import PIRATE, StopAfter
 from tests.train.peft_oracle import gradients_of, off
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-PIRATE = Path(__file__).resolve().parents[1] / "data" / "train" / "pirate.jsonl"
 # ||difference|| / ||gradient|| of a tensor between two runs of the same kernels in bf16: the
 # backward of attention adds with atomics, in any order.
 ATOMICS = 0.02
@@ -182,15 +182,6 @@ def test_with_too_little_memory_for_both_graphs_give_way(
     assert graphs.num_replays == len(graphs) == 0
     assert "no memory" in caplog.text
     torch.testing.assert_close(found[0], found[2], rtol=0.02, atol=0.02)
-
-
-class StopAfter(qlora.Silent):
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self._step = step
-
-    def on_step(self, job: Job, record: Any) -> None:
-        self.wants_stop = record.step >= self._step
 
 
 def states(job: Job) -> list[Tensor]:

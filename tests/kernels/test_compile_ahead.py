@@ -13,8 +13,7 @@ import torch
 from loriner.engine.graphs import buckets
 from loriner.kernels.cuda import linear, nvrtc
 from loriner.kernels.cuda.many_rows import MAX_FUSED_ROWS
-from loriner.kernels.operands import Nf4
-from loriner.model.nf4 import nf4_code
+from tests.gpu.operands import random_nf4
 
 Defines = frozenset[tuple[str, int | str]]
 
@@ -34,25 +33,22 @@ class FakeDevice:
         return SimpleNamespace(kernel=lambda name, smem: lambda *args, **options: None)
 
 
-def random_nf4(outputs: int, inputs: int) -> Nf4:
-    packed = torch.randint(0, 256, (outputs * inputs // 2,), dtype=torch.uint8)
-    return Nf4(packed, torch.rand(outputs * inputs // 64), nf4_code(), (outputs, inputs))
-
-
 @pytest.mark.parametrize(("max_rows", "max_sequences"), [(64, 64), (512, 100), (512, 300)])
 def test_a_step_asks_for_nothing_else(max_rows: int, max_sequences: int) -> None:
     device: Any = FakeDevice()
     linears = linear.Linears(device)
-    plain = linears.prepare_nf4([random_nf4(960, 576)], None)
-    gated = linears.prepare_nf4([random_nf4(1536, 576)] * 2, None, gated=True)
+    plain = linears.prepare_nf4([random_nf4(960, 576, nested=False, device="cpu")], None)
+    halves = [random_nf4(1536, 576, nested=False, device="cpu")] * 2
+    gated = linears.prepare_nf4(halves, None, gated=True)
     head = linears.prepare_dense([torch.randn(1024, 576)], None)
     uses = [linear.Use(plain, linear.STORE), linear.Use(gated, linear.GATED, is_gelu=True)]
     sizes = [*buckets(max_rows), max_sequences]
     few = [rows for rows in sizes if rows <= MAX_FUSED_ROWS]
-    ahead = linears.variants(uses, few) + linears.variants([linear.Use(head, linear.LOGITS)], sizes)
+    last = linear.Use(head, linear.LOGITS)
+    ahead = linears.variants([*((use, few) for use in uses), (last, sizes)])
 
     for rows in sizes:
-        for operand, epilogue, is_gelu in (*uses, linear.Use(head, linear.LOGITS)):
+        for operand, epilogue, is_gelu in (*uses, last):
             samples = min(rows, max_sequences) if epilogue == linear.LOGITS else rows
             if epilogue != linear.LOGITS and rows > MAX_FUSED_ROWS:
                 continue

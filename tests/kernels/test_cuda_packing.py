@@ -193,8 +193,8 @@ def test_scales_that_cannot_stay_nested_are_expanded() -> None:
 )
 def test_a_span_divides_rows_and_lies_in_one_nested_block(blocks: int, span: int) -> None:
     part = random_nf4(16, blocks * 64, nested=True)
-    assert linear._span([part, part], blocks) == span
-    assert linear._span([part, random_nf4(16, blocks * 64, nested=False)], blocks) == 0
+    assert packing.nested_span([part, part], blocks) == span
+    assert packing.nested_span([part, random_nf4(16, blocks * 64, nested=False)], blocks) == 0
     starts = torch.arange(0, 16 * blocks, span)
     assert torch.equal(starts // 256, (starts + span - 1) // 256)
 

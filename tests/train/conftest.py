@@ -1,4 +1,4 @@
-"""A tiny base on disk, its masker, and small data files."""
+"""A tiny base on disk, its masker, small data files, and who ends a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from loriner.train.job import Job
 from loriner.train.masks import Masker
+from loriner.train.qlora import Silent
 from tests.tiny import IM_END, write_tiny_base, write_tokenizer
 
 WriteRows = Callable[..., Path]
@@ -49,3 +51,14 @@ def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
     """One row of chat messages."""
     user, assistant = {"role": "user"}, {"role": "assistant", **more}
     return {"messages": [user | {"content": question}, assistant | {"content": answer}]}
+
+
+class StopAfter(Silent):
+    """Asks the loop to stop once some job has done so many steps."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def on_step(self, job: Job, record: Any) -> None:
+        self.wants_stop = record.step >= self._step

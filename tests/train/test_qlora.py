@@ -22,7 +22,7 @@ from loriner.train.optim import learning_rate
 from loriner.train.prepare import prepare
 from loriner.train.qlora import Silent, train
 from loriner.train.settings import JobConfig, RunConfig
-from tests.train.conftest import PIRATE, WriteRows, chat
+from tests.train.conftest import PIRATE, StopAfter, WriteRows, chat
 
 Make = Callable[..., Job]
 
@@ -42,17 +42,6 @@ def make(base: Base, tmp_path: Path) -> Make:
         return prepare(settings).start(base)[0]
 
     return make
-
-
-class StopAfter(Silent):
-    """Asks the loop to stop once some job has done so many steps."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self._step = step
-
-    def on_step(self, job: Job, record: Any) -> None:
-        self.wants_stop = record.step >= self._step
 
 
 def losses(job: Job) -> list[float]:

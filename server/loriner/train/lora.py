@@ -107,11 +107,9 @@ class Lora:
         sizes = [math.prod(shape) for pair in self._shapes.values() for shape in pair]
         self._spaces = [-(-size // ALIGN) * ALIGN for size in sizes]
         self.num_parameters = sum(sizes)
-        self._values = torch.zeros(sum(self._spaces), device=device)
-        self.gradient = torch.zeros_like(self._values)
-        self.flat = nn.Parameter(self._values)
-        self.flat.grad = self.gradient
-        self.weights: Mapping[str, Pair] = self._views(self._values)
+        self.flat = nn.Parameter(torch.zeros(sum(self._spaces), device=device))
+        self.flat.grad = self.gradient = torch.zeros_like(self.flat.data)
+        self.weights: Mapping[str, Pair] = self._views(self.flat.data)
         self.gradients: Mapping[str, Pair] = self._views(self.gradient)
         generator = torch.Generator().manual_seed(seed)
         for a, _ in self.weights.values():
@@ -124,7 +122,7 @@ class Lora:
 
     def cast(self, dtype: torch.dtype) -> Mapping[str, Pair]:
         """A and B of every target as a pass in `dtype` multiplies by them; in f32, the weights."""
-        return self.weights if dtype == torch.float32 else self._views(self._values.to(dtype))
+        return self.weights if dtype == torch.float32 else self._views(self.flat.data.to(dtype))
 
     def leaves(self, dtype: torch.dtype) -> Mapping[str, Pair]:
         """As `cast`, for a backward to ask the gradients of."""

@@ -125,14 +125,12 @@ class CudaKernels:
     ) -> None:
         """Compile what steps of so many rows launch for these operands, by the name of the method
         that multiplies by each."""
-        uses: dict[bool, list[linears.Use]] = {False: [], True: []}  # whether of any number of rows
+        few, uses = [count for count in rows if count <= MAX_FUSED_ROWS], []
         for name, operand in products:
             epilogue = EPILOGUES[name]
-            is_gelu = epilogue == linears.GATED and act != "silu"
-            uses[epilogue == linears.LOGITS].append(linears.Use(operand, epilogue, is_gelu))
-        few = [count for count in rows if count <= MAX_FUSED_ROWS]
-        wanted = self.linears.variants(uses[False], few) + self.linears.variants(uses[True], rows)
-        self.device.compile_ahead(linears.SOURCE, wanted)
+            use = linears.Use(operand, epilogue, epilogue == linears.GATED and act != "silu")
+            uses.append((use, rows if epilogue == linears.LOGITS else few))
+        self.device.compile_ahead(linears.SOURCE, self.linears.variants(uses))
 
     def prepare_norm(self, weight: Tensor) -> Tensor:
         return weight.float().to(self.place)

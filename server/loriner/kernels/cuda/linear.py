@@ -95,9 +95,9 @@ class Linears:
         if not torch.equal(packing.unpack_codes(packed)[:outputs, : inputs // 2], codes):
             raise ValueError("the packed codes differ from the stored ones")
         del codes
-        span = _span(parts, inputs // BLOCK)
+        span = packing.nested_span(parts, inputs // BLOCK)
         if span >= MIN_SPAN:
-            nested = _nested(parts, span, cut.rows, place, gated=gated)
+            nested = packing.pack_nested(parts, span, cut.rows, place, gated=gated)
             scale, kind = nested.indexes, KIND_NESTED
         else:
             absmax = [p.expanded().to(place).view(p.shape[0], -1) for p in parts]
@@ -191,17 +191,16 @@ class Linears:
         ring = self._ring(operand, token_tiles)
         return module.kernel("linear", operand.tiling.smem(operand.kind, token_tiles, ring))
 
-    def variants(self, uses: Iterable[Use], all_rows: Iterable[int]) -> list[dict[str, int | str]]:
+    def variants(self, uses: Iterable[tuple[Use, Sequence[int]]]) -> list[dict[str, int | str]]:
         """The defines of all kernels that steps of so many rows launch, with adapters and without
-        them."""
-        smem, rows = self.device.max_smem, sorted(set(all_rows))
+        them, each once."""
+        smem = self.device.max_smem
         found: dict[tuple[tuple[str, int], ...], None] = {}  # in order
-        for use in uses:
+        for use, rows in uses:
             cut, kind = use.operand.tiling, use.operand.kind
             for tiles in {token_tiles_of(cut, kind, n, smem, is_wide=self.maps) for n in rows}:
                 for adapted in (False, True):
-                    defines = self._defines(use, tiles, adapted=adapted)
-                    found[tuple(defines.items())] = None
+                    found[tuple(self._defines(use, tiles, adapted=adapted).items())] = None
         return [dict(items) for items in found]
 
     def _defines(self, use: Use, token_tiles: int, *, adapted: bool) -> dict[str, int]:
@@ -262,43 +261,6 @@ def _slices(sizes: Sequence[int]) -> tuple[int, int]:
     return first, first + sizes[1] if len(sizes) > 2 else total
 
 
-def _span(parts: Sequence[Nf4], blocks: int) -> int:
-    """Blocks of one row, from a multiple of them on, whose nested scales share their scale."""
-    if any(p.nested is None for p in parts):
-        return 0
-    first = parts[0].nested
-    assert first is not None
-    if not all(p.nested is not None and torch.equal(p.nested.code, first.code) for p in parts):
-        return 0
-    span = 1
-    while span < 256 and blocks % (span * 2) == 0:
-        span *= 2
-    return span
-
-
 def _values(part: Nf4) -> Any:
     nested = torch.zeros(256) if part.nested is None else part.nested.code
     return Values(*part.code.tolist(), *nested.tolist())
-
-
-def _nested(
-    parts: Sequence[Nf4], span: int, multiple: int, place: torch.device, *, gated: bool
-) -> packing.Nested:
-    indexes, outers, offsets = [], [], []
-    for part in parts:
-        assert part.nested is not None
-        outputs, blocks = part.shape[0], part.shape[1] // BLOCK
-        indexes.append(part.nested.index.to(place).view(outputs, blocks))
-        starts = torch.arange(0, outputs * blocks, span, device=place)
-        outer = part.nested.absmax.to(place)[starts // 256]
-        outers.append(outer.view(outputs, blocks // span))
-        offsets.append(torch.full((outputs, 1), part.nested.offset, device=place))
-
-    def fused(rows: Sequence[Tensor]) -> Tensor:
-        joined = packing.interleave(torch.cat(list(rows)), gated=gated)
-        return packing.pad_rows(joined, multiple)
-
-    index = packing.pack_scales(fused(indexes)).contiguous()
-    offset = packing.pack_rows(fused(offsets))[:, 0].contiguous()
-    outer = packing.pack_rows(fused(outers)).contiguous()
-    return packing.Nested(index, outer, offset, span.bit_length() - 1)

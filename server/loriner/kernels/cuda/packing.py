@@ -7,11 +7,14 @@ g + 8 and inputs 2t, 2t + 1, 2t + 8, 2t + 9 (PTX ISA, mma.m16n8k16 and wgmma, fr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from loriner.kernels.operands import Nf4
 
 BLOCK = 64
 TILE = 16
@@ -98,3 +101,40 @@ def unpack_bf16(weight: Tensor) -> Tensor:
     tiles, blocks = weight.shape[:2]
     split = weight.view(tiles, blocks, 4, 8, 4, 2, 2, 2)
     return split.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(tiles * TILE, blocks * BLOCK)
+
+
+def nested_span(parts: Sequence[Nf4], blocks: int) -> int:
+    """Blocks of one row, from a multiple of them on, whose nested scales share their scale."""
+    if any(p.nested is None for p in parts):
+        return 0
+    first = parts[0].nested
+    assert first is not None
+    if not all(p.nested is not None and torch.equal(p.nested.code, first.code) for p in parts):
+        return 0
+    span = 1
+    while span < 256 and blocks % (span * 2) == 0:
+        span *= 2
+    return span
+
+
+def pack_nested(
+    parts: Sequence[Nf4], span: int, multiple: int, place: torch.device, *, gated: bool
+) -> Nested:
+    indexes, outers, offsets = [], [], []
+    for part in parts:
+        assert part.nested is not None
+        outputs, blocks = part.shape[0], part.shape[1] // BLOCK
+        indexes.append(part.nested.index.to(place).view(outputs, blocks))
+        starts = torch.arange(0, outputs * blocks, span, device=place)
+        outer = part.nested.absmax.to(place)[starts // 256]
+        outers.append(outer.view(outputs, blocks // span))
+        offsets.append(torch.full((outputs, 1), part.nested.offset, device=place))
+
+    def fused(rows: Sequence[Tensor]) -> Tensor:
+        joined = interleave(torch.cat(list(rows)), gated=gated)
+        return pad_rows(joined, multiple)
+
+    index = pack_scales(fused(indexes)).contiguous()
+    offset = pack_rows(fused(offsets))[:, 0].contiguous()
+    outer = pack_rows(fused(outers)).contiguous()
+    return Nested(index, outer, offset, span.bit_length() - 1)
