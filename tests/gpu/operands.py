@@ -8,6 +8,7 @@ from torch import Tensor
 from loriner.kernels.operands import NestedScales, Nf4
 from loriner.model.nf4 import dynamic_map, nf4_code
 
+EXACT_ROWS = 256  # up to here a row does not depend on the others in its step, bit for bit
 ENTRY_BYTES = 96
 POISON = float("nan")
 

@@ -26,6 +26,7 @@ from loriner.engine.runner import open_runner
 from tests.canaries import CANARIES
 from tests.engines import RecordingRunner, WatchedEngine, engine_config
 from tests.gpu.forced import Choices, ForcedRunner
+from tests.gpu.operands import EXACT_ROWS
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "adapters"
@@ -33,7 +34,6 @@ ADAPTERS = Path(os.environ.get("LORINER_TEST_ADAPTERS", SHARED))
 NUM_TOKENS = 64
 NUM_KEPT = 4  # places of each answer whose logits are compared
 MAX_ROWS = 64
-EXACT_ROWS = 256  # up to here a row does not depend on the others in its step, bit for bit
 MANY_ROWS = 1024
 
 # The CPU engine with nothing changed but activations rounded to bf16 is off by 0.006 to 0.011 of

@@ -148,7 +148,8 @@ class Sampler:
     """Chooses the tokens of up to `max_rows` rows a step. Results stay on the GPU.
 
     `ids` is the first part of `results`, so one copy of a prefix brings what the step asked for.
-    Memory: before sm_90 a copy of the logits, 4 bytes x `max_rows` x vocabulary.
+    Memory: a bit for each row and token; before sm_90 a copy of the logits, too, 4 bytes x
+    `max_rows` x vocabulary.
     """
 
     def __init__(self, device: Device, vocab: int, max_rows: int) -> None:

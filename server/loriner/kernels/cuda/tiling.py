@@ -43,7 +43,7 @@ class Tiling:
 
     def sums(self, token_tiles: int) -> int:
         """Bytes of the groups' sums."""
-        return self.input_groups * self.rows * (token_tiles * 8 + 4) * 4
+        return self.input_groups * self.rows * token_tiles * 8 * 4
 
     def smem(self, kind: int, token_tiles: int, ring: Ring) -> int:
         """Bytes of shared memory."""

@@ -43,9 +43,8 @@
 #define X_STAGE (WK * XU * X_TILE)
 #define X_STEPS (KU / XU)
 #define ENTRIES (KIND == 1 ? 512 : 256)  // of the table before it is copied to every bank
-#define RED_STRIDE (TOKENS + 4)  // a quad of rows of x is 16 bytes, and neighbouring outputs' quads meet no bank twice
 #define OWN (ROWS / CLUSTER)  // outputs that this thread block finishes
-#define SUMS (CLUSTER * WK * OWN * RED_STRIDE * 4)
+#define SUMS (CLUSTER * WK * OWN * TOKENS * 4)
 #define FRONT (TABLE + STAGES * X_STAGE)
 #define LEAST_SHRUNK 12288  // four rows of x of the most ranks (768)
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -356,30 +355,30 @@ DEV void stage_at(i32 depth, Weights& w, const Scales& later, Units& z, XTile x_
     stage_step<D>(w, later, z, x_tile, lane, step, more, a, b, acc);
 }
 
-// Give a warp's sums to the block of the cluster that finishes its 16 outputs: [source][output][row of x].
+// Where the sums of lane (g, t) lie among those of 16 outputs for 8 rows of x: output g and g + 8 for rows 2t and 2t + 1, as the
+// matrix unit leaves them. Neither lanes in order nor outputs in order meet a bank twice.
+DEV i32 sums_at(i32 g, i32 t) { return t * 128 + (g ^ t * 2) * 16; }
+
+// Give a warp's sums to the block of the cluster that finishes its 16 outputs: [source][tile of outputs][NT].
 DEV void give(const float (&acc)[NT][4], i32 source, i32 tile, i32 lane) {
-    const i32 owner = tile / (OWN / 16), odd = lane & 1;
-    const i32 output = source * OWN + tile % (OWN / 16) * 16 + (lane >> 2) + odd * 8;
-    u32 to = smem_addr(smem) + SUMS_AT + (output * RED_STRIDE + (lane & 2) * 2) * 4;
-    if (CLUSTER > 1) to = cluster_map(to, owner);
+    u32 to = smem_addr(smem) + SUMS_AT + (source * (OWN / 16) + tile % (OWN / 16)) * (NT * 512) + sums_at(lane >> 2, lane & 3);
+    if (CLUSTER > 1) to = cluster_map(to, tile / (OWN / 16));
 #pragma unroll
-    for (int n = 0; n < NT; n++) {  // neighbours swap halves: each then has four rows of x for one output
-        const float x = __shfl_xor_sync(0xffffffffu, odd ? acc[n][0] : acc[n][2], 1);
-        const float y = __shfl_xor_sync(0xffffffffu, odd ? acc[n][1] : acc[n][3], 1);
-        const float a = odd ? x : acc[n][0], b = odd ? y : acc[n][1], c = odd ? acc[n][2] : x, d = odd ? acc[n][3] : y;
-        if (CLUSTER > 1) asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + n * 32), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-        else asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + n * 32), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+    for (int n = 0; n < NT; n++) {
+        if (CLUSTER > 1) asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + n * 512), "f"(acc[n][0]), "f"(acc[n][1]), "f"(acc[n][2]), "f"(acc[n][3]) : "memory");
+        else asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + n * 512), "f"(acc[n][0]), "f"(acc[n][1]), "f"(acc[n][2]), "f"(acc[n][3]) : "memory");
     }
 }
 
 // One output of this thread block for four rows of x: the sums of all groups and blocks, in a fixed order.
 DEV void reduced(float (&sum)[4], i32 output, i32 quad) {
-    const u8* at = smem + SUMS_AT + (output * RED_STRIDE + quad * 4) * 4;
+    const u8* at = smem + SUMS_AT + ((output >> 4) * NT + (quad >> 1)) * 512 + (output >> 3 & 1) * 8;
+    const i32 first = sums_at(output & 7, (quad & 1) * 2), second = sums_at(output & 7, (quad & 1) * 2 + 1);
 #pragma unroll
     for (int i = 0; i < CLUSTER * WK; i++) {
-        const float4 v = *(const float4*)(at + i * (OWN * RED_STRIDE * 4));
-        if (i == 0) sum[0] = v.x, sum[1] = v.y, sum[2] = v.z, sum[3] = v.w;
-        else sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+        const float2 v = *(const float2*)(at + first + i * (OWN * TOKENS * 4)), w = *(const float2*)(at + second + i * (OWN * TOKENS * 4));
+        if (i == 0) sum[0] = v.x, sum[1] = v.y, sum[2] = w.x, sum[3] = w.y;
+        else sum[0] += v.x, sum[1] += v.y, sum[2] += w.x, sum[3] += w.y;
     }
 }
 
@@ -486,42 +485,54 @@ DEV void publish_unit(const Params& p, const float (&acc)[4], u32 epoch, i32 row
     __syncthreads();
 }
 
-// A x of `count` rows of x from `token` on, over all parts, in shared memory: [count, stride] f32.
+// A x of `count` rows of x from `token` on, over all parts, in shared memory: [count, stride] f32. A warp sees to a row at
+// a time, a lane to a rank, with AT rows and PARTS parts of them under way.
+template <int AT, int PARTS> DEV void gather_rows(const Params& p, i32 first, i32 last, i32 token0, i32 token, i32 count, i32 stride) {
+    const i32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const i64 part = (i64)p.M * p.shrunk_stride;
+    const u32 epoch = *(const u32*)(smem + EPOCH_AT);
+    float* to = (float*)(smem + SHRUNK_AT);
+#pragma unroll 1
+    for (i32 row0 = warp; row0 < count; row0 += WARPS * AT) {
+#pragma unroll 1
+        for (i32 r = lane; r < stride; r += 32) {
+            const u64* from[AT];
+            bool real[AT];
+            float sum[AT] = {};
+#pragma unroll
+            for (int q = 0; q < AT; q++) {
+                const i32 row = min(row0 + q * WARPS, count - 1);
+                const RowLora* l = (const RowLora*)(smem + ROW_LORA) + (token + row) * 3;
+                const i32 begin = l[first].begin;
+                real[q] = row0 + q * WARPS < count && begin + r < l[last].begin + l[last].rank;
+                from[q] = p.shrunk + (i64)(token0 + token + row) * p.shrunk_stride + begin + r;
+            }
+#pragma unroll 1
+            for (i32 j = 0; j < p.parts; j += PARTS) {
+                u64 v[AT][PARTS];
+#pragma unroll
+                for (int q = 0; q < AT; q++)
+#pragma unroll
+                    for (int k = 0; k < PARTS; k++) v[q][k] = real[q] && j + k < p.parts ? ld_relaxed(from[q] + (j + k) * part) : (u64)epoch << 32;
+#pragma unroll
+                for (int q = 0; q < AT; q++)
+#pragma unroll
+                    for (int k = 0; k < PARTS; k++) {
+                        while ((u32)(v[q][k] >> 32) != epoch) v[q][k] = ld_relaxed(from[q] + (j + k) * part);
+                        sum[q] += __uint_as_float((u32)v[q][k]);
+                    }
+            }
+#pragma unroll
+            for (int q = 0; q < AT; q++)
+                if (real[q]) to[(row0 + q * WARPS) * stride + r] = sum[q];
+        }
+    }
+}
 DEV void gather_shrunk(const Params& p, const Outputs& own, i32 token0, i32 token, i32 count, i32 stride) {
     const i32 first = own.first_slice(p), last = own.last_slice(p);
     count = min(count, min(p.M - token0, TOKENS) - token);
-    const i64 part = (i64)p.M * p.shrunk_stride;
-    const u32 epoch = *(const u32*)(smem + EPOCH_AT);
-#pragma unroll 1
-    for (i32 i0 = threadIdx.x; i0 < count * stride; i0 += THREADS * 2) {
-        const u64* from[2];
-        float sum[2] = {};
-#pragma unroll
-        for (int q = 0; q < 2; q++) {
-            const i32 i = i0 + q * THREADS, row = i / stride, r = i - row * stride;
-            const RowLora* l = (const RowLora*)(smem + ROW_LORA) + (token + row) * 3;
-            from[q] = nullptr;
-            if (i < count * stride && l[first].begin + r < l[last].begin + l[last].rank) from[q] = p.shrunk + (i64)(token0 + token + row) * p.shrunk_stride + l[first].begin + r;
-        }
-#pragma unroll 1
-        for (i32 j = 0; j < p.parts; j += 4) {
-            u64 v[2][4];
-#pragma unroll
-            for (int q = 0; q < 2; q++)
-#pragma unroll
-                for (int k = 0; k < 4; k++) v[q][k] = from[q] && j + k < p.parts ? ld_relaxed(from[q] + (j + k) * part) : (u64)epoch << 32;
-#pragma unroll
-            for (int q = 0; q < 2; q++)
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    while ((u32)(v[q][k] >> 32) != epoch) v[q][k] = ld_relaxed(from[q] + (j + k) * part);
-                    sum[q] += __uint_as_float((u32)v[q][k]);
-                }
-        }
-#pragma unroll
-        for (int q = 0; q < 2; q++)
-            if (from[q]) ((float*)(smem + SHRUNK_AT))[i0 + q * THREADS] = sum[q];
-    }
+    if (p.parts <= 2) gather_rows<4, 2>(p, first, last, token0, token, count, stride);
+    else gather_rows<2, 8>(p, first, last, token0, token, count, stride);
 }
 
 // Bias and adapters onto output n of the four rows of `quad`, `rows` of which are there; `shrunk`: of the first.
