@@ -38,9 +38,9 @@ MANY_ROWS = 1024
 
 # The CPU engine with nothing changed but activations rounded to bf16 is off by 0.006 to 0.011 of
 # the logits' norm, by 0.3 to 0.7 at most; 98.2 to 100 % of an adapter's tokens agree, 99.4 % of
-# all. On a GPU weights are rounded as well.
+# all. On a GPU weights are rounded as well: transformers in bf16 is off by 0.021, by 2.4 at most.
 MAX_RELATIVE = 0.03
-MAX_ABSOLUTE = 1.5  # logits go from some -35 to 40
+MAX_ABSOLUTE = 2.4  # logits go from some -35 to 40
 MIN_AGREEMENT = 0.99  # of all tokens
 MIN_AGREEMENT_OF_ONE = 0.98  # of one adapter's
 MAX_FLIPS = 0.01
