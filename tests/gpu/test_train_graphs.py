@@ -218,7 +218,7 @@ def test_a_resumed_run_goes_on_as_one_that_was_not_stopped(
     assert qlora.train(base, [straight], qlora.Silent())
     assert not qlora.train(base, [stopped], StopAfter(5))
     again = job_in("stopped")
-    resume(again, base.digest)
+    resume(again, base)
     assert torch.equal(again.lora.flat, stopped.lora.flat)
     assert again.lora.flat.numel() > 100_000
     assert all(map(torch.equal, states(again), states(stopped)))

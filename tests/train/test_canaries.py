@@ -36,6 +36,7 @@ def test_a_near_tie_may_fall_to_either_side() -> None:
         ({"logprobs": ((-0.2, -3.0), (-0.69, -0.70))}, "token 1: a log-probability is 0.1 off"),
         ({"logprobs": ((-0.1, -3.0), (-0.69, float("nan")))}, "token 2: a log-probability is nan"),
         ({"logprobs": ((-0.1, -3.0),)}, "no log-probabilities came back"),
+        ({"logprobs": ((-0.109, -3.009), (-0.69, -0.70))}, "are 0.0045 off on average"),
     ],
 )
 def test_a_difference_is_told_in_words(changes: dict[str, tuple[int, ...]], said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def test_a_resumed_run_has_the_very_bits_of_one_that_was_not_stopped(
     stopped = make(**options, out=tmp_path / "stopped")
     assert not train(base, [stopped], StopAfter(3))
     again = make(**options, out=tmp_path / "stopped")
-    assert resume(again, base.digest).name == "step-000003"
+    assert resume(again, base).name == "step-000003"
     assert train(base, [again], Silent())
 
     assert losses(again) == losses(straight)
@@ -96,9 +97,15 @@ def test_a_run_that_was_killed_resumes_from_its_last_whole_checkpoint(
     newest.rename(newest.with_name(".part-1"))  # as a kill in the midst of writing leaves it
 
     again = make(steps=6, save_every=2)
-    assert resume(again, base.digest).name == "step-000004"
+    assert resume(again, base).name == "step-000004"
     train(base, [again], Silent())
     assert losses(again) == losses(job)
+
+
+def changed(base: Base, **attributes: Any) -> Base:
+    other = copy.copy(base)
+    vars(other).update(attributes)
+    return other
 
 
 @pytest.mark.parametrize(
@@ -115,11 +122,15 @@ def test_a_run_does_not_resume_with_other_settings(
     train(base, [make()], StopAfter(2))
 
     with pytest.raises(TrainError, match=reason):
-        resume(make(**changes), base.digest)
+        resume(make(**changes), base)
     with pytest.raises(TrainError, match="base was"):
-        resume(make(), "0" * 64)
+        resume(make(), changed(base, digest="0" * 64))
+    with pytest.raises(TrainError, match="dtype was float32, is bfloat16"):
+        resume(make(), changed(base, dtype=torch.bfloat16))
+    with pytest.raises(TrainError, match="device was cpu, is cuda"):
+        resume(make(), changed(base, device=torch.device("cuda")))
     with pytest.raises(TrainError, match="there is no checkpoint"):
-        resume(make("other"), base.digest)
+        resume(make("other"), base)
 
 
 def test_a_checkpoint_of_another_layout_is_refused_with_the_reason(make: Make, base: Base) -> None:
@@ -129,7 +140,7 @@ def test_a_checkpoint_of_another_layout_is_refused_with_the_reason(make: Make, b
     file.write_text(json.dumps({k: v for k, v in state.items() if k != "layout"}))
 
     with pytest.raises(TrainError, match="state is in layout 1, and .* reads layout 2 alone"):
-        resume(make(), base.digest)
+        resume(make(), base)
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
@@ -143,10 +154,10 @@ def test_states_that_were_paged_are_not_taken_for_paged_where_they_are_not(
     saved = {name: value.clone() for name, value in state.items() if torch.is_tensor(value)}
     for name in ("state1", "state2"):
         state[name].is_paged = True
-    save_checkpoint(job, base.digest, base.path.name)
+    save_checkpoint(job, base)
 
     again = make(optimizer="paged_adamw_8bit")
-    resume(again, base.digest)
+    resume(again, base)
 
     (state,) = again.optimizer.state.values()
     assert not any(getattr(value, "is_paged", False) for value in state.values())
@@ -200,7 +211,7 @@ def test_runs_of_captured_passes_learn_what_eager_ones_learn_and_resume_to_the_b
     train(base, jobs_in("stopped"), StopAfter(3))
     again = jobs_in("stopped")
     for job in again:
-        resume(job, base.digest)
+        resume(job, base)
     train(base, again, Silent())
 
     for one, other, resumed in zip(eager, straight, again, strict=True):

@@ -96,7 +96,7 @@ def _train(
     jobs = preparation.start(base)
     for job in jobs if args.resume else ():
         if list_checkpoints(job.settings.folder) or len(jobs) == 1:
-            console.print(f"Resuming {resume(job, base.digest)} at step {job.step}.")
+            console.print(f"Resuming {resume(job, base)} at step {job.step}.")
         else:
             console.print(f"{job.settings.name} has no checkpoint and starts anew.")
     with Screen(jobs, console) as screen:

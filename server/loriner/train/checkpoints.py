@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loriner.errors import TrainError
+from loriner.train.base import Base
 from loriner.train.job import Job
 from loriner.train.optim import load_state
 from loriner.train.peft_folder import WEIGHTS_NAME, write_peft_folder
@@ -49,17 +50,17 @@ _FREE = frozenset(
 )
 
 
-def save_checkpoint(job: Job, base_digest: str, base_name: str) -> Path:
+def save_checkpoint(job: Job, base: Base) -> Path:
     """Write the job as it stands after its last whole step; the folder."""
     root = job.settings.folder / "checkpoints"
     final, part = root / f"step-{job.step:06d}", root / f".part-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    write_peft_folder(part, job.lora, job.settings, base_digest, base_name)
+    write_peft_folder(part, job.lora, job.settings, base.digest, base.path.name)
     torch.save(job.optimizer.state_dict(), part / OPTIMIZER)
     if job.best is not None:
         save_file(job.best, part / BEST)
-    state = {**job.state(), "layout": LAYOUT, "identity": _identity(job, base_digest)}
+    state = {**job.state(), "layout": LAYOUT, "identity": _identity(job, base)}
     (part / STATE).write_text(json.dumps(state), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
@@ -74,7 +75,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: p.name)
 
 
-def resume(job: Job, base_digest: str) -> Path:
+def resume(job: Job, base: Base) -> Path:
     """Put `job` where its newest checkpoint left it. Raises TrainError saying what differs."""
     found = list_checkpoints(job.settings.folder)
     if not found:
@@ -83,7 +84,7 @@ def resume(job: Job, base_digest: str) -> Path:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         _check_layout(folder, state)
-        _check_identity(folder, state["identity"], _identity(job, base_digest))
+        _check_identity(folder, state["identity"], _identity(job, base))
         device = str(job.lora.parameters()[0].device)
         job.lora.load(load_file(folder / WEIGHTS_NAME, device=device))
         saved = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
@@ -105,7 +106,7 @@ def _check_layout(folder: Path, state: dict[str, Any]) -> None:
         )
 
 
-def _identity(job: Job, base_digest: str) -> dict[str, Any]:
+def _identity(job: Job, base: Base) -> dict[str, Any]:
     """What must be the same for the next step to be the same."""
     settings = {
         name: getattr(job.settings, name)
@@ -113,8 +114,9 @@ def _identity(job: Job, base_digest: str) -> dict[str, Any]:
         if name not in _FREE
     }
     held = job.held.digest if job.held else None
-    digests = {"base": base_digest, "data": job.data.digest, "eval_data": held}
-    return {**settings, **digests, "num_steps": job.num_steps}
+    digests = {"base": base.digest, "data": job.data.digest, "eval_data": held}
+    place = {"device": base.device.type, "dtype": str(base.dtype).removeprefix("torch.")}
+    return {**settings, **digests, **place, "num_steps": job.num_steps}
 
 
 def _check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ def train(base: Base, jobs: Sequence[Job], watcher: Watcher, duty: float = 1.0) 
         if watcher.wants_stop:
             for job in running:
                 job.abandon_step()
-                save_checkpoint(job, base.digest, base.path.name)
+                save_checkpoint(job, base)
             return False
         start = time.perf_counter()
         stepped = turn(graphs, running, watcher)
@@ -58,7 +58,7 @@ def train(base: Base, jobs: Sequence[Job], watcher: Watcher, duty: float = 1.0) 
         evaluate_due(base, stepped, watcher)
         for job in stepped:
             if job.is_save_due():
-                save_checkpoint(job, base.digest, base.path.name)
+                save_checkpoint(job, base)
     return True
 
 
