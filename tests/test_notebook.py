@@ -41,7 +41,6 @@ def test_its_cells_are_python_and_hold_no_outputs() -> None:
     assert all(not cell.get("outputs") for cell in cells)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_pulls_trains_serves_and_answers(smollm2: Path, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()

@@ -63,7 +63,10 @@ def test_a_run_leaves_an_adapter_metrics_and_a_checkpoint(
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_a_stopped_run_goes_on_exactly_and_says_how_if_it_can(
     number: signal.Signals, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

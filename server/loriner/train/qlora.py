@@ -1,8 +1,9 @@
-"""The training loop: one resident NF4 base, one or many adapters, all of it in view.
+"""The training loop: one resident NF4 base, one or many adapters.
 
-A turn is one forward and backward that all jobs share; a job whose passes are through takes its
-optimiser step. Knows no files but checkpoints, and prints nothing: `Watcher` is told. Invariant:
-what a job learns does not depend on whom it shares its turns with, up to rounding.
+A turn is one forward and backward that all jobs share (`passes.py`); a job whose passes are through
+takes its optimiser step (`job.py`). Knows no files but checkpoints, and prints nothing: `Watcher`
+is told. Invariant: what a job learns does not depend on whom it shares its turns with, up to
+rounding.
 """
 
 from __future__ import annotations
