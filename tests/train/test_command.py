@@ -76,6 +76,7 @@ def test_a_stopped_run_goes_on_exactly_and_says_how_if_it_can(
 
     command = [sys.executable, "-m", "loriner", *arguments(tiny, stopped, *steps)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    begun = time.time()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
     deadline = time.monotonic() + 60
     while not ((stopped / "metrics.jsonl").exists() and len(metrics(stopped)) > 4):
@@ -95,6 +96,9 @@ def test_a_stopped_run_goes_on_exactly_and_says_how_if_it_can(
     assert main(arguments(tiny, stopped, *steps, "--resume")) == 0
     assert "Resuming" in capsys.readouterr().out
     assert [r["loss"] for r in metrics(stopped)] == [r["loss"] for r in metrics(whole)]
+    assert all(r["memory_bytes"] > 0 and r["tokens_per_s"] > 0 for r in metrics(stopped))
+    times = [r["at"] for r in metrics(stopped)]
+    assert begun < times[0] and times == sorted(times)
 
 
 def test_jobs_share_a_run(

@@ -97,7 +97,7 @@ def _metrics_event(folder: JobFolder, started: int, record: dict[str, Any]) -> d
     else:
         message = f"Step {step}: validation loss={record['eval_loss']:.4f}"
         data = {"step": step, "full_valid_loss": record["eval_loss"]}
-    event = _event(folder, f"{record['event']}-{step}", started, message)
+    event = _event(folder, f"{record['event']}-{step}", int(record.get("at", started)), message)
     return event | {"type": "metrics", "data": data}
 
 

@@ -10,6 +10,7 @@ import json
 import resource
 import signal
 import sys
+import time
 import types
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -63,10 +64,13 @@ class Screen:
             signal.signal(number, handler)
 
     def on_step(self, job: Job, record: StepRecord) -> None:
-        append_metrics(job, {"event": "step", **asdict(record), "memory_bytes": peak_memory()})
+        speed, memory = record.num_tokens / record.seconds, peak_memory()
+        append_metrics(
+            job, _line(record) | {"tokens_per_s": round(speed, 1), "memory_bytes": memory}
+        )
         figures = (
             f"loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
-            f"{record.num_tokens / record.seconds:.0f} tokens/s  {peak_memory() / GIB:.2f} GiB"
+            f"{speed:.0f} tokens/s  {memory / GIB:.2f} GiB"
         )
         self._progress.update(self._tasks[id(job)], completed=record.step, figures=figures)
         every = max(1, job.num_steps // LINES)
@@ -74,7 +78,7 @@ class Screen:
             self._say(f"{job.settings.name}: step {record.step}/{job.num_steps}  {figures}")
 
     def on_eval(self, job: Job, record: EvalRecord) -> None:
-        append_metrics(job, {"event": "eval", **asdict(record)})
+        append_metrics(job, _line(record))
         what = f"step {record.step}" if record.step else "the base"
         self._say(f"{job.settings.name}: held-out loss {record.eval_loss:.4f} ({what})")
         if job.stopped_early:
@@ -90,6 +94,12 @@ class Screen:
         self._say("Stopping after this pass and saving; once more to leave at once.")
 
 
+def _line(record: StepRecord | EvalRecord) -> dict[str, Any]:
+    """`at`: seconds since 1970."""
+    event = "step" if isinstance(record, StepRecord) else "eval"
+    return {"event": event, "at": round(time.time(), 3), **asdict(record)}
+
+
 def append_metrics(job: Job, record: dict[str, Any]) -> None:
     with (job.settings.folder / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
@@ -98,11 +108,11 @@ def append_metrics(job: Job, record: dict[str, Any]) -> None:
 def rewrite_metrics(job: Job) -> None:
     """The file as the job's history has it: empty, or up to the step that it resumes from."""
     job.settings.folder.mkdir(parents=True, exist_ok=True)
-    lines: list[tuple[int, dict[str, Any]]] = [
-        *((r.step, {"event": "step", **asdict(r)}) for r in job.steps),
-        *((r.step, {"event": "eval", **asdict(r)}) for r in job.evals),
-    ]
-    text = "".join(json.dumps(record) + "\n" for _, record in sorted(lines, key=lambda x: x[0]))
+    written = {(line["event"], line["step"]): line for line in read_metrics(job.settings.folder)}
+    lines = [*map(_line, job.steps), *map(_line, job.evals)]
+    lines = [written.get((line["event"], line["step"]), line) for line in lines]
+    lines.sort(key=lambda line: line["step"])
+    text = "".join(json.dumps(line) + "\n" for line in lines)
     (job.settings.folder / METRICS).write_text(text, encoding="utf-8")
 
 
