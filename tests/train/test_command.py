@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from loriner.cli import main
+from loriner.train.checkpoints import list_checkpoints
 from tests.train.conftest import PIRATE, WriteRows, chat
 
 FLAGS = ["--device", "cpu", "--num-threads", "1", "--samples", "1", "--sample-tokens", "4"]
@@ -92,6 +93,31 @@ def test_a_stopped_run_goes_on_exactly_and_says_how_if_it_can(
     assert main(arguments(tiny, stopped, *steps, "--resume")) == 0
     assert "Resuming" in capsys.readouterr().out
     assert [r["loss"] for r in metrics(stopped)] == [r["loss"] for r in metrics(whole)]
+
+
+@pytest.mark.timeout(90)
+def test_a_run_stopped_after_its_last_step_says_how_to_go_on(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while the held-out rows are answered for the gate, which takes the tiny base long."""
+    out, steps = tmp_path / "run", ["--steps", "1", "--eval-split", "0.5", "--gate", "exact"]
+    command = [sys.executable, "-m", "loriner", *arguments(tiny, out, *steps)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    deadline = time.monotonic() + 60
+    while not list_checkpoints(out):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert "Saved. To go on: loriner train" in shown
+    assert "--resume" in shown
+    assert not (out / "adapter").exists()
+    assert main(arguments(tiny, out, *steps, "--resume")) == 0
+    assert "at step 1" in capsys.readouterr().out
+    assert (out / "adapter" / "adapter_config.json").is_file()
 
 
 def test_jobs_share_a_run(

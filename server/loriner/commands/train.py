@@ -101,11 +101,15 @@ def _train(
             console.print(f"{job.settings.name} has no checkpoint and starts anew.")
     with Screen(jobs, console) as screen:
         is_done = train(base, jobs, screen, preparation.settings.run.duty)
-    if not is_done:
+        is_stopped = screen.wants_stop or not is_done
+    tools = preparation.masker, preparation.tokenizer
+    try:
+        if is_stopped:
+            raise KeyboardInterrupt
+        made = [finish(job, base, *tools, _command(resume=False)) for job in jobs]
+    except KeyboardInterrupt:  # the last step left a checkpoint, so this goes on as well
         console.print(f"Saved. To go on: {_command(resume=True)}", markup=False)
         return None
-    tools = preparation.masker, preparation.tokenizer
-    made = [finish(job, base, *tools, _command(resume=False)) for job in jobs]
     for job, result in zip(jobs, made, strict=True):
         _show(job, base, result, console)
     return made
