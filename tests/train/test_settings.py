@@ -64,6 +64,61 @@ def test_flags_win_over_the_file_and_that_over_the_default(tmp_path: Path) -> No
         assert (job.rank, job.alpha, job.dropout) == (2, 8.0, 0.0)
 
 
+PAIRS = [
+    ("evals_per_epoch", 2, "eval_every", "3"),
+    ("eval_every", 2, "evals_per_epoch", "3"),
+    ("saves_per_epoch", 2, "save_every", "3"),
+    ("eval_split", 0.5, "eval_data", "held.jsonl"),
+    ("eval_data", "held.jsonl", "eval_split", "0.5"),
+]
+
+
+@pytest.mark.parametrize(("in_file", "value", "flag", "given"), PAIRS)
+def test_a_flag_takes_the_place_of_what_it_excludes_in_the_file(
+    in_file: str, value: object, flag: str, given: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "run.yaml", f"name: a\ndata: d\n{in_file}: {value}\n")
+    (job,) = load_settings({flag: given}, path).jobs
+
+    assert str(getattr(job, flag)) == given
+    assert not getattr(job, in_file)
+    (job,) = load_settings({flag: None}, path).jobs
+    assert getattr(job, in_file)
+
+
+@pytest.mark.parametrize(("one", "value", "other", "given"), PAIRS)
+def test_two_of_one_source_exclude_each_other(
+    one: str, value: object, other: str, given: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "run.yaml", f"name: a\ndata: d\n{one}: {value}\n{other}: {given}\n")
+    with pytest.raises(ConfigError, match="exclude each other"):
+        load_settings({}, path)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        load_settings({"name": "a", "data": "d", one: str(value), other: given})
+
+
+def test_the_environment_takes_the_place_of_what_it_excludes_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "run.yaml", "name: a\ndata: d\nevals_per_epoch: 2\n")
+    monkeypatch.setenv("LORINER_EVAL_EVERY", "3")
+    (job,) = load_settings({}, path).jobs
+    assert (job.eval_every, job.evals_per_epoch) == (3, 0)
+    (job,) = load_settings({"evals_per_epoch": "4"}, path).jobs
+    assert (job.eval_every, job.evals_per_epoch) == (0, 4)
+
+
+def test_a_job_takes_the_place_of_what_it_excludes_at_the_top(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "jobs.toml",
+        'evals_per_epoch = 2\n[[jobs]]\nname="a"\ndata="d"\neval_every=3\n'
+        '[[jobs]]\nname="b"\ndata="d"\n',
+    )
+    jobs = load_settings({}, jobs=path).jobs
+
+    assert [(job.eval_every, job.evals_per_epoch) for job in jobs] == [(3, 0), (0, 2)]
+
+
 def test_a_list_may_be_written_as_one(tmp_path: Path) -> None:
     path = write(
         tmp_path / "run.yaml", "name: a\ndata: d\ntarget_modules: [v_proj, q_proj]\npacking: true\n"

@@ -53,7 +53,7 @@ def load_settings(
             "--ignore-unknown to train without."
         )
     run = load(RunConfig, flags, table=_flat(table))
-    made = tuple(load(JobConfig, flags, table=_flat({**table, **part})) for part in tables)
+    made = tuple(load(JobConfig, flags, table=_flat(_over(table, part))) for part in tables)
     _check_distinct(made)
     return Settings(run, made, tuple(dict.fromkeys(ignored)))
 
@@ -100,6 +100,13 @@ def _job_tables(table: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     if not 1 <= len(tables) <= MAX_JOBS:
         raise ConfigError(f"{path}: jobs must be 1 to {MAX_JOBS}, got {len(tables)}.")
     return tables
+
+
+def _over(top: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """A job's table with the top of its file, without what the job's own keys exclude."""
+    pairs = [(f.name, f.metadata["instead_of"]) for f in dataclasses.fields(JobConfig)]
+    excluded = {b for a, b in pairs if part.get(a)} | {a for a, b in pairs if part.get(b)}
+    return {key: value for key, value in top.items() if key not in excluded} | part
 
 
 def _flat(table: Mapping[str, Any]) -> dict[str, object]:

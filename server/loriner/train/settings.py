@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loriner.adapters.names import parse_name
-from loriner.config import check_choice, check_limits, setting
+from loriner.config import check_choice, check_exclusive, check_limits, setting
 from loriner.errors import ConfigError, InvalidRequestError
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -45,7 +45,9 @@ class JobConfig:
     name: str = setting("", "adapter to make: name or tenant/name")
     data: Path | None = setting(None, "training rows: .jsonl, .json, .csv or .tsv")
     eval_data: Path | None = setting(None, "held-out rows of the same kinds")
-    eval_split: float = setting(0.0, "share of data to hold out instead", low=0, high=0.9)
+    eval_split: float = setting(
+        0.0, "share of data to hold out instead", instead_of="eval_data", low=0, high=0.9
+    )
     columns: str = setting("", "names of columns, e.g. prompt=question,completion=answer")
     max_bad_share: float = setting(0.01, "most rows that may be bad", low=0, high=1)
     out: Path | None = setting(None, "folder of the run (default: runs/NAME)")
@@ -74,10 +76,14 @@ class JobConfig:
     seed: int = setting(0, "of all random numbers", low=0, high=2**31 - 1)
 
     eval_every: int = setting(0, "steps between evaluations (0: ten in a run)", low=0)
-    evals_per_epoch: int = setting(0, "evaluations in an epoch, instead of eval_every", low=0)
+    evals_per_epoch: int = setting(
+        0, "evaluations in an epoch, instead of eval_every", instead_of="eval_every", low=0
+    )
     eval_rows: int = setting(0, "held-out rows that are used (0: all)", low=0)
     save_every: int = setting(0, "steps between checkpoints (0: only the last)", low=0)
-    saves_per_epoch: int = setting(0, "checkpoints in an epoch, instead of save_every", low=0)
+    saves_per_epoch: int = setting(
+        0, "checkpoints in an epoch, instead of save_every", instead_of="save_every", low=0
+    )
     keep_best: bool = setting(True, "the adapter with the lowest eval loss is the result")
     early_stopping: int = setting(0, "stop after so many evaluations without gain (0: no)", low=0)
     samples: int = setting(3, "answers of base and adapter to show", low=0, high=64)
@@ -100,11 +106,7 @@ class JobConfig:
             raise ConfigError(f"name: {error}") from None
         if self.data is None:
             raise ConfigError(f"data is missing for {self.name}.")
-        if self.eval_data is not None and self.eval_split:
-            raise ConfigError("eval_data and eval_split exclude each other.")
-        for name in ("eval", "save"):
-            if getattr(self, f"{name}_every") and getattr(self, f"{name}s_per_epoch"):
-                raise ConfigError(f"{name}_every and {name}s_per_epoch exclude each other.")
+        check_exclusive(self)
         if self.early_stopping and not self.has_eval:
             raise ConfigError("early_stopping needs eval_data or eval_split.")
         self.targets()
