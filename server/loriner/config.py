@@ -26,13 +26,21 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
-def setting(default: Any, help: str, *, instead_of: str = "", **limits: float) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    instead_of: str = "",
+    env: tuple[str, ...] | None = None,
+    **limits: float,
+) -> Any:
     """A dataclass field with help text and optional `low` / `high` limits (inclusive).
+
     `instead_of` is the field that it excludes: of two from different sources the stronger stays.
+    `env` are its environment variables, the first that is not empty wins; None: LORINER_NAME.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "instead_of": instead_of, **limits}
-    )
+    told = {"help": help, "instead_of": instead_of, "env": env}
+    return dataclasses.field(default=default, metadata={**told, **limits})
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +151,9 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
     for cls in classes:
         group = parser.add_argument_group(cls.__name__.removesuffix("Config").lower())
         for field in dataclasses.fields(cls):
-            text = f"{field.metadata['help']} (default: {field.default}, env: {env_name(field)})"
+            names = " or ".join(env_names(field))
+            env = f", env: {names}" if names else ""
+            text = f"{field.metadata['help']} (default: {field.default}{env})"
             flag = "--" + field.name.replace("_", "-")
             kind = _type_of(cls, field)
             if kind is bool:
@@ -169,7 +179,7 @@ def load(
     ranks: dict[str, int] = {}  # of a value that says something: 0 is a flag's
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         name = field.name
-        sources = (flags or {}).get(name), env.get(env_name(field)), table.get(name)
+        sources = (flags or {}).get(name), _in_environment(field, env), table.get(name)
         for rank, raw in enumerate(sources):
             if raw is not None:
                 values[name] = _parse(name, _type_of(cls, field), raw)
@@ -188,8 +198,14 @@ def _overruled(cls: type, ranks: Mapping[str, int]) -> Iterator[str]:
             yield max(pair, key=lambda name: ranks[name])
 
 
-def env_name(field: dataclasses.Field[Any]) -> str:
-    return "LORINER_" + field.name.upper()
+def env_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    names: tuple[str, ...] | None = field.metadata["env"]
+    return ("LORINER_" + field.name.upper(),) if names is None else names
+
+
+def _in_environment(field: dataclasses.Field[Any], env: Mapping[str, str]) -> str | None:
+    values = [env[name] for name in env_names(field) if name in env]
+    return next(filter(None, values), values[0] if values else None)
 
 
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}

@@ -162,7 +162,7 @@ def test_an_alias_moves_only_when_the_gate_passes_and_can_be_moved_back(
     first = generation(server, "prod")
     publish = ("--publish", server.url, "--promote", "prod")
     assert train(base, tmp_path / "a", "second", "--seed", "1", *publish) == 1
-    assert "prod stays as it is: the gate has not passed" in capsys.readouterr().out
+    assert "default/prod stays as it is: the gate has not passed" in capsys.readouterr().out
     assert generation(server, "second") != first
     assert generation(server, "prod") == first
 

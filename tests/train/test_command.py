@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from loriner.cli import main
+from loriner.train.canaries import TOLERANCES
 from loriner.train.checkpoints import list_checkpoints
 from tests.train.conftest import PIRATE, WriteRows, chat
 
@@ -120,8 +121,12 @@ def test_a_run_stopped_after_its_last_step_says_how_to_go_on(
     assert (out / "adapter" / "adapter_config.json").is_file()
 
 
-def test_jobs_share_a_run(
-    tiny: Path, tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+def test_jobs_share_a_run_but_no_alias(
+    tiny: Path,
+    tmp_path: Path,
+    write_rows: WriteRows,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = write_rows([chat(f"{i}?", f"{i}!") for i in range(8)])
@@ -132,7 +137,8 @@ def test_jobs_share_a_run(
         f'[[jobs]]\nname = "acme/b"\ndata = "{PIRATE}"\nrank = 4\nsteps = 5\n'
     )
 
-    assert main(["train", "--jobs", str(jobs), "--store", "s", "--promote", "prod"]) == 2
+    assert main(["train", "--jobs", str(jobs), "--store", "s", "--promote", "acme/prod"]) == 2
+    assert "two jobs would promote acme/prod" in capsys.readouterr().err
     assert main(["train", "--jobs", str(jobs)]) == 0
     assert len(metrics(tmp_path / "runs" / "a")) == 3
     assert len(metrics(tmp_path / "runs" / "acme--b")) == 5
@@ -145,8 +151,8 @@ def test_jobs_share_a_run(
         (["--data", "none.jsonl"], 1, "none.jsonl: No such file"),
         (["--base", "none"], 1, "config.json"),
         (["--rank", "0"], 2, "rank must be at least 1"),
-        (["--publish", "http://x", "--store", "y"], 2, "--publish and --store exclude each other"),
-        (["--promote", "prod"], 2, "--promote needs --publish or --store"),
+        (["--publish", "http://x", "--store", "y"], 2, "publish and store exclude each other"),
+        (["--promote", "prod"], 2, "promote needs publish or store"),
         (["--resume"], 1, "there is no checkpoint"),
     ],
 )
@@ -160,6 +166,18 @@ def test_what_is_wrong_is_told_in_one_line(
 ) -> None:
     assert main(arguments(tiny, tmp_path / "run", "--steps", "1", *more)) == status
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["train"], ["adapters", "add"]])
+def test_help_tells_the_tolerances_that_hold(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+
+    for dtype, limit in TOLERANCES.items():
+        assert f"{limit:g} for one trained in {dtype}" in told
 
 
 def test_bad_rows_stop_a_run_with_their_lines(

@@ -9,7 +9,7 @@ import pytest
 
 from loriner.errors import ConfigError
 from loriner.train.files import load_settings
-from loriner.train.settings import ALL_LINEAR, JobConfig
+from loriner.train.settings import ALL_LINEAR, KEY_ENV, JobConfig, PromoteConfig, PublishConfig
 
 AXOLOTL = """
 base_model: models/smollm2-nf4
@@ -119,6 +119,51 @@ def test_a_job_takes_the_place_of_what_it_excludes_at_the_top(tmp_path: Path) ->
     assert [(job.eval_every, job.evals_per_epoch) for job in jobs] == [(3, 0), (0, 2)]
 
 
+def test_where_adapters_are_published_may_stand_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in KEY_ENV:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LORINER_STORE", "of-the-server")
+    path = write(
+        tmp_path / "run.toml",
+        'name = "acme/a"\ndata = "d"\neval_split = 0.5\npublish = "http://127.0.0.1:1"\n'
+        'key = "k"\npromote = "prod"\ncanary_tolerance = 0.2\n',
+    )
+    settings = load_settings({}, path)
+    assert settings.publish == PublishConfig("http://127.0.0.1:1", None, "k")
+    assert settings.promote == (PromoteConfig("prod", 0.2),)
+    assert str(settings.promote[0].alias("acme/a")) == "acme/prod"
+
+    settings = load_settings({"store": "s", "promote": "", "canary_tolerance": "0.1"}, path)
+    assert settings.publish == PublishConfig("", Path("s"), "k")
+    assert settings.promote == (PromoteConfig("", 0.1),)
+    monkeypatch.setenv("LORINER_API_KEY", "user")
+    assert load_settings({}, path).publish.key == "user"
+    monkeypatch.setenv("LORINER_ADMIN_KEY", "boss")
+    assert load_settings({}, path).publish.key == "boss"
+    assert load_settings({"key": "flag"}, path).publish.key == "flag"
+
+
+def test_each_job_may_have_an_alias_and_all_go_to_one_place(tmp_path: Path) -> None:
+    text = (
+        'store = "s"\neval_split = 0.5\ncanary_tolerance = 0.3\n'
+        '[[jobs]]\nname = "a"\ndata = "d"\npromote = "prod"\n'
+        '[[jobs]]\nname = "b"\ndata = "d"\npromote = "{}"\ncanary_tolerance = 0.1\n'
+    )
+    path = write(tmp_path / "jobs.toml", text.format("next"))
+    settings = load_settings({}, jobs=path)
+    assert settings.publish.store == Path("s")
+    assert settings.promote == (PromoteConfig("prod", 0.3), PromoteConfig("next", 0.1))
+
+    with pytest.raises(ConfigError, match="two jobs would promote default/prod"):
+        load_settings({}, jobs=write(path, text.format("default/prod")))
+    with pytest.raises(ConfigError, match="two jobs would promote default/all"):
+        load_settings({"promote": "all"}, jobs=path)
+    with pytest.raises(ConfigError, match=r"cannot honour jobs\.store"):
+        load_settings({}, jobs=write(path, text.format("next") + 'store = "t"\n'))
+
+
 def test_a_list_may_be_written_as_one(tmp_path: Path) -> None:
     path = write(
         tmp_path / "run.yaml", "name: a\ndata: d\ntarget_modules: [v_proj, q_proj]\npacking: true\n"
@@ -150,6 +195,10 @@ def test_jobs_share_the_top_of_their_file(tmp_path: Path) -> None:
         ("[[jobs]]\nname='a'\ndata='d'\n" * 2, "two jobs have the name a"),
         ("jobs = 3", r"needs a \[\[jobs\]\] table"),
         ("= 3", "Invalid"),
+        ("name='a'\ndata='d'\nresume=true", "cannot honour resume"),
+        ("name='a'\ndata='d'\npromote='p'", "promote needs publish or store"),
+        ("name='a'\ndata='d'\nstore='s'\npublish='http://x'", "publish and store exclude"),
+        ("name='a'\ndata='d'\nstore='s'\npromote='A b'", "promote: "),
     ],
 )
 def test_a_wrong_file_is_refused_by_key(text: str, message: str, tmp_path: Path) -> None:

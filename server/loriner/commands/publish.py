@@ -17,9 +17,10 @@ from urllib.parse import quote
 from rich.console import Console
 
 from loriner.adapters.names import AdapterName, parse_name
-from loriner.commands.remote import Remote, default_key, upload_parts
-from loriner.errors import ConfigError, TrainError
+from loriner.commands.remote import Remote, upload_parts
+from loriner.errors import TrainError
 from loriner.train.canaries import Canary, Replay, difference, read
+from loriner.train.settings import TOLERANCE_HELP
 
 if TYPE_CHECKING:
     from loriner.train.files import Settings
@@ -76,59 +77,26 @@ class RemoteServed:
         self._remote.call("DELETE", f"{ADAPTERS}/{quote(name)}")
 
 
-def add_train_flags(parser: argparse.ArgumentParser) -> None:
-    """Where the result goes."""
-    parser.add_argument("--publish", metavar="URL", help="publish into this running server")
-    parser.add_argument("--key", default=default_key(), help="its admin key")
-    parser.add_argument("--store", type=Path, metavar="DIR", help="publish into this store")
-    parser.add_argument(
-        "--promote", metavar="ALIAS", help="point ALIAS at the adapter if the gate passes"
-    )
-    add_tolerance(parser)
-
-
 def add_tolerance(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--canary-tolerance",
-        type=float,
-        metavar="NATS",
-        help="largest difference of a log-probability (default: 0.01 for an adapter trained in "
-        "float32, 0.3 in bfloat16)",
-    )
+    parser.add_argument("--canary-tolerance", type=float, metavar="NATS", help=TOLERANCE_HELP)
 
 
-def check_flags(args: argparse.Namespace, num_jobs: int) -> None:
-    if args.publish and args.store:
-        raise ConfigError("--publish and --store exclude each other.")
-    if args.promote and not (args.publish or args.store):
-        raise ConfigError("--promote needs --publish or --store.")
-    if args.promote and num_jobs > 1:
-        raise ConfigError(
-            "--promote is for one adapter; with --jobs, use `loriner adapters alias`."
-        )
-    if args.promote:
-        parse_name(args.promote, param="promote")
-
-
-def publish_all(
-    finished: Sequence[Finished], settings: Settings, args: argparse.Namespace, console: Console
-) -> int:
+def publish_all(finished: Sequence[Finished], settings: Settings, console: Console) -> int:
     """Publish each and promote; 1 when a gate held one back."""
-    if not (args.publish or args.store):
+    if not settings.publish.is_wanted:
         return 0
     is_held_back = False
-    with _open(settings, args) as served:
-        for job, result in zip(settings.jobs, finished, strict=True):
-            name = parse_name(job.name)
-            generation = publish_checked(served, result.folder, name, args.canary_tolerance)
+    with _open(settings) as served:
+        for job, asked, result in zip(settings.jobs, settings.promote, finished, strict=True):
+            name, alias = parse_name(job.name), asked.alias(job.name)
+            generation = publish_checked(served, result.folder, name, asked.canary_tolerance)
             console.print(f"{name} is generation {generation}: served as it was trained.")
-            if args.promote and result.gate.passed:
-                alias = promoted(args.promote, name)
+            if alias and result.gate.passed:
                 served.point(str(alias), generation)
                 console.print(f"{alias} is generation {generation}.")
-            elif args.promote:
+            elif alias:
                 is_held_back = True
-                console.print(f"{args.promote} stays as it is: the gate has not passed.")
+                console.print(f"{alias} stays as it is: the gate has not passed.")
     return 1 if is_held_back else 0
 
 
@@ -158,20 +126,16 @@ def publish_checked(
     return generation
 
 
-def promoted(alias: str, name: AdapterName) -> AdapterName:
-    """`prod` of an adapter is an alias of the same tenant."""
-    return parse_name(alias if "/" in alias else f"{name.tenant}/{alias}", param="promote")
-
-
 @contextlib.contextmanager
-def _open(settings: Settings, args: argparse.Namespace) -> Iterator[Served]:
-    if args.publish:
-        with Remote(args.publish, args.key) as remote:
+def _open(settings: Settings) -> Iterator[Served]:
+    target = settings.publish
+    if target.store is None:
+        with Remote(target.publish, target.key) as remote:
             yield RemoteServed(remote)
         return
     from loriner.train.stored import StoreServed
 
-    with StoreServed(settings.run, args.store) as served:
+    with StoreServed(settings.run, target.store) as served:
         yield served
 
 

@@ -17,7 +17,7 @@ from loriner.commands import publish
 from loriner.config import add_flags
 from loriner.errors import TrainError
 from loriner.train.files import Settings, load_settings
-from loriner.train.settings import JobConfig, RunConfig
+from loriner.train.settings import JobConfig, PromoteConfig, PublishConfig, RunConfig
 
 if TYPE_CHECKING:
     from loriner.train.base import Base
@@ -52,16 +52,19 @@ def add_command(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--ignore-unknown", action="store_true", help="leave out keys that cannot be honoured"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and leave")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    publish.add_train_flags(parser)
-    add_flags(parser, RunConfig, JobConfig)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint (a flag alone: a file says what to make, and stays "
+        "the same when a run goes on)",
+    )
+    add_flags(parser, RunConfig, JobConfig, PublishConfig, PromoteConfig)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     settings = load_settings(vars(args), args.config, args.jobs, ignore_unknown=args.ignore_unknown)
-    publish.check_flags(args, len(settings.jobs))
     for key in settings.ignored:
         console.print(f"ignored: {key}", markup=False)
     _require_packages()
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     finished = _train(preparation, args, console)
     if finished is None:
         return INTERRUPTED
-    return publish.publish_all(finished, settings, args, console)
+    return publish.publish_all(finished, settings, console)
 
 
 def _train(

@@ -1,5 +1,5 @@
-"""What a training run and each of its jobs can be told. Flags, LORINER_* and files fill the same
-two dataclasses; every field has its help text and limits here.
+"""What a training run and each of its jobs can be told, and what becomes of its adapters. Flags,
+LORINER_* and files fill the same dataclasses; every field has its help text and limits here.
 
 Lengths are tokens, rates are per optimiser step. Raises ConfigError naming the setting.
 """
@@ -10,13 +10,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from loriner.adapters.names import parse_name
+from loriner.adapters.names import AdapterName, parse_name
 from loriner.config import check_choice, check_exclusive, check_limits, setting
 from loriner.errors import ConfigError, InvalidRequestError
+from loriner.train.canaries import TOLERANCES
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KEY_ENV = ("LORINER_ADMIN_KEY", "LORINER_API_KEY")
+_USUAL = ", ".join(f"{limit:g} for one trained in {dtype}" for dtype, limit in TOLERANCES.items())
+TOLERANCE_HELP = f"largest difference of a log-probability, in nats (unset: {_USUAL})"
 METRICS = ("loss", "exact", "json", "number")
 
 
@@ -142,3 +146,43 @@ class JobConfig:
         if not names:
             raise ConfigError("target_modules is empty.")
         return tuple(name for name in ALL_LINEAR if name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishConfig:
+    """Where all adapters of a run are published; nowhere by default."""
+
+    publish: str = setting("", "URL of a running server to publish into")
+    store: Path | None = setting(
+        None, "folder of a store to publish into", instead_of="publish", env=()
+    )
+    key: str = setting("", "admin key of that server", env=KEY_ENV)
+
+    def __post_init__(self) -> None:
+        check_exclusive(self)
+
+    @property
+    def is_wanted(self) -> bool:
+        return bool(self.publish or self.store)
+
+
+@dataclass(frozen=True, slots=True)
+class PromoteConfig:
+    """When one adapter is published, and what else is pointed at it."""
+
+    promote: str = setting("", "alias to point at the adapter if the gate passes")
+    canary_tolerance: float | None = setting(None, TOLERANCE_HELP, low=0)
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+    def alias(self, name: str) -> AdapterName | None:
+        """`prod` of an adapter is an alias of the same tenant."""
+        if not self.promote:
+            return None
+        tenant = parse_name(name).tenant
+        alias = self.promote if "/" in self.promote else f"{tenant}/{self.promote}"
+        try:
+            return parse_name(alias)
+        except InvalidRequestError as error:
+            raise ConfigError(f"promote: {error}") from None
