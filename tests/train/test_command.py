@@ -153,6 +153,10 @@ def test_jobs_share_a_run_but_no_alias(
         (["--rank", "0"], 2, "rank must be at least 1"),
         (["--publish", "http://x", "--store", "y"], 2, "publish and store exclude each other"),
         (["--promote", "prod"], 2, "promote needs publish or store"),
+        (["--publish", "http://127.0.0.1:9"], 1, "no server answers at http://127.0.0.1:9"),
+        (["--publish", "nowhere"], 2, "'nowhere' is not an http:// or https:// address"),
+        (["--publish", "http://x", "--canaries", "0"], 2, "need canaries of at least 1"),
+        (["--store", "y", "--promote", "prod"], 2, "promote needs eval_data or eval_split"),
         (["--resume"], 1, "there is no checkpoint"),
     ],
 )
@@ -166,6 +170,7 @@ def test_what_is_wrong_is_told_in_one_line(
 ) -> None:
     assert main(arguments(tiny, tmp_path / "run", "--steps", "1", *more)) == status
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("command", [["train"], ["adapters", "add"]])

@@ -198,6 +198,8 @@ def test_jobs_share_the_top_of_their_file(tmp_path: Path) -> None:
         ("name='a'\ndata='d'\nresume=true", "cannot honour resume"),
         ("name='a'\ndata='d'\npromote='p'", "promote needs publish or store"),
         ("name='a'\ndata='d'\nstore='s'\npublish='http://x'", "publish and store exclude"),
+        ("name='a'\ndata='d'\nstore='s'\npromote='p'", "promote needs eval_data or eval_split"),
+        ("name='a'\ndata='d'\nstore='s'\ncanaries=0", "canaries of at least 1 for a"),
         ("name='a'\ndata='d'\nstore='s'\npromote='A b'", "promote: "),
     ],
 )

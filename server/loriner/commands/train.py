@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(line, markup=False)
     if args.dry_run:
         return 0
+    publish.check_target(settings)
     finished = _train(preparation, args, console)
     if finished is None:
         return INTERRUPTED

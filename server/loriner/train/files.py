@@ -148,3 +148,14 @@ def _check_published(
         raise ConfigError("promote needs publish or store.")
     if twice := [alias for alias in wanted if wanted.count(alias) > 1]:
         raise ConfigError(f"two jobs would promote {twice[0]}: an alias is of one adapter.")
+    for job, part in zip(jobs, promote, strict=True):
+        if part.promote and not job.has_eval:
+            raise ConfigError(
+                f"promote needs eval_data or eval_split for {job.name}: an alias moves only when "
+                "the gate passes on held-out data."
+            )
+        if publish.is_wanted and not job.canaries:
+            raise ConfigError(
+                f"publish and store need canaries of at least 1 for {job.name}: they show that it "
+                "is served as it was trained."
+            )
