@@ -183,7 +183,7 @@ def test_an_alias_moves_only_when_the_gate_passes_and_can_be_moved_back(
     assert "nothing before the present generation" in capsys.readouterr().err
 
 
-def test_a_key_that_may_not_publish_is_told_before_training(
+def test_what_cannot_be_published_to_is_told_before_training(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--admin-key", "boss")
@@ -193,6 +193,9 @@ def test_a_key_that_may_not_publish_is_told_before_training(
         error = capsys.readouterr().err
         assert "nothing was trained, as it could not be published: " in error
         assert "(status 403)" in error
+        elsewhere = ("--publish", f"{locked.url}/v1", "--key", "boss")
+        assert train(base, tmp_path / "run", "pirate", *elsewhere) == 1
+        assert "(status 404)" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
         assert train(base, tmp_path / "run", "pirate", *to, "boss") == 0
 

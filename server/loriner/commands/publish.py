@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ADAPTERS = "/admin/adapters"
 CANDIDATE = ".candidate"
 NO_GENERATION = "0" * 64
+ALLOWED = ("adapter_not_found", "adapter_conflict")  # said to who may change the name
 
 
 class Served(Protocol):
@@ -94,7 +95,7 @@ def check_target(settings: Settings) -> None:
         with Remote(target.publish, target.key) as remote:
             remote.call("DELETE", path, headers={"if-match": f'"{NO_GENERATION}"'})
     except RemoteError as error:
-        if error.status not in (404, 409, 412):  # no such name, or of another generation: allowed
+        if error.code not in ALLOWED:
             raise TrainError(
                 f"nothing was trained, as it could not be published: {error}"
             ) from None
