@@ -121,6 +121,20 @@ def test_a_run_stopped_after_its_last_step_says_how_to_go_on(
     assert (out / "adapter" / "adapter_config.json").is_file()
 
 
+@pytest.mark.parametrize("key", [["--key", "secret"], ["--key=secret"]])
+def test_the_model_card_has_the_command_without_its_key(
+    key: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = arguments(tiny, tmp_path / "run", "--steps", "1", *key)
+    monkeypatch.setattr(sys, "argv", ["loriner", *words])
+
+    assert main(words) == 0
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "loriner train --base" in card
+    assert "--key" in card
+    assert "secret" not in card
+
+
 def test_jobs_share_a_run_but_no_alias(
     tiny: Path,
     tmp_path: Path,

@@ -144,6 +144,7 @@ def _command(*, resume: bool) -> str:
     words = [word for word in sys.argv[1:] if word != "--resume"]
     secret = [i + 1 for i, word in enumerate(words) if word == "--key"]
     words = ["..." if i in secret else word for i, word in enumerate(words)]
+    words = ["--key=..." if word.startswith("--key=") else word for word in words]
     return shlex.join(["loriner", *words, *(["--resume"] if resume else [])])
 
 
