@@ -13,7 +13,7 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,9 +26,21 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
-def setting(default: Any, help: str, **limits: float) -> Any:
-    """A dataclass field with help text and optional `low` / `high` limits (inclusive)."""
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+def setting(
+    default: Any,
+    help: str,
+    *,
+    instead_of: str = "",
+    env: tuple[str, ...] | None = None,
+    **limits: float,
+) -> Any:
+    """A dataclass field with help text and optional `low` / `high` limits (inclusive).
+
+    `instead_of` is the field that it excludes: of two from different sources the stronger stays.
+    `env` are its environment variables, the first that is not empty wins; None: LORINER_NAME.
+    """
+    told = {"help": help, "instead_of": instead_of, "env": env}
+    return dataclasses.field(default=default, metadata={**told, **limits})
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +151,9 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
     for cls in classes:
         group = parser.add_argument_group(cls.__name__.removesuffix("Config").lower())
         for field in dataclasses.fields(cls):
-            text = f"{field.metadata['help']} (default: {field.default}, env: {env_name(field)})"
+            names = " or ".join(env_names(field))
+            env = f", env: {names}" if names else ""
+            text = f"{field.metadata['help']} (default: {field.default}{env})"
             flag = "--" + field.name.replace("_", "-")
             kind = _type_of(cls, field)
             if kind is bool:
@@ -162,17 +176,36 @@ def load(
     env = os.environ if env is None else env
     table = _read_toml(toml, cls) if toml else table or {}
     values: dict[str, Any] = {}
+    ranks: dict[str, int] = {}  # of a value that says something: 0 is a flag's
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        raw = (flags or {}).get(field.name)
-        raw = env.get(env_name(field)) if raw is None else raw
-        raw = table.get(field.name) if raw is None else raw
-        if raw is not None:
-            values[field.name] = _parse(field.name, _type_of(cls, field), raw)
+        name = field.name
+        sources = (flags or {}).get(name), _in_environment(field, env), table.get(name)
+        for rank, raw in enumerate(sources):
+            if raw is not None:
+                values[name] = _parse(name, _type_of(cls, field), raw)
+                ranks |= {name: rank} if values[name] != field.default else {}
+                break
+    for name in _overruled(cls, ranks):
+        del values[name]
     return cls(**values)
 
 
-def env_name(field: dataclasses.Field[Any]) -> str:
-    return "LORINER_" + field.name.upper()
+def _overruled(cls: type, ranks: Mapping[str, int]) -> Iterator[str]:
+    """The settings whose excluded partner comes from a stronger source."""
+    for field in dataclasses.fields(cls):
+        pair = [name for name in (field.name, field.metadata["instead_of"]) if name in ranks]
+        if len(pair) == 2 and ranks[pair[0]] != ranks[pair[1]]:
+            yield max(pair, key=lambda name: ranks[name])
+
+
+def env_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    names: tuple[str, ...] | None = field.metadata["env"]
+    return ("LORINER_" + field.name.upper(),) if names is None else names
+
+
+def _in_environment(field: dataclasses.Field[Any], env: Mapping[str, str]) -> str | None:
+    values = [env[name] for name in env_names(field) if name in env]
+    return next(filter(None, values), values[0] if values else None)
 
 
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -234,6 +267,14 @@ def check_limits(config: Any) -> None:
             raise ConfigError(f"{field.name} must be at least {low}, got {value}.")
         if high is not None and value > high:
             raise ConfigError(f"{field.name} must be at most {high}, got {value}.")
+
+
+def check_exclusive(config: Any) -> None:
+    """Raises ConfigError when a field and the one that it excludes are both set."""
+    for field in dataclasses.fields(config):
+        other = field.metadata["instead_of"]
+        if other and getattr(config, field.name) and getattr(config, other):
+            raise ConfigError(f"{other} and {field.name} exclude each other.")
 
 
 def check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,8 +162,9 @@ def test_an_alias_moves_only_when_the_gate_passes_and_can_be_moved_back(
 ) -> None:
     first = generation(server, "prod")
     publish = ("--publish", server.url, "--promote", "prod")
-    assert train(base, tmp_path / "a", "second", "--seed", "1", *publish) == 1
-    assert "prod stays as it is: the gate has not passed" in capsys.readouterr().out
+    never = ("--seed", "1", "--eval-split", "0.2", "--gate", "exact")
+    assert train(base, tmp_path / "a", "second", *never, *publish) == 1
+    assert "default/prod stays as it is: the gate has not passed" in capsys.readouterr().out
     assert generation(server, "second") != first
     assert generation(server, "prod") == first
 
@@ -179,6 +181,46 @@ def test_an_alias_moves_only_when_the_gate_passes_and_can_be_moved_back(
     capsys.readouterr()
     assert main([*back, "third"]) == 1
     assert "nothing before the present generation" in capsys.readouterr().err
+
+
+def test_what_cannot_be_published_to_is_told_before_training(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--admin-key", "boss")
+    with ServerProcess(base, tmp_path / "store", *options, key="user") as locked:
+        to = ("--publish", locked.url, "--key")
+        assert train(base, tmp_path / "run", "pirate", *to, "user") == 1
+        error = capsys.readouterr().err
+        assert "nothing was trained, as it could not be published: " in error
+        assert "(status 403)" in error
+        elsewhere = ("--publish", f"{locked.url}/v1", "--key", "boss")
+        assert train(base, tmp_path / "run", "pirate", *elsewhere) == 1
+        assert "(status 404)" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+        assert train(base, tmp_path / "run", "pirate", *to, "boss") == 0
+
+
+def test_a_failed_publish_says_how_it_is_done_by_hand(
+    server: ServerProcess,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No replay agrees to no tolerance at all, as log-probabilities are rounded in the file."""
+    config = tmp_path / "run.toml"
+    config.write_text(f'publish = "{server.url}"\npromote = "best"\ncanary_tolerance = 0.0\n')
+    more = ("--config", str(config), "--eval-split", "0.2")
+    assert train(base, tmp_path / "run", "strict", *more) == 1
+    shown = capsys.readouterr()
+    assert "default/strict was not published" in shown.err
+    lines = [line.removeprefix("By hand: loriner ") for line in shown.out.splitlines()]
+    add, alias = lines[-2:]
+    assert generation(server, "strict") is None
+
+    assert add.startswith("adapters add --canaries --url http://")
+    assert main(shlex.split(add.replace("--canary-tolerance 0 ", ""))) == 0
+    assert main(shlex.split(alias)) == 0
+    assert generation(server, "best") == generation(server, "strict") is not None
 
 
 def test_a_store_without_a_server_gets_the_same_checks(

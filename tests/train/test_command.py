@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from loriner.cli import main
+from loriner.train.canaries import TOLERANCES
+from loriner.train.checkpoints import list_checkpoints
 from tests.train.conftest import PIRATE, WriteRows, chat
 
 FLAGS = ["--device", "cpu", "--num-threads", "1", "--samples", "1", "--sample-tokens", "4"]
@@ -101,8 +103,51 @@ def test_a_stopped_run_goes_on_exactly_and_says_how_if_it_can(
     assert begun < times[0] and times == sorted(times)
 
 
-def test_jobs_share_a_run(
-    tiny: Path, tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.timeout(90)
+def test_a_run_stopped_after_its_last_step_says_how_to_go_on(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while the held-out rows are answered for the gate, which takes the tiny base long."""
+    out, steps = tmp_path / "run", ["--steps", "1", "--eval-split", "0.5", "--gate", "exact"]
+    command = [sys.executable, "-m", "loriner", *arguments(tiny, out, *steps)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    deadline = time.monotonic() + 60
+    while not list_checkpoints(out):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert "Saved. To go on: loriner train" in shown
+    assert "--resume" in shown
+    assert not (out / "adapter").exists()
+    assert main(arguments(tiny, out, *steps, "--resume")) == 0
+    assert "at step 1" in capsys.readouterr().out
+    assert (out / "adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("key", [["--key", "secret"], ["--key=secret"]])
+def test_the_model_card_has_the_command_without_its_key(
+    key: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = arguments(tiny, tmp_path / "run", "--steps", "1", *key)
+    monkeypatch.setattr(sys, "argv", ["loriner", *words])
+
+    assert main(words) == 0
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "loriner train --base" in card
+    assert "--key" in card
+    assert "secret" not in card
+
+
+def test_jobs_share_a_run_but_no_alias(
+    tiny: Path,
+    tmp_path: Path,
+    write_rows: WriteRows,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = write_rows([chat(f"{i}?", f"{i}!") for i in range(8)])
@@ -113,7 +158,8 @@ def test_jobs_share_a_run(
         f'[[jobs]]\nname = "acme/b"\ndata = "{PIRATE}"\nrank = 4\nsteps = 5\n'
     )
 
-    assert main(["train", "--jobs", str(jobs), "--store", "s", "--promote", "prod"]) == 2
+    assert main(["train", "--jobs", str(jobs), "--store", "s", "--promote", "acme/prod"]) == 2
+    assert "two jobs would promote acme/prod" in capsys.readouterr().err
     assert main(["train", "--jobs", str(jobs)]) == 0
     assert len(metrics(tmp_path / "runs" / "a")) == 3
     assert len(metrics(tmp_path / "runs" / "acme--b")) == 5
@@ -126,8 +172,12 @@ def test_jobs_share_a_run(
         (["--data", "none.jsonl"], 1, "none.jsonl: No such file"),
         (["--base", "none"], 1, "config.json"),
         (["--rank", "0"], 2, "rank must be at least 1"),
-        (["--publish", "http://x", "--store", "y"], 2, "--publish and --store exclude each other"),
-        (["--promote", "prod"], 2, "--promote needs --publish or --store"),
+        (["--publish", "http://x", "--store", "y"], 2, "publish and store exclude each other"),
+        (["--promote", "prod"], 2, "promote needs publish or store"),
+        (["--publish", "http://127.0.0.1:9"], 1, "no server answers at http://127.0.0.1:9"),
+        (["--publish", "nowhere"], 2, "'nowhere' is not an http:// or https:// address"),
+        (["--publish", "http://x", "--canaries", "0"], 2, "need canaries of at least 1"),
+        (["--store", "y", "--promote", "prod"], 2, "promote needs eval_data or eval_split"),
         (["--resume"], 1, "there is no checkpoint"),
     ],
 )
@@ -141,6 +191,19 @@ def test_what_is_wrong_is_told_in_one_line(
 ) -> None:
     assert main(arguments(tiny, tmp_path / "run", "--steps", "1", *more)) == status
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [["train"], ["adapters", "add"]])
+def test_help_tells_the_tolerances_that_hold(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+
+    for dtype, limit in TOLERANCES.items():
+        assert f"{limit:g} for one trained in {dtype}" in told
 
 
 def test_bad_rows_stop_a_run_with_their_lines(

@@ -9,7 +9,7 @@ import pytest
 
 from loriner.errors import ConfigError
 from loriner.train.files import load_settings
-from loriner.train.settings import ALL_LINEAR, JobConfig
+from loriner.train.settings import ALL_LINEAR, KEY_ENV, JobConfig, PromoteConfig, PublishConfig
 
 AXOLOTL = """
 base_model: models/smollm2-nf4
@@ -64,6 +64,106 @@ def test_flags_win_over_the_file_and_that_over_the_default(tmp_path: Path) -> No
         assert (job.rank, job.alpha, job.dropout) == (2, 8.0, 0.0)
 
 
+PAIRS = [
+    ("evals_per_epoch", 2, "eval_every", "3"),
+    ("eval_every", 2, "evals_per_epoch", "3"),
+    ("saves_per_epoch", 2, "save_every", "3"),
+    ("eval_split", 0.5, "eval_data", "held.jsonl"),
+    ("eval_data", "held.jsonl", "eval_split", "0.5"),
+]
+
+
+@pytest.mark.parametrize(("in_file", "value", "flag", "given"), PAIRS)
+def test_a_flag_takes_the_place_of_what_it_excludes_in_the_file(
+    in_file: str, value: object, flag: str, given: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "run.yaml", f"name: a\ndata: d\n{in_file}: {value}\n")
+    (job,) = load_settings({flag: given}, path).jobs
+
+    assert str(getattr(job, flag)) == given
+    assert not getattr(job, in_file)
+    (job,) = load_settings({flag: None}, path).jobs
+    assert getattr(job, in_file)
+
+
+@pytest.mark.parametrize(("one", "value", "other", "given"), PAIRS)
+def test_two_of_one_source_exclude_each_other(
+    one: str, value: object, other: str, given: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "run.yaml", f"name: a\ndata: d\n{one}: {value}\n{other}: {given}\n")
+    with pytest.raises(ConfigError, match="exclude each other"):
+        load_settings({}, path)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        load_settings({"name": "a", "data": "d", one: str(value), other: given})
+
+
+def test_the_environment_takes_the_place_of_what_it_excludes_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "run.yaml", "name: a\ndata: d\nevals_per_epoch: 2\n")
+    monkeypatch.setenv("LORINER_EVAL_EVERY", "3")
+    (job,) = load_settings({}, path).jobs
+    assert (job.eval_every, job.evals_per_epoch) == (3, 0)
+    (job,) = load_settings({"evals_per_epoch": "4"}, path).jobs
+    assert (job.eval_every, job.evals_per_epoch) == (0, 4)
+
+
+def test_a_job_takes_the_place_of_what_it_excludes_at_the_top(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "jobs.toml",
+        'evals_per_epoch = 2\n[[jobs]]\nname="a"\ndata="d"\neval_every=3\n'
+        '[[jobs]]\nname="b"\ndata="d"\n',
+    )
+    jobs = load_settings({}, jobs=path).jobs
+
+    assert [(job.eval_every, job.evals_per_epoch) for job in jobs] == [(3, 0), (0, 2)]
+
+
+def test_where_adapters_are_published_may_stand_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in KEY_ENV:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LORINER_STORE", "of-the-server")
+    path = write(
+        tmp_path / "run.toml",
+        'name = "acme/a"\ndata = "d"\neval_split = 0.5\npublish = "http://127.0.0.1:1"\n'
+        'key = "k"\npromote = "prod"\ncanary_tolerance = 0.2\n',
+    )
+    settings = load_settings({}, path)
+    assert settings.publish == PublishConfig("http://127.0.0.1:1", None, "k")
+    assert settings.promote == (PromoteConfig("prod", 0.2),)
+    assert str(settings.promote[0].alias("acme/a")) == "acme/prod"
+
+    settings = load_settings({"store": "s", "promote": "", "canary_tolerance": "0.1"}, path)
+    assert settings.publish == PublishConfig("", Path("s"), "k")
+    assert settings.promote == (PromoteConfig("", 0.1),)
+    monkeypatch.setenv("LORINER_API_KEY", "user")
+    assert load_settings({}, path).publish.key == "user"
+    monkeypatch.setenv("LORINER_ADMIN_KEY", "boss")
+    assert load_settings({}, path).publish.key == "boss"
+    assert load_settings({"key": "flag"}, path).publish.key == "flag"
+
+
+def test_each_job_may_have_an_alias_and_all_go_to_one_place(tmp_path: Path) -> None:
+    text = (
+        'store = "s"\neval_split = 0.5\ncanary_tolerance = 0.3\n'
+        '[[jobs]]\nname = "a"\ndata = "d"\npromote = "prod"\n'
+        '[[jobs]]\nname = "b"\ndata = "d"\npromote = "{}"\ncanary_tolerance = 0.1\n'
+    )
+    path = write(tmp_path / "jobs.toml", text.format("next"))
+    settings = load_settings({}, jobs=path)
+    assert settings.publish.store == Path("s")
+    assert settings.promote == (PromoteConfig("prod", 0.3), PromoteConfig("next", 0.1))
+
+    with pytest.raises(ConfigError, match="two jobs would promote default/prod"):
+        load_settings({}, jobs=write(path, text.format("default/prod")))
+    with pytest.raises(ConfigError, match="two jobs would promote default/all"):
+        load_settings({"promote": "all"}, jobs=path)
+    with pytest.raises(ConfigError, match=r"cannot honour jobs\.store"):
+        load_settings({}, jobs=write(path, text.format("next") + 'store = "t"\n'))
+
+
 def test_a_list_may_be_written_as_one(tmp_path: Path) -> None:
     path = write(
         tmp_path / "run.yaml", "name: a\ndata: d\ntarget_modules: [v_proj, q_proj]\npacking: true\n"
@@ -95,6 +195,12 @@ def test_jobs_share_the_top_of_their_file(tmp_path: Path) -> None:
         ("[[jobs]]\nname='a'\ndata='d'\n" * 2, "two jobs have the name a"),
         ("jobs = 3", r"needs a \[\[jobs\]\] table"),
         ("= 3", "Invalid"),
+        ("name='a'\ndata='d'\nresume=true", "cannot honour resume"),
+        ("name='a'\ndata='d'\npromote='p'", "promote needs publish or store"),
+        ("name='a'\ndata='d'\nstore='s'\npublish='http://x'", "publish and store exclude"),
+        ("name='a'\ndata='d'\nstore='s'\npromote='p'", "promote needs eval_data or eval_split"),
+        ("name='a'\ndata='d'\nstore='s'\ncanaries=0", "canaries of at least 1 for a"),
+        ("name='a'\ndata='d'\nstore='s'\npromote='A b'", "promote: "),
     ],
 )
 def test_a_wrong_file_is_refused_by_key(text: str, message: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,9 +18,10 @@ from urllib.parse import quote
 from rich.console import Console
 
 from loriner.adapters.names import AdapterName, parse_name
-from loriner.commands.remote import Remote, default_key, upload_parts
-from loriner.errors import ConfigError, TrainError
+from loriner.commands.remote import Remote, RemoteError, default_key, upload_parts
+from loriner.errors import TrainError
 from loriner.train.canaries import Canary, Replay, difference, read
+from loriner.train.settings import TOLERANCE_HELP, JobConfig, PromoteConfig, PublishConfig
 
 if TYPE_CHECKING:
     from loriner.train.files import Settings
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 ADAPTERS = "/admin/adapters"
 CANDIDATE = ".candidate"
+NO_GENERATION = "0" * 64
+ALLOWED = ("adapter_not_found", "adapter_conflict")  # said to who may change the name
 
 
 class Served(Protocol):
@@ -76,60 +80,76 @@ class RemoteServed:
         self._remote.call("DELETE", f"{ADAPTERS}/{quote(name)}")
 
 
-def add_train_flags(parser: argparse.ArgumentParser) -> None:
-    """Where the result goes."""
-    parser.add_argument("--publish", metavar="URL", help="publish into this running server")
-    parser.add_argument("--key", default=default_key(), help="its admin key")
-    parser.add_argument("--store", type=Path, metavar="DIR", help="publish into this store")
-    parser.add_argument(
-        "--promote", metavar="ALIAS", help="point ALIAS at the adapter if the gate passes"
-    )
-    add_tolerance(parser)
-
-
 def add_tolerance(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--canary-tolerance",
-        type=float,
-        metavar="NATS",
-        help="largest difference of a log-probability (default: 0.01 for an adapter trained in "
-        "float32, 0.3 in bfloat16)",
-    )
+    parser.add_argument("--canary-tolerance", type=float, metavar="NATS", help=TOLERANCE_HELP)
 
 
-def check_flags(args: argparse.Namespace, num_jobs: int) -> None:
-    if args.publish and args.store:
-        raise ConfigError("--publish and --store exclude each other.")
-    if args.promote and not (args.publish or args.store):
-        raise ConfigError("--promote needs --publish or --store.")
-    if args.promote and num_jobs > 1:
-        raise ConfigError(
-            "--promote is for one adapter; with --jobs, use `loriner adapters alias`."
-        )
-    if args.promote:
-        parse_name(args.promote, param="promote")
+def check_target(settings: Settings) -> None:
+    """Ask the server, once, whether it is there and the key may publish; changes nothing. Raises
+    TrainError."""
+    target = settings.publish
+    if not target.publish:
+        return
+    path = f"{ADAPTERS}/{quote(str(_candidate(parse_name(settings.jobs[0].name))))}"
+    try:
+        with Remote(target.publish, target.key) as remote:
+            remote.call("DELETE", path, headers={"if-match": f'"{NO_GENERATION}"'})
+    except RemoteError as error:
+        if error.code not in ALLOWED:
+            raise TrainError(
+                f"nothing was trained, as it could not be published: {error}"
+            ) from None
 
 
-def publish_all(
-    finished: Sequence[Finished], settings: Settings, args: argparse.Namespace, console: Console
-) -> int:
-    """Publish each and promote; 1 when a gate held one back."""
-    if not (args.publish or args.store):
+def publish_all(finished: Sequence[Finished], settings: Settings, console: Console) -> int:
+    """Publish each and promote; 1 when a gate held one back. When it fails, says how to publish
+    the rest by hand."""
+    if not settings.publish.is_wanted:
         return 0
+    rest = list(zip(settings.jobs, settings.promote, finished, strict=True))
     is_held_back = False
-    with _open(settings, args) as served:
-        for job, result in zip(settings.jobs, finished, strict=True):
-            name = parse_name(job.name)
-            generation = publish_checked(served, result.folder, name, args.canary_tolerance)
-            console.print(f"{name} is generation {generation}: served as it was trained.")
-            if args.promote and result.gate.passed:
-                alias = promoted(args.promote, name)
-                served.point(str(alias), generation)
-                console.print(f"{alias} is generation {generation}.")
-            elif args.promote:
-                is_held_back = True
-                console.print(f"{args.promote} stays as it is: the gate has not passed.")
+    try:
+        with _open(settings) as served:
+            while rest:
+                is_held_back |= not _publish_one(served, *rest[0], console)
+                rest.pop(0)
+    except BaseException:
+        how = "By hand" if settings.publish.publish else "By hand, once that store is served"
+        for line in (line for part in rest for line in _by_hand(settings.publish, *part)):
+            console.print(f"{how}: {line}", markup=False)
+        raise
     return 1 if is_held_back else 0
+
+
+def _publish_one(
+    served: Served, job: JobConfig, asked: PromoteConfig, result: Finished, console: Console
+) -> bool:
+    """False when the gate kept the alias where it is."""
+    name, alias = parse_name(job.name), asked.alias(job.name)
+    generation = publish_checked(served, result.folder, name, asked.canary_tolerance)
+    console.print(f"{name} is generation {generation}: served as it was trained.")
+    if alias and result.gate.passed:
+        served.point(str(alias), generation)
+        console.print(f"{alias} is generation {generation}.")
+    elif alias:
+        console.print(f"{alias} stays as it is: the gate has not passed.")
+    return alias is None or result.gate.passed
+
+
+def _by_hand(
+    target: PublishConfig, job: JobConfig, asked: PromoteConfig, result: Finished
+) -> Iterator[str]:
+    """The commands that publish and promote it in a running server."""
+    where = ["--url", target.publish] if target.publish else []
+    if target.publish and target.key != default_key():
+        where += ["--key", "..."]
+    limit = asked.canary_tolerance
+    words = [] if limit is None else ["--canary-tolerance", f"{limit:g}"]
+    alias = asked.alias(job.name)
+    add = ["loriner", "adapters", "add", "--canaries", *where, *words]
+    yield shlex.join([*add, job.name, str(result.folder)])
+    if alias and result.gate.passed:
+        yield shlex.join(["loriner", "adapters", "alias", *where, str(alias), job.name])
 
 
 def publish_checked(
@@ -141,8 +161,7 @@ def publish_checked(
     if not canaries.canaries:
         raise TrainError(f"{folder} has no canaries, so nothing could show what is served.")
     limit = canaries.tolerance if tolerance is None else tolerance
-    short = name.short[: 64 - len(CANDIDATE)] + CANDIDATE
-    candidate = str(AdapterName(name.tenant, short))
+    candidate = str(_candidate(name))
     generation = served.publish(folder, candidate)
     try:
         for number, canary in enumerate(canaries.canaries, 1):
@@ -158,20 +177,20 @@ def publish_checked(
     return generation
 
 
-def promoted(alias: str, name: AdapterName) -> AdapterName:
-    """`prod` of an adapter is an alias of the same tenant."""
-    return parse_name(alias if "/" in alias else f"{name.tenant}/{alias}", param="promote")
+def _candidate(name: AdapterName) -> AdapterName:
+    return AdapterName(name.tenant, name.short[: 64 - len(CANDIDATE)] + CANDIDATE)
 
 
 @contextlib.contextmanager
-def _open(settings: Settings, args: argparse.Namespace) -> Iterator[Served]:
-    if args.publish:
-        with Remote(args.publish, args.key) as remote:
+def _open(settings: Settings) -> Iterator[Served]:
+    target = settings.publish
+    if target.store is None:
+        with Remote(target.publish, target.key) as remote:
             yield RemoteServed(remote)
         return
     from loriner.train.stored import StoreServed
 
-    with StoreServed(settings.run, args.store) as served:
+    with StoreServed(settings.run, target.store) as served:
         yield served
 
 

@@ -28,11 +28,12 @@ TIMEOUT = httpx.Timeout(10.0, read=600.0, write=600.0)
 
 
 class RemoteError(LorinerError):
-    """The server refused, or did not answer; `reasons` are those of a refused adapter."""
+    """The server refused, with a `code` of the API's errors, or did not answer (""); `reasons` are
+    those of a refused adapter."""
 
-    def __init__(self, message: str, reasons: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, reasons: Sequence[str] = (), code: str = "") -> None:
         super().__init__(message)
-        self.reasons = tuple(reasons)
+        self.reasons, self.code = tuple(reasons), code
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +177,7 @@ def _raise_refusal(status: int, answer: dict[str, Any]) -> None:
     error = answer.get("error")
     error = error if isinstance(error, dict) else {}
     message = f"{error.get('message') or 'refused'} (status {status})"
-    raise RemoteError(message, error.get("reasons", ()))
+    raise RemoteError(message, error.get("reasons", ()), str(error.get("code") or ""))
 
 
 def _piece(chunk: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from loriner.commands import publish
 from loriner.config import add_flags
 from loriner.errors import TrainError
 from loriner.train.files import Settings, load_settings
-from loriner.train.settings import JobConfig, RunConfig
+from loriner.train.settings import JobConfig, PromoteConfig, PublishConfig, RunConfig
 
 if TYPE_CHECKING:
     from loriner.train.base import Base
@@ -52,16 +52,19 @@ def add_command(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--ignore-unknown", action="store_true", help="leave out keys that cannot be honoured"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and leave")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    publish.add_train_flags(parser)
-    add_flags(parser, RunConfig, JobConfig)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint (a flag alone: a file says what to make, and stays "
+        "the same when a run goes on)",
+    )
+    add_flags(parser, RunConfig, JobConfig, PublishConfig, PromoteConfig)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     settings = load_settings(vars(args), args.config, args.jobs, ignore_unknown=args.ignore_unknown)
-    publish.check_flags(args, len(settings.jobs))
     for key in settings.ignored:
         console.print(f"ignored: {key}", markup=False)
     _require_packages()
@@ -75,10 +78,11 @@ def run(args: argparse.Namespace) -> int:
         console.print(line, markup=False)
     if args.dry_run:
         return 0
+    publish.check_target(settings)
     finished = _train(preparation, args, console)
     if finished is None:
         return INTERRUPTED
-    return publish.publish_all(finished, settings, args, console)
+    return publish.publish_all(finished, settings, console)
 
 
 def _train(
@@ -101,11 +105,15 @@ def _train(
             console.print(f"{job.settings.name} has no checkpoint and starts anew.")
     with Screen(jobs, console) as screen:
         is_done = train(base, jobs, screen, preparation.settings.run.duty)
-    if not is_done:
+        is_stopped = screen.wants_stop or not is_done
+    tools = preparation.masker, preparation.tokenizer
+    try:
+        if is_stopped:
+            raise KeyboardInterrupt
+        made = [finish(job, base, *tools, _command(resume=False)) for job in jobs]
+    except KeyboardInterrupt:  # the last step left a checkpoint, so this goes on as well
         console.print(f"Saved. To go on: {_command(resume=True)}", markup=False)
         return None
-    tools = preparation.masker, preparation.tokenizer
-    made = [finish(job, base, *tools, _command(resume=False)) for job in jobs]
     for job, result in zip(jobs, made, strict=True):
         _show(job, base, result, console)
     return made
@@ -136,6 +144,7 @@ def _command(*, resume: bool) -> str:
     words = [word for word in sys.argv[1:] if word != "--resume"]
     secret = [i + 1 for i, word in enumerate(words) if word == "--key"]
     words = ["..." if i in secret else word for i, word in enumerate(words)]
+    words = ["--key=..." if word.startswith("--key=") else word for word in words]
     return shlex.join(["loriner", *words, *(["--resume"] if resume else [])])
 
 

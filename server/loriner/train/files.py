@@ -16,10 +16,15 @@ from typing import Any
 from loriner.config import load
 from loriner.errors import ConfigError
 from loriner.train.axolotl import is_axolotl, translate
-from loriner.train.settings import JobConfig, RunConfig
+from loriner.train.settings import JobConfig, PromoteConfig, PublishConfig, RunConfig
 
-RUN_KEYS = frozenset(field.name for field in dataclasses.fields(RunConfig))
-JOB_KEYS = frozenset(field.name for field in dataclasses.fields(JobConfig))
+
+def _names(*classes: type) -> frozenset[str]:
+    return frozenset(field.name for cls in classes for field in dataclasses.fields(cls))
+
+
+RUN_KEYS = _names(RunConfig, PublishConfig)
+JOB_KEYS = _names(JobConfig, PromoteConfig)
 MAX_JOBS = 256
 
 
@@ -30,6 +35,8 @@ class Settings:
     run: RunConfig
     jobs: tuple[JobConfig, ...]
     ignored: tuple[str, ...] = ()
+    publish: PublishConfig = PublishConfig()
+    promote: tuple[PromoteConfig, ...] = ()  # one a job
 
 
 def load_settings(
@@ -53,9 +60,13 @@ def load_settings(
             "--ignore-unknown to train without."
         )
     run = load(RunConfig, flags, table=_flat(table))
-    made = tuple(load(JobConfig, flags, table=_flat({**table, **part})) for part in tables)
+    parts = [_flat(_over(table, part)) for part in tables]
+    made = tuple(load(JobConfig, flags, table=part) for part in parts)
     _check_distinct(made)
-    return Settings(run, made, tuple(dict.fromkeys(ignored)))
+    publish = load(PublishConfig, flags, table=_flat(table))
+    promote = tuple(load(PromoteConfig, flags, table=part) for part in parts)
+    _check_published(publish, made, promote)
+    return Settings(run, made, tuple(dict.fromkeys(ignored)), publish, promote)
 
 
 def _unknown(table: dict[str, Any], tables: list[dict[str, Any]]) -> list[str]:
@@ -102,6 +113,13 @@ def _job_tables(table: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     return tables
 
 
+def _over(top: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """A job's table with the top of its file, without what the job's own keys exclude."""
+    pairs = [(f.name, f.metadata["instead_of"]) for f in dataclasses.fields(JobConfig)]
+    excluded = {b for a, b in pairs if part.get(a)} | {a for a, b in pairs if part.get(b)}
+    return {key: value for key, value in top.items() if key not in excluded} | part
+
+
 def _flat(table: Mapping[str, Any]) -> dict[str, object]:
     """Lists as the flags write them; only what a setting could be."""
     return {
@@ -118,3 +136,26 @@ def _check_distinct(jobs: tuple[JobConfig, ...]) -> None:
         twice = sorted({value for value in values if values.count(value) > 1})
         if twice:
             raise ConfigError(f"two jobs have the {what} {twice[0]}.")
+
+
+def _check_published(
+    publish: PublishConfig, jobs: tuple[JobConfig, ...], promote: tuple[PromoteConfig, ...]
+) -> None:
+    """What is known before a run could only fail once it has been trained."""
+    aliases = [part.alias(job.name) for job, part in zip(jobs, promote, strict=True)]
+    wanted = [alias for alias in aliases if alias is not None]
+    if wanted and not publish.is_wanted:
+        raise ConfigError("promote needs publish or store.")
+    if twice := [alias for alias in wanted if wanted.count(alias) > 1]:
+        raise ConfigError(f"two jobs would promote {twice[0]}: an alias is of one adapter.")
+    for job, part in zip(jobs, promote, strict=True):
+        if part.promote and not job.has_eval:
+            raise ConfigError(
+                f"promote needs eval_data or eval_split for {job.name}: an alias moves only when "
+                "the gate passes on held-out data."
+            )
+        if publish.is_wanted and not job.canaries:
+            raise ConfigError(
+                f"publish and store need canaries of at least 1 for {job.name}: they show that it "
+                "is served as it was trained."
+            )

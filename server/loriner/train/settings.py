@@ -1,5 +1,5 @@
-"""What a training run and each of its jobs can be told. Flags, LORINER_* and files fill the same
-two dataclasses; every field has its help text and limits here.
+"""What a training run and each of its jobs can be told, and what becomes of its adapters. Flags,
+LORINER_* and files fill the same dataclasses; every field has its help text and limits here.
 
 Lengths are tokens, rates are per optimiser step. Raises ConfigError naming the setting.
 """
@@ -10,13 +10,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from loriner.adapters.names import parse_name
-from loriner.config import check_choice, check_limits, setting
+from loriner.adapters.names import AdapterName, parse_name
+from loriner.config import check_choice, check_exclusive, check_limits, setting
 from loriner.errors import ConfigError, InvalidRequestError
+from loriner.train.canaries import TOLERANCES
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KEY_ENV = ("LORINER_ADMIN_KEY", "LORINER_API_KEY")
+_USUAL = ", ".join(f"{limit:g} for one trained in {dtype}" for dtype, limit in TOLERANCES.items())
+TOLERANCE_HELP = f"largest difference of a log-probability, in nats (unset: {_USUAL})"
 METRICS = ("loss", "exact", "json", "number")
 
 
@@ -45,7 +49,9 @@ class JobConfig:
     name: str = setting("", "adapter to make: name or tenant/name")
     data: Path | None = setting(None, "training rows: .jsonl, .json, .csv or .tsv")
     eval_data: Path | None = setting(None, "held-out rows of the same kinds")
-    eval_split: float = setting(0.0, "share of data to hold out instead", low=0, high=0.9)
+    eval_split: float = setting(
+        0.0, "share of data to hold out instead", instead_of="eval_data", low=0, high=0.9
+    )
     columns: str = setting("", "names of columns, e.g. prompt=question,completion=answer")
     max_bad_share: float = setting(0.01, "most rows that may be bad", low=0, high=1)
     out: Path | None = setting(None, "folder of the run (default: runs/NAME)")
@@ -74,10 +80,14 @@ class JobConfig:
     seed: int = setting(0, "of all random numbers", low=0, high=2**31 - 1)
 
     eval_every: int = setting(0, "steps between evaluations (0: ten in a run)", low=0)
-    evals_per_epoch: int = setting(0, "evaluations in an epoch, instead of eval_every", low=0)
+    evals_per_epoch: int = setting(
+        0, "evaluations in an epoch, instead of eval_every", instead_of="eval_every", low=0
+    )
     eval_rows: int = setting(0, "held-out rows that are used (0: all)", low=0)
     save_every: int = setting(0, "steps between checkpoints (0: only the last)", low=0)
-    saves_per_epoch: int = setting(0, "checkpoints in an epoch, instead of save_every", low=0)
+    saves_per_epoch: int = setting(
+        0, "checkpoints in an epoch, instead of save_every", instead_of="save_every", low=0
+    )
     keep_best: bool = setting(True, "the adapter with the lowest eval loss is the result")
     early_stopping: int = setting(0, "stop after so many evaluations without gain (0: no)", low=0)
     samples: int = setting(3, "answers of base and adapter to show", low=0, high=64)
@@ -100,11 +110,7 @@ class JobConfig:
             raise ConfigError(f"name: {error}") from None
         if self.data is None:
             raise ConfigError(f"data is missing for {self.name}.")
-        if self.eval_data is not None and self.eval_split:
-            raise ConfigError("eval_data and eval_split exclude each other.")
-        for name in ("eval", "save"):
-            if getattr(self, f"{name}_every") and getattr(self, f"{name}s_per_epoch"):
-                raise ConfigError(f"{name}_every and {name}s_per_epoch exclude each other.")
+        check_exclusive(self)
         if self.early_stopping and not self.has_eval:
             raise ConfigError("early_stopping needs eval_data or eval_split.")
         self.targets()
@@ -140,3 +146,43 @@ class JobConfig:
         if not names:
             raise ConfigError("target_modules is empty.")
         return tuple(name for name in ALL_LINEAR if name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishConfig:
+    """Where all adapters of a run are published; nowhere by default."""
+
+    publish: str = setting("", "URL of a running server to publish into")
+    store: Path | None = setting(
+        None, "folder of a store to publish into", instead_of="publish", env=()
+    )
+    key: str = setting("", "admin key of that server", env=KEY_ENV)
+
+    def __post_init__(self) -> None:
+        check_exclusive(self)
+
+    @property
+    def is_wanted(self) -> bool:
+        return bool(self.publish or self.store)
+
+
+@dataclass(frozen=True, slots=True)
+class PromoteConfig:
+    """When one adapter is published, and what else is pointed at it."""
+
+    promote: str = setting("", "alias to point at the adapter if the gate passes")
+    canary_tolerance: float | None = setting(None, TOLERANCE_HELP, low=0)
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+    def alias(self, name: str) -> AdapterName | None:
+        """`prod` of an adapter is an alias of the same tenant."""
+        if not self.promote:
+            return None
+        tenant = parse_name(name).tenant
+        alias = self.promote if "/" in self.promote else f"{tenant}/{self.promote}"
+        try:
+            return parse_name(alias)
+        except InvalidRequestError as error:
+            raise ConfigError(f"promote: {error}") from None
