@@ -169,6 +169,31 @@ def test_rows_are_held_out_by_the_seed(masker: Masker, write_rows: WriteRows) ->
     assert not {p.answer for p in held.prompts} & {p.answer for p in train.prompts}
 
 
+def test_each_half_of_a_split_tells_of_its_own_rows(masker: Masker, write_rows: WriteRows) -> None:
+    rows: list[Any] = [chat("q", "a" * (300 if i % 2 else 1)) for i in range(20)]
+    data = load(write_rows([*rows, "{"]), masker, max_bad_share=0.1)
+    train, held = data.split(0.2, seed=1)
+
+    assert "21 rows, 20 documents" in data.summary()
+    assert "17 rows, 16 documents" in train.summary()
+    assert "4 rows, 4 documents" in held.summary()
+    for half in (train, held, held.limited(2)):
+        cut = sum(len(document.token_ids) == 200 for document in half.documents)
+        assert f"; {cut} truncated" in half.summary()
+    assert "line 21" in train.summary()
+    assert "bad rows" not in held.summary()
+    assert "2 rows, 2 documents" in held.limited(2).summary()
+
+
+@pytest.mark.parametrize(("count", "longest_of_95"), [(1, 23), (2, 24), (20, 41), (21, 42)])
+def test_95_in_100_documents_are_at_most_as_long_as_is_told(
+    count: int, longest_of_95: int, masker: Masker, write_rows: WriteRows
+) -> None:
+    data = load(write_rows([chat("q", "a" * (i + 1)) for i in range(count)]), masker)
+
+    assert f"95 % up to {longest_of_95}, longest {22 + count};" in data.summary()
+
+
 def test_a_template_that_rewrites_earlier_turns_gives_a_document_for_each_answer(
     tokenizer: Any,
 ) -> None:
