@@ -55,6 +55,13 @@ def test_every_assistant_turn_is_learnt_unless_its_weight_is_0(
     assert document.token_ids.count(IM_END) == 6
 
 
+def test_an_empty_answer_may_stand_there_unlearnt(masker: Masker, write_rows: WriteRows) -> None:
+    unlearnt = chat("a", "", weight=0)["messages"]
+    both = write_rows([{"messages": [*unlearnt, *chat("b", "two")["messages"]]}])
+
+    assert learnt(only(both, masker)) == b"two|"
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -117,6 +124,17 @@ def test_columns_that_make_no_sense_are_refused() -> None:
         (chat("q", "a", tool_calls=[{}]), r"messages\[1\].tool_calls cannot be trained on"),
         ({**chat("q", "a"), "tools": [{"type": "function"}]}, "`tools` cannot be trained on"),
         ({"prompt": "a", "completion": ""}, "`completion` is empty"),
+        (chat("q", ""), r"messages\[1\] is an empty answer; with weight 0 it is not learnt"),
+        (chat("q", " \n"), r"messages\[1\] is an empty answer"),
+        (chat("q", "", tool_calls=[{}]), r"messages\[1\].tool_calls cannot be trained on"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]},
+            r"conversations\[1\] is an empty answer",
+        ),
+        (
+            {"prompt": chat("q", "")["messages"], "completion": chat("q", "")["messages"]},
+            r"completion\[1\] is an empty answer",
+        ),
         ({"text": ""}, "`text` must be a text that is not empty"),
         ({"instruction": "a", "output": None}, "`output` must be a text"),
         (chat("q" * 300, "a"), "nothing to learn within max_length 200"),
