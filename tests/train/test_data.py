@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loriner.errors import ConfigError, DataError
-from loriner.train.data import DataSet, load_data, parse_columns
+from loriner.train.data import DataSet, load_data, load_prompts, parse_columns
 from loriner.train.masks import Document, Masker
 from loriner.train.rows import Chat, Pair, RowError, Text, recognise
 from tests.tiny import IM_END, IM_START
@@ -103,6 +103,31 @@ def test_a_csv_is_read_by_its_header_or_by_named_columns(masker: Masker, tmp_pat
     assert learnt(only(named, masker, columns=columns)) == b"a|"
     with pytest.raises(DataError, match=r"line 2: none of the known shapes has the keys answer"):
         load(named, masker)
+
+
+def test_a_named_column_that_is_not_there_is_named_with_those_that_are(
+    masker: Masker, tmp_path: Path, write_rows: WriteRows
+) -> None:
+    path = tmp_path / "named.csv"
+    path.write_text("question,answer,id\nq,a,7\n")
+    columns = parse_columns("prompt=questoin,completion=answer")
+    expected = r"named.csv has no column 'questoin' to be 'prompt'; it has question, answer, id\."
+
+    with pytest.raises(DataError, match=expected):
+        load(path, masker, columns=columns)
+    with pytest.raises(DataError, match=expected):
+        load_prompts(path, columns)
+    with pytest.raises(DataError, match=r"k0, k1, .*k19 and 5 more\."):
+        load(write_rows([{f"k{i}": 1 for i in range(25)}]), masker, columns=columns)
+
+
+def test_a_named_column_may_be_missing_in_some_rows(masker: Masker, write_rows: WriteRows) -> None:
+    row = {"instruction": "a", "output": "b"}
+    columns = parse_columns("input=context")
+
+    assert (
+        len(load(write_rows([row, {**row, "context": "c"}]), masker, columns=columns).entries) == 2
+    )
 
 
 def test_columns_that_make_no_sense_are_refused() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from loriner.train.reading import Fault, Row, digest_file, read_rows
 from loriner.train.rows import Chat, Example, Pair, RowError, Turn, recognise
 
 MAX_SHOWN = 10
+MAX_COLUMNS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def load_data(
     """Read, recognise, mask and cut. Raises DataError naming lines and reasons."""
     entries: list[Entry] = []
     faults: list[Fault] = []
-    for row in read_rows(path):
+    for row in _rows(path, columns or {}):
         try:
             example, whole = _understand(row, masker, columns or {})
             cut = tuple(truncated(document, max_length) for document in whole)
@@ -138,7 +139,7 @@ def load_prompts(
     """Questions and wanted answers, without a tokenizer. Raises DataError as `load_data` does."""
     prompts: list[Prompt] = []
     faults: list[Fault] = []
-    for row in read_rows(path):
+    for row in _rows(path, columns or {}):
         try:
             if isinstance(row, Fault):
                 raise RowError(row.reason)
@@ -176,6 +177,23 @@ def shown_faults(faults: Sequence[Fault]) -> list[str]:
     lines = [f"  line {fault.line}: {fault.reason}" for fault in faults[:MAX_SHOWN]]
     more = len(faults) - MAX_SHOWN
     return [*lines, f"  and {more} more"] if more > 0 else lines
+
+
+def _rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row | Fault]:
+    """The rows of the file. Raises DataError at its end for a column that no row has."""
+    seen: dict[str, None] = {}
+    for row in read_rows(path):
+        if isinstance(row, Row):
+            seen.update(dict.fromkeys(row.values))
+        yield row
+    missing = [column for column in columns if column not in seen]
+    if seen and missing:
+        shown = ", ".join([*seen][:MAX_COLUMNS_SHOWN])
+        more = len(seen) - MAX_COLUMNS_SHOWN
+        raise DataError(
+            f"{path} has no column {missing[0]!r} to be {columns[missing[0]]!r}; it has {shown}"
+            + (f" and {more} more." if more > 0 else ".")
+        )
 
 
 def _understand(
