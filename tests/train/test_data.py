@@ -130,6 +130,17 @@ def test_a_named_column_may_be_missing_in_some_rows(masker: Masker, write_rows: 
     )
 
 
+def test_a_column_named_as_text_is_learnt_whatever_else_a_row_has(
+    masker: Masker, write_rows: WriteRows
+) -> None:
+    columns = parse_columns("text=text")
+
+    both = write_rows([{**chat("q", "a"), "text": "abc"}])
+    assert learnt(only(both, masker, columns=columns)) == b"bc|"
+    with pytest.raises(DataError, match="has no column 'text' to be 'text'; it has messages"):
+        load(write_rows([chat("q", "a")]), masker, columns=columns)
+
+
 def test_columns_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ConfigError, match="KEY=COLUMN"):
         parse_columns("prompt")

@@ -4,7 +4,7 @@
     conversations                     chat (ShareGPT: from/value)
     prompt, completion                two texts, or two lists of messages
     instruction, output (input)       a chat of one turn (Alpaca)
-    text                              all of it is learnt
+    text                              all of it is learnt; named as a column, it comes first
 
 Knows no tokens. Invariant: a key that would change what is learnt is honoured or refused by name.
 """
@@ -69,6 +69,8 @@ def recognise(row: Mapping[str, Any], columns: Mapping[str, str]) -> Example:
     values = {columns.get(key, key): value for key, value in row.items()}
     if refused := [key for key in _REFUSED if values.get(key) not in (None, "", [])]:
         raise RowError(f"`{refused[0]}` cannot be trained on")
+    if "text" in columns.values() and "text" in values:
+        return Text(_text(values, "text"))
     if "messages" in values:
         return Chat(
             _answered(_turns(values["messages"], "messages", "role", "content"), "messages")
