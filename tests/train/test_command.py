@@ -170,7 +170,7 @@ def test_jobs_share_a_run_but_no_alias(
     ("more", "status", "message"),
     [
         (["--data", "none.jsonl"], 1, "none.jsonl: No such file"),
-        (["--base", "none"], 1, "config.json"),
+        (["--base", "none"], 1, "No such folder"),
         (["--rank", "0"], 2, "rank must be at least 1"),
         (["--publish", "http://x", "--store", "y"], 2, "publish and store exclude each other"),
         (["--promote", "prod"], 2, "promote needs publish or store"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loriner.errors import ConfigError, DataError
-from loriner.train.data import DataSet, load_data, parse_columns
+from loriner.train.data import DataSet, load_data, load_prompts, parse_columns
 from loriner.train.masks import Document, Masker
 from loriner.train.rows import Chat, Pair, RowError, Text, recognise
 from tests.tiny import IM_END, IM_START
@@ -55,6 +55,13 @@ def test_every_assistant_turn_is_learnt_unless_its_weight_is_0(
     assert document.token_ids.count(IM_END) == 6
 
 
+def test_an_empty_answer_may_stand_there_unlearnt(masker: Masker, write_rows: WriteRows) -> None:
+    unlearnt = chat("a", "", weight=0)["messages"]
+    both = write_rows([{"messages": [*unlearnt, *chat("b", "two")["messages"]]}])
+
+    assert learnt(only(both, masker)) == b"two|"
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -98,6 +105,42 @@ def test_a_csv_is_read_by_its_header_or_by_named_columns(masker: Masker, tmp_pat
         load(named, masker)
 
 
+def test_a_named_column_that_is_not_there_is_named_with_those_that_are(
+    masker: Masker, tmp_path: Path, write_rows: WriteRows
+) -> None:
+    path = tmp_path / "named.csv"
+    path.write_text("question,answer,id\nq,a,7\n")
+    columns = parse_columns("prompt=questoin,completion=answer")
+    expected = r"named.csv has no column 'questoin' to be 'prompt'; it has question, answer, id\."
+
+    with pytest.raises(DataError, match=expected):
+        load(path, masker, columns=columns)
+    with pytest.raises(DataError, match=expected):
+        load_prompts(path, columns)
+    with pytest.raises(DataError, match=r"k0, k1, .*k19 and 5 more\."):
+        load(write_rows([{f"k{i}": 1 for i in range(25)}]), masker, columns=columns)
+
+
+def test_a_named_column_may_be_missing_in_some_rows(masker: Masker, write_rows: WriteRows) -> None:
+    row = {"instruction": "a", "output": "b"}
+    columns = parse_columns("input=context")
+
+    assert (
+        len(load(write_rows([row, {**row, "context": "c"}]), masker, columns=columns).entries) == 2
+    )
+
+
+def test_a_column_named_as_text_is_learnt_whatever_else_a_row_has(
+    masker: Masker, write_rows: WriteRows
+) -> None:
+    columns = parse_columns("text=text")
+
+    both = write_rows([{**chat("q", "a"), "text": "abc"}])
+    assert learnt(only(both, masker, columns=columns)) == b"bc|"
+    with pytest.raises(DataError, match="has no column 'text' to be 'text'; it has messages"):
+        load(write_rows([chat("q", "a")]), masker, columns=columns)
+
+
 def test_columns_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ConfigError, match="KEY=COLUMN"):
         parse_columns("prompt")
@@ -117,6 +160,17 @@ def test_columns_that_make_no_sense_are_refused() -> None:
         (chat("q", "a", tool_calls=[{}]), r"messages\[1\].tool_calls cannot be trained on"),
         ({**chat("q", "a"), "tools": [{"type": "function"}]}, "`tools` cannot be trained on"),
         ({"prompt": "a", "completion": ""}, "`completion` is empty"),
+        (chat("q", ""), r"messages\[1\] is an empty answer; with weight 0 it is not learnt"),
+        (chat("q", " \n"), r"messages\[1\] is an empty answer"),
+        (chat("q", "", tool_calls=[{}]), r"messages\[1\].tool_calls cannot be trained on"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]},
+            r"conversations\[1\] is an empty answer",
+        ),
+        (
+            {"prompt": chat("q", "")["messages"], "completion": chat("q", "")["messages"]},
+            r"completion\[1\] is an empty answer",
+        ),
         ({"text": ""}, "`text` must be a text that is not empty"),
         ({"instruction": "a", "output": None}, "`output` must be a text"),
         (chat("q" * 300, "a"), "nothing to learn within max_length 200"),
@@ -167,6 +221,31 @@ def test_rows_are_held_out_by_the_seed(masker: Masker, write_rows: WriteRows) ->
     assert (len(train.documents), len(held.documents)) == (18, 2)
     assert data.split(0.1, seed=1)[1].prompts == held.prompts
     assert not {p.answer for p in held.prompts} & {p.answer for p in train.prompts}
+
+
+def test_each_half_of_a_split_tells_of_its_own_rows(masker: Masker, write_rows: WriteRows) -> None:
+    rows: list[Any] = [chat("q", "a" * (300 if i % 2 else 1)) for i in range(20)]
+    data = load(write_rows([*rows, "{"]), masker, max_bad_share=0.1)
+    train, held = data.split(0.2, seed=1)
+
+    assert "21 rows, 20 documents" in data.summary()
+    assert "17 rows, 16 documents" in train.summary()
+    assert "4 rows, 4 documents" in held.summary()
+    for half in (train, held, held.limited(2)):
+        cut = sum(len(document.token_ids) == 200 for document in half.documents)
+        assert f"; {cut} truncated" in half.summary()
+    assert "line 21" in train.summary()
+    assert "bad rows" not in held.summary()
+    assert "2 rows, 2 documents" in held.limited(2).summary()
+
+
+@pytest.mark.parametrize(("count", "longest_of_95"), [(1, 23), (2, 24), (20, 41), (21, 42)])
+def test_95_in_100_documents_are_at_most_as_long_as_is_told(
+    count: int, longest_of_95: int, masker: Masker, write_rows: WriteRows
+) -> None:
+    data = load(write_rows([chat("q", "a" * (i + 1)) for i in range(count)]), masker)
+
+    assert f"95 % up to {longest_of_95}, longest {22 + count};" in data.summary()
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_a_document_for_each_answer(

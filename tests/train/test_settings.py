@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from loriner.errors import ConfigError
+from loriner.errors import CheckpointError, ConfigError, DataError
 from loriner.train.files import load_settings
+from loriner.train.prepare import prepare
 from loriner.train.settings import ALL_LINEAR, KEY_ENV, JobConfig, PromoteConfig, PublishConfig
+from tests.train.conftest import WriteRows, chat
 
 AXOLOTL = """
 base_model: models/smollm2-nf4
@@ -254,6 +256,7 @@ def test_axolotl_qlora_yaml_is_taken_as_it_is(tmp_path: Path) -> None:
         ("deepspeed: zero3.json", "deepspeed"),
         ("lora_modules_to_save: [embed_tokens]", "lora_modules_to_save"),
         ("adapter: lora", "adapter: lora"),
+        ("attn_implementation: sage", "attn_implementation: sage"),
         ("optimizer: lion_8bit", "optimizer: lion_8bit"),
         ("val_set_size: 100", "val_set_size: 100"),
         ("loss_watchdog_threshold: 5.0", "loss_watchdog_threshold"),
@@ -274,3 +277,66 @@ def test_an_axolotl_key_that_cannot_be_honoured_is_named(
     with pytest.raises(ConfigError, match=rf"cannot honour .*{named}"):
         load_settings({}, path)
     assert named in load_settings({}, path, ignore_unknown=True).ignored
+
+
+@pytest.mark.parametrize("line", ["", "adapter:\n"])
+def test_an_axolotl_file_without_an_adapter_asks_for_what_is_not_done(
+    line: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "full.yml", AXOLOTL.replace("adapter: qlora\n", line))
+
+    with pytest.raises(ConfigError, match="cannot honour a missing `adapter`"):
+        load_settings({}, path)
+    (ignored,) = load_settings({}, path, ignore_unknown=True).ignored
+    assert "all weights" in ignored
+
+
+@pytest.mark.parametrize("ratio", ["0.1", "0"])
+def test_two_axolotl_keys_for_one_setting_are_refused(ratio: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "qlora.yml", f"{AXOLOTL}warmup_ratio: {ratio}\n")
+
+    with pytest.raises(ConfigError, match="warmup_steps and warmup_ratio exclude each other"):
+        load_settings({}, path)
+    write(path, f"{AXOLOTL}warmup_ratio:\n")
+    assert load_settings({}, path).jobs[0].warmup == 10
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", ""])
+def test_an_axolotl_file_may_choose_any_exact_attention(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "qlora.yml", f"{AXOLOTL}attn_implementation: {name}\n")
+
+    assert not load_settings({}, path).ignored
+
+
+@pytest.mark.parametrize(
+    ("field", "columns"), [("", "text=text"), ("    field: body\n", "text=body")]
+)
+def test_axolotl_completion_is_plain_text(field: str, columns: str, tmp_path: Path) -> None:
+    text = AXOLOTL.replace("type: chat_template\n", f"type: completion\n{field}")
+    path = write(tmp_path / "qlora.yml", text)
+
+    assert load_settings({}, path).jobs[0].columns == columns
+
+
+def test_axolotl_data_sets_of_different_columns_are_refused(tmp_path: Path) -> None:
+    text = AXOLOTL.replace("type: chat_template\n", "type: completion\n    field: a\n")
+    text = text.replace("val_set_size: 0.1", "test_datasets: [{path: e.jsonl, field: b}]")
+
+    with pytest.raises(ConfigError, match="test_datasets must have the columns of the other"):
+        load_settings({}, write(tmp_path / "qlora.yml", text))
+
+
+def test_a_name_of_a_hub_is_refused_with_the_flag_that_gives_ones_own(
+    tmp_path: Path, tiny: Path, write_rows: WriteRows
+) -> None:
+    path = write(tmp_path / "qlora.yml", AXOLOTL.replace("models/smollm2-nf4", "meta/llama"))
+    rows = str(write_rows([chat("q", str(i)) for i in range(4)]))
+
+    with pytest.raises(CheckpointError, match=r"meta/llama: No such folder.*--base gives a folder"):
+        prepare(load_settings({"data": rows}, path))
+    with pytest.raises(DataError, match=r"train.jsonl: No such file.* --data gives a file"):
+        prepare(load_settings({"base": str(tiny)}, path))
+    with pytest.raises(DataError, match=r"org/held: No such file.* --eval-data gives a file"):
+        flags = {"base": str(tiny), "data": rows, "eval_data": "org/held", "eval_split": "0"}
+        prepare(load_settings(flags, path))
+    assert prepare(load_settings({"base": str(tiny), "data": rows}, path)).jobs

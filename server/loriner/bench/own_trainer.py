@@ -76,8 +76,8 @@ def make_job(base: Base, job: dict[str, Any], index: int, folder: Path) -> Job:
     rows = random_rows(base.config.vocab_size, job["length"], 64, index)
     learnt = (False, *[True] * (job["length"] - 1))
     prompt = Prompt((), "", "")
-    entries = tuple(Entry(prompt, (Document(tuple(row), learnt),)) for row in rows)
-    return Job(settings, base, DataSet(Path("random"), "", entries, len(entries), 0, ()), None)
+    entries = tuple(Entry(prompt, (Document(tuple(row), learnt),), 0) for row in rows)
+    return Job(settings, base, DataSet(Path("random"), "", entries, ()), None)
 
 
 def random_rows(vocab: int, length: int, count: int, seed: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Axolotl's YAML, the QLoRA subset, as our settings. Knows names and values, no files.
 
-Rows of `type: alpaca` become chats of the base's own template, as all such rows do here.
+Rows of `type: alpaca` become chats of the base's own template, as all such rows do here; those of
+`type: completion` are plain text, whatever other keys they have.
 
 Invariant: a key comes out translated, or checked to ask for what is done anyway, or by name in the
 list of those that cannot be honoured.
@@ -50,7 +51,7 @@ _RENAMED = {
 }
 # Keys that may stand there as long as they ask for what is done anyway, or for nothing.
 _DONE_ANYWAY: Mapping[str, tuple[object, ...]] = {
-    "adapter": ("qlora",),
+    "adapter": ("qlora", None),  # without one: see `translate`
     "load_in_4bit": (True,),
     "load_in_8bit": (False, None),
     "bnb_4bit_quant_type": ("nf4",),
@@ -63,6 +64,10 @@ _DONE_ANYWAY: Mapping[str, tuple[object, ...]] = {
     "pad_to_sequence_len": (True, False, None),  # rows are never padded
     "eval_sample_packing": (True, False, None),  # documents never see each other
     "flash_attention": (True, False, None),  # chooses a kernel, not a result
+    "attn_implementation": (
+        *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+        None,
+    ),
     "sdp_attention": (True, False, None),
     "xformers_attention": (False, None),
     "logging_steps": tuple(range(10_001)),  # every step is logged
@@ -81,6 +86,11 @@ def translate(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(our settings, keys that cannot be honoured). Raises ConfigError for a bad value."""
     ours: dict[str, Any] = {}
     unknown: list[str] = []
+    if table.get("adapter") is None:
+        unknown.append(
+            "a missing `adapter` (Axolotl then trains all weights; write `adapter: qlora`)"
+        )
+    _check_distinct(table)
     for key, value in table.items():
         if key in _SPECIAL:
             _SPECIAL[key](value, ours, unknown)
@@ -95,6 +105,14 @@ def translate(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if "out" in ours and "name" not in ours:
         ours["name"] = _name_of(str(ours["out"]))
     return ours, unknown
+
+
+def _check_distinct(table: Mapping[str, Any]) -> None:
+    """Two keys for one setting of ours, such as warmup_steps and warmup_ratio."""
+    given: dict[str, str] = {}
+    for key, ours in _RENAMED.items():
+        if table.get(key) is not None and given.setdefault(ours, key) != key:
+            raise ConfigError(f"{given[ours]} and {key} exclude each other.")
 
 
 def _name_of(out: str) -> str:
@@ -120,15 +138,24 @@ def _one_dataset(
     files = entry.pop("data_files", None)
     path = entry.pop("path", None)
     ours[target] = files[0] if isinstance(files, list) and files else files or path
-    if entry.pop("type", None) not in _DATA_TYPES:
-        unknown.append(f"{key}.type: {value[0]['type']}")
-    columns = {"field_messages": "messages", "field": "text"}
-    renamed = {columns[k]: entry.pop(k) for k in list(entry) if k in columns}
-    renamed = {ours_key: column for ours_key, column in renamed.items() if ours_key != column}
-    if renamed:
-        ours["columns"] = ",".join(f"{k}={column}" for k, column in renamed.items())
+    kind = entry.pop("type", None)
+    if kind not in _DATA_TYPES:
+        unknown.append(f"{key}.type: {kind}")
+    columns = _columns(entry, is_text=kind == "completion")
+    if columns and ours.setdefault("columns", columns) != columns:
+        raise ConfigError(f"{key} must have the columns of the other data set.")
     allowed = {"ds_type": ("json", "csv", None), "split": ("train", "test", None)}
     unknown += [f"{key}.{k}" for k, v in entry.items() if v not in allowed.get(k, (None,))]
+
+
+def _columns(entry: dict[str, Any], *, is_text: bool) -> str:
+    """Our `columns`; takes their keys out of `entry`."""
+    keys = {"field_messages": "messages", "field": "text"}
+    named = {ours: entry.pop(key) for key, ours in keys.items() if key in entry}
+    named = {ours: column for ours, column in named.items() if column not in (None, ours)}
+    if is_text:
+        named.setdefault("text", "text")
+    return ",".join(f"{ours}={column}" for ours, column in named.items())
 
 
 def _targets(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:

@@ -5,9 +5,10 @@ Invariant: a set that is returned has fewer bad rows than the stated share, each
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from loriner.train.reading import Fault, Row, digest_file, read_rows
 from loriner.train.rows import Chat, Example, Pair, RowError, Turn, recognise
 
 MAX_SHOWN = 10
+MAX_COLUMNS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Entry:
 
     prompt: Prompt
     documents: tuple[Document, ...]
+    num_truncated: int  # of the documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +46,16 @@ class DataSet:
     path: Path
     digest: str  # SHA-256 of the file
     entries: tuple[Entry, ...]
-    num_rows: int
-    num_truncated: int
     faults: tuple[Fault, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Good and bad ones."""
+        return len(self.entries) + len(self.faults)
+
+    @property
+    def num_truncated(self) -> int:
+        return sum(entry.num_truncated for entry in self.entries)
 
     @property
     def documents(self) -> list[Document]:
@@ -64,14 +74,17 @@ class DataSet:
         return sum(document.num_learnt for document in self.documents)
 
     def split(self, share: float, seed: int) -> tuple[DataSet, DataSet]:
-        """(train, held out): `share` of the rows, at least one each, drawn by `seed`."""
+        """(train, held out): `share` of the rows, at least one each, drawn by `seed`.
+
+        The bad rows stay with the first.
+        """
         count = max(1, round(share * len(self.entries)))
         if count >= len(self.entries):
             raise ConfigError(f"eval_split {share} leaves nothing to train on in {self.path}.")
         held = set(random.Random(seed).sample(range(len(self.entries)), count))
         train = [e for i, e in enumerate(self.entries) if i not in held]
         kept = [e for i, e in enumerate(self.entries) if i in held]
-        return replace(self, entries=tuple(train)), replace(self, entries=tuple(kept))
+        return replace(self, entries=tuple(train)), replace(self, entries=tuple(kept), faults=())
 
     def limited(self, count: int) -> DataSet:
         """`count` of the rows at even distances (0: all)."""
@@ -83,7 +96,7 @@ class DataSet:
     def summary(self) -> str:
         """Rows, lengths and truncation, in lines for a terminal."""
         lengths = sorted(len(document.token_ids) for document in self.documents)
-        p50, p95 = statistics.median(lengths), lengths[int(0.95 * (len(lengths) - 1))]
+        p50, p95 = statistics.median(lengths), lengths[math.ceil(len(lengths) * 19 / 20) - 1]
         lines = [
             f"{self.path}: {self.num_rows} rows, {len(lengths)} documents, "
             f"{self.num_tokens} tokens, {self.num_learnt} of them learnt "
@@ -107,20 +120,17 @@ def load_data(
     """Read, recognise, mask and cut. Raises DataError naming lines and reasons."""
     entries: list[Entry] = []
     faults: list[Fault] = []
-    num_rows = num_truncated = 0
-    for row in read_rows(path):
-        num_rows += 1
+    for row in _rows(path, columns or {}):
         try:
             example, whole = _understand(row, masker, columns or {})
             cut = tuple(truncated(document, max_length) for document in whole)
         except RowError as error:
             faults.append(Fault(row.line, str(error)))
             continue
-        num_truncated += sum(a is not b for a, b in zip(whole, cut, strict=True))
-        entries.append(Entry(prompt_of(example), cut))
-    _check_share(path, num_rows, faults, max_bad_share)
-    found = tuple(entries), num_rows, num_truncated, tuple(faults)
-    return DataSet(path, digest_file(path), *found)
+        num_truncated = sum(a is not b for a, b in zip(whole, cut, strict=True))
+        entries.append(Entry(prompt_of(example), cut, num_truncated))
+    _check_share(path, len(entries) + len(faults), faults, max_bad_share)
+    return DataSet(path, digest_file(path), tuple(entries), tuple(faults))
 
 
 def load_prompts(
@@ -129,7 +139,7 @@ def load_prompts(
     """Questions and wanted answers, without a tokenizer. Raises DataError as `load_data` does."""
     prompts: list[Prompt] = []
     faults: list[Fault] = []
-    for row in read_rows(path):
+    for row in _rows(path, columns or {}):
         try:
             if isinstance(row, Fault):
                 raise RowError(row.reason)
@@ -167,6 +177,23 @@ def shown_faults(faults: Sequence[Fault]) -> list[str]:
     lines = [f"  line {fault.line}: {fault.reason}" for fault in faults[:MAX_SHOWN]]
     more = len(faults) - MAX_SHOWN
     return [*lines, f"  and {more} more"] if more > 0 else lines
+
+
+def _rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row | Fault]:
+    """The rows of the file. Raises DataError at its end for a column that no row has."""
+    seen: dict[str, None] = {}
+    for row in read_rows(path):
+        if isinstance(row, Row):
+            seen.update(dict.fromkeys(row.values))
+        yield row
+    missing = [column for column in columns if column not in seen]
+    if seen and missing:
+        shown = ", ".join([*seen][:MAX_COLUMNS_SHOWN])
+        more = len(seen) - MAX_COLUMNS_SHOWN
+        raise DataError(
+            f"{path} has no column {missing[0]!r} to be {columns[missing[0]]!r}; it has {shown}"
+            + (f" and {more} more." if more > 0 else ".")
+        )
 
 
 def _understand(

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from loriner.errors import ConfigError
+from loriner.errors import CheckpointError, ConfigError, DataError
 from loriner.model.config import ModelConfig
 from loriner.model.weights import Checkpoint
 from loriner.train.base import Base, load_tokenizer
@@ -48,6 +48,7 @@ class Preparation:
 
 def prepare(settings: Settings) -> Preparation:
     """Raises CheckpointError, ConfigError, DataError."""
+    _check_paths(settings)
     config = Checkpoint.open(settings.run.base).config
     tokenizer = load_tokenizer(settings.run.base)
     masker = Masker(tokenizer, config.eos_token_ids)
@@ -55,6 +56,23 @@ def prepare(settings: Settings) -> Preparation:
         raise ConfigError(f"base: {settings.run.base} names no end-of-sequence token.")
     jobs = tuple(_prepare_job(job, masker, config) for job in settings.jobs)
     return Preparation(settings, config, tokenizer, masker, jobs)
+
+
+def _check_paths(settings: Settings) -> None:
+    """Files written for other trainers name bases and data sets of a hub."""
+    base = settings.run.base
+    if not base.is_dir():
+        raise CheckpointError(
+            f"{base}: No such folder. Names of a hub are not looked up: --base gives a folder of "
+            "your own with an NF4 base."
+        )
+    for job in settings.jobs:
+        for flag, path in (("--data", job.data_path), ("--eval-data", job.eval_data)):
+            if path is not None and not path.is_file():
+                raise DataError(
+                    f"{path}: No such file. Names of a hub are not looked up: {flag} gives a file "
+                    "of your own."
+                )
 
 
 def _prepare_job(job: JobConfig, masker: Masker, config: ModelConfig) -> Prepared:

@@ -4,7 +4,7 @@
     conversations                     chat (ShareGPT: from/value)
     prompt, completion                two texts, or two lists of messages
     instruction, output (input)       a chat of one turn (Alpaca)
-    text                              all of it is learnt
+    text                              all of it is learnt; named as a column, it comes first
 
 Knows no tokens. Invariant: a key that would change what is learnt is honoured or refused by name.
 """
@@ -69,11 +69,15 @@ def recognise(row: Mapping[str, Any], columns: Mapping[str, str]) -> Example:
     values = {columns.get(key, key): value for key, value in row.items()}
     if refused := [key for key in _REFUSED if values.get(key) not in (None, "", [])]:
         raise RowError(f"`{refused[0]}` cannot be trained on")
+    if "text" in columns.values() and "text" in values:
+        return Text(_text(values, "text"))
     if "messages" in values:
-        return Chat(_turns(values["messages"], "messages", "role", "content"))
+        return Chat(
+            _answered(_turns(values["messages"], "messages", "role", "content"), "messages")
+        )
     if "conversations" in values:
         turns = _turns(values["conversations"], "conversations", "from", "value")
-        return Chat(_with_system(values, turns))
+        return Chat(_with_system(values, _answered(turns, "conversations")))
     if "prompt" in values and "completion" in values:
         return _pair(values["prompt"], values["completion"])
     if "instruction" in values and "output" in values:
@@ -97,6 +101,14 @@ def _turns(raw: Any, key: str, role_key: str, content_key: str) -> tuple[Turn, .
         keys = ("role", "content") if is_openai else (role_key, content_key)
         turns.append(_turn(message, f"{key}[{number}]", *keys))
     return tuple(turns)
+
+
+def _answered(turns: tuple[Turn, ...], key: str) -> tuple[Turn, ...]:
+    """Templates trim, so of a blank answer only the end token would be learnt."""
+    for number, turn in enumerate(turns):
+        if turn.is_learnt and not turn.content.strip():
+            raise RowError(f"{key}[{number}] is an empty answer; with weight 0 it is not learnt")
+    return turns
 
 
 def _turn(message: Mapping[str, Any], where: str, role_key: str, content_key: str) -> Turn:
@@ -139,6 +151,7 @@ def _pair(prompt: Any, completion: Any) -> Example:
         return Pair(prompt, completion)
     given = _turns(prompt, "prompt", "role", "content")
     learnt = _turns(completion, "completion", "role", "content")
+    learnt = _answered(learnt, "completion")
     return Chat((*(Turn(t.role, t.content, False) for t in given), *learnt))
 
 
