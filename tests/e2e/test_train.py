@@ -22,12 +22,12 @@ from loriner.model.transformer import layout
 from loriner.model.weights import Checkpoint
 from loriner.train.base import open_base
 from loriner.train.canaries import FILE, read
-from loriner.train.lora import Lora, Segment
 from loriner.train.settings import RunConfig
 from tests.engines import build_engine, engine_config
 from tests.fakes import make_request
 from tests.servers import ServerProcess
 from tests.tiny import write_tiny_base
+from tests.train.forward import trainer_logits
 
 pytestmark = [pytest.mark.timeout(120)]
 
@@ -107,26 +107,11 @@ def test_logits_of_trainer_and_server_are_the_same_on_smollm2(smollm2: Path) -> 
 
 
 def assert_same_logits(base: Path, trained: Path, prompt: list[int]) -> None:
-    trainer = open_base(RunConfig(base=base, device="cpu"))
-    folder_config = json.loads((trained / "adapter_config.json").read_text())
-    lora = Lora(
-        trainer.config.linears_named(folder_config["target_modules"]),
-        rank=folder_config["r"],
-        scaling=folder_config["lora_alpha"] / folder_config["r"],
-    )
-    lora.load(load_file(trained / "adapter_model.safetensors"))
-    with torch.no_grad():
-        hidden = trainer.hidden(
-            trainer.embed(torch.tensor(prompt)),
-            torch.arange(len(prompt)),
-            trainer.plan([len(prompt)]),
-            [Segment(0, len(prompt), lora, lora.cast(trainer.dtype))],
-        )
-        ours = hidden[-1] @ trainer.head.dense().T
+    ours = trainer_logits(base, trained, prompt, "cpu")[-1]
 
-    modules = trainer.config.modules()
-    adapter = formats.load(trained, modules)
-    seat = pack(adapter, layout(trainer.config), torch.float32)
+    config = Checkpoint.open(base).config
+    adapter = formats.load(trained, config.modules())
+    seat = pack(adapter, layout(config), torch.float32)
     engine = build_engine(engine_config(base), {"a": seat})
     engine.run_all([make_request(prompt, generation="a", max_tokens=1)])
     theirs = engine.logits["r", 0][0]

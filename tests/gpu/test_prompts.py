@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 import loriner
@@ -25,6 +26,7 @@ from tests.canaries import CANARIES
 from tests.engines import WatchedEngine, engine_config
 from tests.fakes import make_request
 from tests.gpu.operands import EXACT_ROWS
+from tests.train.forward import trainer_logits
 
 ADAPTERS = Path(loriner.__file__).parent / "data" / "adapters"
 NAMES = (None, "pirate", "codeword")
@@ -125,6 +127,22 @@ def check(
 
 def test_alone_they_are_the_cpus(alone: tuple[dict[str, Any], dict[str, Any]]) -> None:
     check("GPU, CPU", alone[1], alone[0], MIN_COSINE, MAX_MEAN_NATS)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_the_trainers_are_the_servers(
+    name: str, smollm2: Path, alone: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    """In bf16, each with kernels of its own: what is trained is what is served."""
+    asked = [r for r in requests(smollm2) if r.generation == name and r.request_id[0] == "p"]
+    gaps = []
+    for request in asked:
+        ids = list(request.prompt_ids)
+        logits = trainer_logits(smollm2, ADAPTERS / name, ids, "cuda")
+        own = torch.log_softmax(logits[:-1], -1)[range(len(ids) - 1), ids[1:]].numpy()
+        gaps.append(float(abs(own - alone[1][request.request_id]).mean()))
+    sys.stdout.write(f"{name}, trained and served: {max(gaps):.4f} nats\n")
+    assert gaps and max(gaps) <= MAX_MEAN_NATS
 
 
 @pytest.mark.parametrize("budget", [64, EXACT_ROWS, 2 * EXACT_ROWS])
