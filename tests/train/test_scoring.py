@@ -52,8 +52,10 @@ def test_intervals_are_those_of_the_tables() -> None:
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0, 0) == (0.0, 1.0)
     assert wilson(0, 100)[0] == pytest.approx(0.0, abs=1e-12)
-    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    mean, low, high = mean_interval([[1.0], [2.0], [3.0]])
     assert (mean, high - mean) == pytest.approx((2.0, 1.96 / 3**0.5))
+    # the same values again tell nothing new where they are the same row's
+    assert mean_interval([[1.0] * 9, [2.0] * 9, [3.0] * 9]) == pytest.approx((mean, low, high))
 
 
 def test_one_key_of_json_can_be_scored_alone() -> None:

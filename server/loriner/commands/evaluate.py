@@ -54,8 +54,8 @@ def add_command(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--metric",
         type=metrics_of,
         default=("exact",),
-        help="exact, json, json.KEY, number, or several of one answer: json,json.intent; or loss"
-        " (default: exact)",
+        help="exact, json, json.KEY, number, or several of one answer: json,json.intent; or loss,"
+        " of the answer's tokens without its end (default: exact)",
     )
     parser.add_argument("--columns", default="", help="as for `loriner train`")
     parser.add_argument("--limit", type=int, default=0, help="rows, from the first (0: all)")
@@ -194,8 +194,7 @@ class Evaluation:
 
 
 def _loss(adapter: str, rows: Sequence[Sequence[float]]) -> Score:
-    losses = [loss for row in rows for loss in row]
-    return Score(adapter, LOSS, *mean_interval(losses), len(losses))
+    return Score(adapter, LOSS, *mean_interval(rows), sum(map(len, rows)))
 
 
 def _share(adapter: str, metric: str, are_right: Sequence[bool]) -> Score:

@@ -81,12 +81,14 @@ def wilson(num_right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     return (middle - half) / (1 + square / count), (middle + half) / (1 + square / count)
 
 
-def mean_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, float, float]:
-    """(mean, low, high) by the normal approximation."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
+def mean_interval(rows: Sequence[Sequence[float]], z: float = 1.96) -> tuple[float, float, float]:
+    """(mean, low, high) of all values, where those of a row are not independent: the ratio of two
+    sums over rows (W. G. Cochran, Sampling Techniques, 3rd edition, section 2.11), and the normal
+    approximation."""
+    count, num_rows = sum(map(len, rows)), len(rows)
+    mean = math.fsum(value for row in rows for value in row) / count
+    if num_rows < 2:
         return mean, -math.inf, math.inf
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
-    half = z * spread / math.sqrt(count)
+    squares = math.fsum(math.fsum(value - mean for value in row) ** 2 for row in rows)
+    half = z * math.sqrt(squares * num_rows / (num_rows - 1)) / count
     return mean, mean - half, mean + half
