@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 MIB = 1 << 20
 GIB = 1 << 30
+KEY_ENV = ("LORINER_ADMIN_KEY", "LORINER_API_KEY")  # where commands find a server's key
 
 
 def setting(

@@ -107,7 +107,7 @@ def test_logits_of_trainer_and_server_are_the_same_on_smollm2(smollm2: Path) -> 
 
 
 def assert_same_logits(base: Path, trained: Path, prompt: list[int]) -> None:
-    ours = trainer_logits(base, trained, prompt, "cpu")[-1]
+    ours = trainer_logits(base, trained, [prompt], "cpu")[0][-1]
 
     config = Checkpoint.open(base).config
     adapter = formats.load(trained, config.modules())

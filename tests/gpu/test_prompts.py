@@ -135,10 +135,10 @@ def test_the_trainers_are_the_servers(
 ) -> None:
     """In bf16, each with kernels of its own: what is trained is what is served."""
     asked = [r for r in requests(smollm2) if r.generation == name and r.request_id[0] == "p"]
+    prompts = [list(request.prompt_ids) for request in asked]
+    made = trainer_logits(smollm2, ADAPTERS / name, prompts, "cuda")
     gaps = []
-    for request in asked:
-        ids = list(request.prompt_ids)
-        logits = trainer_logits(smollm2, ADAPTERS / name, ids, "cuda")
+    for request, ids, logits in zip(asked, prompts, made, strict=True):
         own = torch.log_softmax(logits[:-1], -1)[range(len(ids) - 1), ids[1:]].numpy()
         gaps.append(float(abs(own - alone[1][request.request_id]).mean()))
     sys.stdout.write(f"{name}, trained and served: {max(gaps):.4f} nats\n")

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from loriner.config import KEY_ENV
 from loriner.errors import CheckpointError, ConfigError, DataError
 from loriner.train.files import load_settings
 from loriner.train.prepare import prepare
-from loriner.train.settings import ALL_LINEAR, KEY_ENV, JobConfig, PromoteConfig, PublishConfig
+from loriner.train.settings import ALL_LINEAR, JobConfig, PromoteConfig, PublishConfig
 from tests.train.conftest import WriteRows, chat
 
 AXOLOTL = """

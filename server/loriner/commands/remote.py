@@ -21,6 +21,7 @@ import httpx
 
 from loriner.adapters.intake import is_kept
 from loriner.api.access import is_loopback
+from loriner.config import KEY_ENV
 from loriner.errors import ConfigError, LorinerError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -52,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def default_key() -> str:
     """The key in the environment, the admin's first."""
-    return os.environ.get("LORINER_ADMIN_KEY") or os.environ.get("LORINER_API_KEY", "")
+    return next(filter(None, map(os.environ.get, KEY_ENV)), "")
 
 
 class Remote:

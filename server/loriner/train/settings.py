@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loriner.adapters.names import AdapterName, parse_name
-from loriner.config import check_choice, check_exclusive, check_limits, setting
+from loriner.config import KEY_ENV, check_choice, check_exclusive, check_limits, setting
 from loriner.errors import ConfigError, InvalidRequestError
 from loriner.train.canaries import TOLERANCES
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-KEY_ENV = ("LORINER_ADMIN_KEY", "LORINER_API_KEY")
 _USUAL = ", ".join(f"{limit:g} for one trained in {dtype}" for dtype, limit in TOLERANCES.items())
 TOLERANCE_HELP = f"largest difference of a log-probability, in nats (unset: {_USUAL})"
 METRICS = ("loss", "exact", "json", "number")
