@@ -24,9 +24,12 @@ from loriner.kernels.cuda.tiling import (
     KIND_NESTED,
     MAX_STACKED_RANK,
     STAGE_BLOCKS,
+    Ends,
     Ring,
     Tiling,
     choose,
+    ends_of,
+    num_parts,
     ring_of,
     token_tiles_of,
 )
@@ -39,7 +42,10 @@ STAGE_BYTES = STAGE_BLOCKS * BLOCK // 2  # of an output's codes in a warp's stag
 LEAN, LEAN_ADAPTED = 104, 112  # registers of a thread, where small kernels are to fit beside
 LEAN_TILES = 2  # token tiles up to which they do
 DEEP_TILES = 3  # token tiles up to which registers hold two stages of weights (or one more)
-PART = 2048  # inputs of A x that a thread block sums: one or two rounds of its loads
+BLOCKS_A_ROUND = (
+    4  # of a group's inputs: while it multiplies them, an idle one has made a unit of A x
+)
+BESIDE_THREAD, BESIDE_OWN, BESIDE_MAIN = 96, 64, 104  # registers: of all at first, then by warps
 MOST_SHRUNK = 8 * 513 * MAX_STACKED_RANK  # values of A x that a launch may make
 
 
@@ -127,7 +133,7 @@ class Linears:
         place = self.device.torch_device
         rows = torch.cat([w.to(place).bfloat16() for w in weights])
         outputs, inputs = rows.shape
-        cut = self._tiling(outputs, inputs, gated=gated)
+        cut = self._tiling(outputs, inputs, gated=gated, is_nf4=False)
         rows = packing.pad_inputs(packing.interleave(rows, gated=gated), STAGE_BLOCKS * BLOCK)
         rows = packing.pad_rows(rows, cut.rows)
         return Operand(
@@ -165,16 +171,22 @@ class Linears:
         kernel = self.kernel(
             operand, epilogue, tiles, is_gelu=is_gelu, adapted=adapters is not None
         )
+        ends = self._ends(operand, tiles, adapted=adapters is not None)
         plain = params_of(x, operand, y)
         if adapters is not None:
             self._add_adapters(plain, adapters)
+        row_tiles = operand.weight.shape[0] * TILE // cut.rows
+        row_grids = -(-rows // (tiles * 8))
+        if adapters is not None and row_grids == cut.cluster == cut.min_blocks == 1:
+            plain.helpers = max(0, self.device.num_sms - row_tiles)
+            plain.rounds = max(1, operand.inputs // BLOCK // cut.input_groups // BLOCKS_A_ROUND)
+        grid = (cut.cluster, row_grids, row_tiles + plain.helpers)
         params: ctypes.Structure = plain
         if self.maps:
-            ring = self._ring(operand, tiles)
+            ring = self._ring(operand, tiles, ends)
             params = MappedParams(tensor_map(x, ring.blocks, tiles * 8), plain)
-        row_tiles = operand.weight.shape[0] * TILE // cut.rows
-        grid = (cut.cluster, -(-rows // (tiles * 8)), row_tiles)
-        kernel(grid, cut.threads, params, cluster=cut.cluster)
+        threads = cut.threads + (32 * ends.beside if ends else 0)
+        kernel(grid, threads, params, cluster=cut.cluster)
 
     def kernel(
         self,
@@ -188,8 +200,10 @@ class Linears:
         """The compiled variant for this operand."""
         use = Use(operand, epilogue, is_gelu)
         module = self.device.module(SOURCE, **self._defines(use, token_tiles, adapted=adapted))
-        ring = self._ring(operand, token_tiles)
-        return module.kernel("linear", operand.tiling.smem(operand.kind, token_tiles, ring))
+        ends = self._ends(operand, token_tiles, adapted=adapted)
+        ring = self._ring(operand, token_tiles, ends)
+        smem = operand.tiling.smem(operand.kind, token_tiles, ring, ends)
+        return module.kernel("linear", smem)
 
     def variants(self, uses: Iterable[tuple[Use, Sequence[int]]]) -> list[dict[str, int | str]]:
         """The defines of all kernels that steps of so many rows launch, with adapters and without
@@ -205,9 +219,13 @@ class Linears:
 
     def _defines(self, use: Use, token_tiles: int, *, adapted: bool) -> dict[str, int]:
         cut, kind = use.operand.tiling, use.operand.kind
-        ring = self._ring(use.operand, token_tiles)
+        ends = self._ends(use.operand, token_tiles, adapted=adapted)
+        ring = self._ring(use.operand, token_tiles, ends)
         deep = DEEP_TILES + (cut.input_groups == 1)
         lean = LEAN_ADAPTED if adapted else LEAN
+        is_lean = cut.min_blocks == 1 and token_tiles <= LEAN_TILES
+        beside = ends.beside if ends else 0
+        registers = BESIDE_THREAD if beside else lean if is_lean else 0
         return {
             "NT": token_tiles,
             "WR": cut.row_groups,
@@ -220,13 +238,24 @@ class Linears:
             "KIND": kind,
             "EPILOGUE": use.epilogue,
             "MIN_BLOCKS": cut.min_blocks,
-            "REGISTERS": lean if cut.min_blocks == 1 and token_tiles <= LEAN_TILES else 0,
+            "REGISTERS": registers,
             "GELU": int(use.is_gelu),
             "LORA": int(adapted),
+            "BESIDE": beside,
+            "BESIDE_REGISTERS": BESIDE_OWN,
+            "MAIN_REGISTERS": BESIDE_MAIN,
+            "STEPS": ends.steps if ends else 0,
+            "BUFFERS": ends.buffers if ends else 0,
         }
 
-    def _ring(self, operand: Operand, token_tiles: int) -> Ring:
-        ring = ring_of(operand.tiling, operand.kind, token_tiles, self.device.max_smem)
+    def _ends(self, operand: Operand, token_tiles: int, *, adapted: bool) -> Ends | None:
+        if not adapted:
+            return None
+        cut, smem = operand.tiling, self.device.max_smem
+        return ends_of(cut, operand.kind, operand.inputs, token_tiles, smem, is_wide=self.maps)
+
+    def _ring(self, operand: Operand, token_tiles: int, ends: Ends | None) -> Ring:
+        ring = ring_of(operand.tiling, operand.kind, token_tiles, self.device.max_smem, ends)
         assert ring is not None, "token_tiles are what fits"
         return ring
 
@@ -244,15 +273,11 @@ class Linears:
         params.shrunk_stride, params.parts = MAX_STACKED_RANK, parts
         params.workers = self.device.num_sms
 
-    def _tiling(self, outputs: int, inputs: int, *, gated: bool) -> Tiling:
+    def _tiling(self, outputs: int, inputs: int, *, gated: bool, is_nf4: bool = True) -> Tiling:
         if inputs % BLOCK or (gated and outputs % 16):
             raise ValueError(f"a linear of {outputs} x {inputs}: inputs must be a multiple of 64.")
-        return choose(outputs, inputs, self.device.num_sms, clusters=self.clusters)
-
-
-def num_parts(inputs: int) -> int:
-    """Parts of the inputs over which A x is summed apart, each by a block."""
-    return max(1, round(inputs / PART))
+        sms = self.device.num_sms
+        return choose(outputs, inputs, sms, clusters=self.clusters, is_nf4=is_nf4)
 
 
 def _slices(sizes: Sequence[int]) -> tuple[int, int]:

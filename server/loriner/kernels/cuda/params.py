@@ -28,6 +28,7 @@ class Params(ctypes.Structure):
         ("shrunk_size", ctypes.c_int64),
         *[(name, ctypes.c_int) for name in ("M", "N", "K", "KB", "nested_shift", "max_tiles")],
         *[(name, ctypes.c_int) for name in ("shrunk_stride", "parts", "workers")],
+        *[(name, ctypes.c_int) for name in ("helpers", "rounds")],
         *[(name, ctypes.c_int) for name in ("split0", "split1")],
     ]
 

@@ -21,6 +21,10 @@ GROUP_ROWS = 4 * TILE
 SMEM_TABLE = 65536
 SMEM_CONTROL = 16 + 4 * 4 * 16  # epoch; two barriers of each group in each stage
 LEAST_SHRUNK = 4 * MAX_STACKED_RANK * 4  # bytes: four rows of the most ranks
+PART = 2048  # inputs of A x that are summed apart from others
+SHARES = 16  # of such a part
+BESIDE = 4  # warps that see to adapters while the others multiply
+BESIDE_TILES = 2  # token tiles up to which registers leave room for them
 SMEM_RESERVED = 1536  # bytes of a multiprocessor that a block costs beside its own, at most
 
 
@@ -45,15 +49,34 @@ class Tiling:
         """Bytes of the groups' sums."""
         return self.input_groups * self.rows * token_tiles * 8 * 4
 
-    def smem(self, kind: int, token_tiles: int, ring: Ring) -> int:
-        """Bytes of shared memory."""
+    def smem(self, kind: int, token_tiles: int, ring: Ring, ends: Ends | None = None) -> int:
+        """Bytes of shared memory, of a kernel that sees to adapters or does not."""
         tokens = token_tiles * 8
-        x = ring.stages * self.input_groups * ring.blocks * tokens * 128
-        x += 0 if kind == KIND_BF16 else SMEM_TABLE
+        table = 0 if kind == KIND_BF16 else SMEM_TABLE
+        x = table + ring.stages * self.input_groups * ring.blocks * tokens * 128
         sums = self.sums(token_tiles)
-        if ring.apart:
-            return max(x, LEAST_SHRUNK) + sums + tokens * 3 * 32 + SMEM_CONTROL
-        return max(x, sums + LEAST_SHRUNK) + tokens * 3 * 32 + SMEM_CONTROL
+        front = max(x, LEAST_SHRUNK) + sums if ring.apart else max(x, sums + LEAST_SHRUNK)
+        control = tokens * 96 + SMEM_CONTROL
+        if ends is None:
+            return front + control
+        if not ends.beside:
+            return max(front, (table if ends.keeps_table else 0) + ends.units) + control
+        added = self.rows // self.cluster * tokens * 4
+        return front + control + max(ends.units, added + LEAST_SHRUNK)
+
+
+class Ends(NamedTuple):
+    """How a kernel sees to adapters."""
+
+    beside: int  # warps that do while the others multiply; 0: all do, before and after
+    steps: int  # of 32 inputs of the longest part of A x
+    buffers: int  # for A of such a part
+    keeps_table: bool  # of the weights' values; else it is made when A x is done
+
+    @property
+    def units(self) -> int:
+        """Bytes of shared memory."""
+        return SHARES * 512 + self.buffers * 16 * (self.steps | 1) * 64
 
 
 class Ring(NamedTuple):
@@ -69,14 +92,41 @@ RINGS = tuple(Ring(*size, apart) for size in _SIZES for apart in (True, False))
 
 
 @cache
-def ring_of(cut: Tiling, kind: int, token_tiles: int, max_smem: int) -> Ring | None:
+def ring_of(
+    cut: Tiling, kind: int, token_tiles: int, max_smem: int, ends: Ends | None = None
+) -> Ring | None:
     """The deepest ring of x that leaves room for the next kernel's block, or that fits a block's
     `max_smem` bytes at all."""
     for limit in (max_smem // 2 - SMEM_RESERVED, max_smem):
         for ring in RINGS:
-            if cut.smem(kind, token_tiles, ring) <= limit:
+            if cut.smem(kind, token_tiles, ring, ends) <= limit:
                 return ring
     return None
+
+
+def num_parts(inputs: int) -> int:
+    """Parts of the inputs over which A x is summed apart, each by a block."""
+    return max(1, round(inputs / PART))
+
+
+def part_steps(inputs: int) -> int:
+    """Steps of 32 inputs of the longest part."""
+    return -(-inputs // 32 // num_parts(inputs))
+
+
+@cache
+def ends_of(
+    cut: Tiling, kind: int, inputs: int, token_tiles: int, max_smem: int, *, is_wide: bool
+) -> Ends:
+    """Warps beside the main ones for few rows, where they fit; as many buffers as do."""
+    steps = part_steps(inputs)
+    beside = is_wide and cut.min_blocks == 1 and token_tiles <= BESIDE_TILES
+    choices = [Ends(BESIDE, steps, 1, True)] if beside else []
+    choices += [Ends(0, steps, 2, is_wide)] if cut.min_blocks == 1 else []
+    for ends in (*choices, Ends(0, steps, 1, is_wide)):
+        if ring_of(cut, kind, token_tiles, max_smem, ends):
+            return ends
+    raise ValueError(f"{inputs} inputs: too many for {max_smem} bytes of shared memory.")
 
 
 @cache
@@ -87,11 +137,13 @@ def token_tiles_of(cut: Tiling, kind: int, rows: int, max_smem: int, *, is_wide:
     return next((n for n in fitting if n * 8 >= rows), fitting[-1])
 
 
-def choose(outputs: int, inputs: int, num_sms: int, *, clusters: bool) -> Tiling:
+def choose(
+    outputs: int, inputs: int, num_sms: int, *, clusters: bool, is_nf4: bool = True
+) -> Tiling:
     """Enough thread blocks for all multiprocessors (measured on Hopper)."""
     groups = -(-outputs // GROUP_ROWS)
     if groups >= 2 * num_sms:
-        return Tiling(2, 1, 1, min_blocks=2)
+        return Tiling(4, 1, 1) if is_nf4 and clusters else Tiling(2, 1, 1, min_blocks=2)
     cluster = 1
     while clusters and cluster < 4 and groups * cluster * 3 <= num_sms * 2:
         if inputs // BLOCK < 32 * cluster:

@@ -13,15 +13,14 @@
 // further; the blocks of a cluster add their sums through each other's shared memory in a fixed order. So a
 // row's result depends neither on the other rows nor on NT.
 //
-// Adapters: before their main loop the first thread blocks multiply A x in units, which the end of every thread
-// block waits for: each value carries the launch's epoch, so that nothing but the value itself is waited for.
-// Those blocks are the first to be scheduled and never wait before they have given their part, so the
-// launch may be of any size.
+// What it does for adapters stands in adapters.cuh.
 //
 // Defines: NT, WR x WK groups (each has 64 outputs), STAGES (of the ring of x, XU blocks of each group), DEPTH
 // (stages of weights in registers), CLUSTER, APART (sums have room beside table and ring), KIND (0 NF4 with f32
 // scales, 1 NF4 with nested scales, 2 bf16), EPILOGUE (0 bf16 store, 1 add to f32, 2 gated bf16 store, 3 f32
-// store), GELU, LORA, MIN_BLOCKS, REGISTERS (of a thread at most; 0: what MIN_BLOCKS leaves).
+// store), GELU, LORA, MIN_BLOCKS, REGISTERS (of a thread at most; 0: what MIN_BLOCKS leaves), BESIDE
+// (warps that see to adapters while the others multiply; they change their registers to BESIDE_REGISTERS, the others to
+// MAIN_REGISTERS), STEPS (of 32 inputs in a part of A x, at most), BUFFERS (for A of such parts).
 #include "common.cuh"
 #include "lora.cuh"
 
@@ -30,7 +29,11 @@
 #define KU 4  // blocks of 64 inputs in a group's stage
 #define GROUPS (WR * WK)
 #define WARPS (GROUPS * 4)
-#define THREADS (WARPS * 32)
+#define MAIN_THREADS (WARPS * 32)
+#define THREADS (MAIN_THREADS + BESIDE * 32)
+#define FIRST (LORA && !BESIDE)  // adapters have units of A x before the main loop
+#define ENDING (BESIDE ? BESIDE : WARPS)  // warps that see to adapters
+#define SHARES 16  // of a unit of A x, each summed apart
 #define ROWS (WR * 64)
 #define TOKENS (NT * 8)
 #define NF4_KIND (KIND != 2)
@@ -49,13 +52,29 @@
 #define LEAST_SHRUNK 12288  // four rows of x of the most ranks (768)
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define SUMS_AT (APART ? MAX(FRONT, LEAST_SHRUNK) : 0)
-#define ROW_LORA (APART ? SUMS_AT + SUMS : MAX(FRONT, SUMS + LEAST_SHRUNK))
-#define SHRUNK_AT (APART ? 0 : SUMS)  // A x of rows of x, when table and ring have done their work
-#define SHRUNK_BYTES (APART ? SUMS_AT : ROW_LORA - SUMS)
+#define UNITS_AT (WGMMA ? TABLE : 0)         // units of A x, before x comes in; not on Hopper, before the table, too
+#define A_STRIDE ((STEPS | 1) * 64)          // bytes of a unit's rank: neighbours lie half of the banks apart
+#define A_BYTES (16 * A_STRIDE)
+#define UNITS (SHARES * 512 + BUFFERS * A_BYTES)
+#define FRONT_END (APART ? SUMS_AT + SUMS : MAX(FRONT, SUMS + LEAST_SHRUNK))
+#define ROW_LORA (FIRST ? MAX(FRONT_END, UNITS_AT + UNITS) : FRONT_END)
 #define EPOCH_AT (ROW_LORA + TOKENS * 96)
 #define BARRIERS_AT (EPOCH_AT + 16)  // a full and a free one of each group's tile of x in each stage
-static_assert(STAGES * X_STAGE >= WARPS * 512, "a unit of A x is summed where x will be");
-#define X_TOKENS (THREADS / (WK * XU * 8))  // rows of x that the thread block copies at a time
+static_assert(STAGES * WK <= 16, "barriers have room");
+#if BESIDE
+#define UNIT_SUMS_AT (BARRIERS_AT + 256)
+#define ADDED_AT UNIT_SUMS_AT  // when the units are done: what adapters add to this block's outputs
+#define ADDED (OWN * TOKENS * 4)
+#define SHRUNK_AT (ADDED_AT + ADDED)  // and A x of rows of x
+#define SHRUNK_BYTES MAX(UNITS - ADDED, LEAST_SHRUNK)
+#else
+#define UNIT_SUMS_AT UNITS_AT
+#define SHRUNK_AT (APART ? 0 : SUMS)  // A x of rows of x, when table and ring have done their work
+#define SHRUNK_BYTES (APART ? SUMS_AT : FRONT_END - SUMS)
+static_assert(!LORA || SHARES % WARPS == 0, "a warp has as many shares of a unit as any");
+#endif
+#define A_AT (UNIT_SUMS_AT + SHARES * 512)
+#define X_TOKENS (MAIN_THREADS / (WK * XU * 8))  // rows of x that the thread block copies at a time
 #define X_ROUNDS ((TOKENS + X_TOKENS - 1) / X_TOKENS)
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -86,8 +105,11 @@ struct Params {
     float code[16];        // of NF4, and behind it
     float map[256];        // of nested scales
     i64 shrunk_size;
-    i32 M, N, K, KB, nested_shift, max_tiles, shrunk_stride, parts, workers, split0, split1;  // KB: padded to KU
+    i32 M, N, K, KB, nested_shift, max_tiles, shrunk_stride, parts, workers, helpers, rounds, split0, split1;  // KB: padded to KU
 };
+
+// Which block of ROWS outputs this is. Blocks ahead have none.
+DEV i32 outputs_block(const Params& p) { return (i32)blockIdx.z - (LORA ? p.helpers : 0); }
 
 // Word I of a lane's column in the table: the byte I of `v` becomes the row. On Hopper dynamic shared memory begins at
 // 1024 (the kernel checks it), so that the address needs no addition: `column` has the high bits.
@@ -382,169 +404,7 @@ DEV void reduced(float (&sum)[4], i32 output, i32 quad) {
     }
 }
 
-// The outputs that this thread block finishes; gated ones have another half behind the first.
-struct Outputs {
-    i32 first, end;  // of a half, if gated
-    i32 half;        // 0: not gated
-
-    DEV i32 slice(const Params& p, i32 n) const { return (n >= p.split0) + (n >= p.split1); }
-    DEV i32 first_slice(const Params& p) const { return slice(p, first); }
-    DEV i32 last_slice(const Params& p) const { return slice(p, end - 1 + half); }
-};
-
-DEV Outputs own_outputs(const Params& p, i32 rank) {
-    constexpr i32 shape = EPILOGUE == 2 ? 2 : 1;
-    const i32 first = blockIdx.z * (ROWS / shape) + rank * (OWN / shape);
-    return {first, min(first + OWN / shape, p.N / shape), EPILOGUE == 2 ? p.N / 2 : 0};
-}
-
-// A grid is [cluster, tiles of rows of x, tiles of outputs]: blocks with the same weights run together.
-DEV u32 num_blocks() { return gridDim.x * gridDim.y * gridDim.z; }
-
-DEV u32 read_epoch(const Params& p) {
-    u32 epoch;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(epoch) : "l"(p.gate) : "memory");
-    return epoch;
-}
-// How many blocks know the epoch, with this one. The next one begins when all do, and not before this launch ends.
-DEV u32 note_epoch(const Params& p) {
-    u32 before;
-    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.gate + 1) : "memory");
-    return before + 1;
-}
-DEV void leave(const Params& p) {
-    const u32 epoch = *(const u32*)(smem + EPOCH_AT) + 1;
-    p.gate[1] = 0, p.gate[0] = epoch ? epoch : 1;
-    if (!epoch)  // values of the epochs before must not be taken for those of the epochs to come
-        for (i64 i = 0; i < p.shrunk_size; i++) p.shrunk[i] = 0;
-}
-
-// A unit: 16 ranks of up to 8 rows of an item, over one part of the inputs, which the block's warps share. Ranks are
-// the A operand of mma.m16n8k16, rows of x the B operand; lanes take eight consecutive inputs as their
-// fragments' sixteen, the same for both. Everything is added in a fixed order, whatever the other rows.
-struct Unit {
-    uint4 a[AHEAD][2];  // this lane's rows of A (g and g + 8), asked for
-    const u16 *from, *x;
-    i32 rows, ranks, steps;  // of 32 inputs, of this warp
-    u64* out;
-};
-
-DEV void ask(const Params& p, Unit& u, i32 step) {
-    const i32 g = (threadIdx.x & 31) >> 2;
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) u.a[i][h] = ld_once_or_zero(u.from + (i64)h * 8 * p.K + (step + i) * 32, g + h * 8 < u.ranks && step + i < u.steps);
-}
-
-// Ask for the A of unit `next`; false when there is none.
-DEV bool start_unit(const Params& p, i32 next, i32 warp, Unit& u) {
-    const i32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const i32 tile = next / p.parts, part = next - tile * p.parts;
-    const ShrinkTile e = p.tiles[min(tile, p.max_tiles - 1)];
-    if (tile >= *p.num_tiles) return false;
-    const i32 all = p.K / 32, share = part * WARPS + warp, begin = all * share / (p.parts * WARPS);
-    u.rows = e.rows, u.ranks = e.ranks, u.steps = all * (share + 1) / (p.parts * WARPS) - begin;
-    u.x = p.x + (i64)(e.row + g) * p.K + begin * 32 + t * 8;
-    u.out = p.shrunk + ((i64)part * p.M + e.row) * p.shrunk_stride + e.rank;
-    u.from = (const u16*)e.a + (i64)(e.rank + g) * p.K + begin * 32 + t * 8;
-    ask(p, u, 0);
-    return true;
-}
-
-DEV void multiply_unit(const Params& p, Unit& u, float (&acc)[4]) {
-#pragma unroll 1
-    for (i32 s = 0; s < u.steps; s += AHEAD) {
-        if (s) ask(p, u, s);
-        uint4 x[AHEAD];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            x[i] = make_uint4(0, 0, 0, 0);
-            if (((threadIdx.x & 31) >> 2) < u.rows && s + i < u.steps) x[i] = ld_cg16(u.x + (s + i) * 32);
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            mma_bf16(acc, u.a[i][0].x, u.a[i][1].x, u.a[i][0].y, u.a[i][1].y, x[i].x, x[i].y);
-            mma_bf16(acc, u.a[i][0].z, u.a[i][1].z, u.a[i][0].w, u.a[i][1].w, x[i].z, x[i].w);
-        }
-    }
-}
-
-// Add the warps' sums of a unit, and give them out.
-DEV void publish_unit(const Params& p, const float (&acc)[4], u32 epoch, i32 rows, i32 ranks, u64* out) {
-    float* sums = (float*)(smem + TABLE);
-    *(float4*)(sums + threadIdx.x * 4) = make_float4(acc[0], acc[1], acc[2], acc[3]);
-    __syncthreads();
-    if (threadIdx.x < 128) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += sums[w * 128 + threadIdx.x];
-        const i32 c = threadIdx.x & 3, from = threadIdx.x >> 2, row = (from & 3) * 2 + (c & 1), r = (from >> 2) + (c >> 1) * 8;
-        if (row < rows && r < ranks) st_relaxed(out + (i64)row * p.shrunk_stride + r, (u64)epoch << 32 | __float_as_uint(sum));
-    }
-    __syncthreads();
-}
-
-// A x of `count` rows of x from `token` on, over all parts, in shared memory: [count, stride] f32. A warp sees to a row at
-// a time, a lane to a rank, with AT rows and PARTS parts of them under way.
-template <int AT, int PARTS> DEV void gather_rows(const Params& p, i32 first, i32 last, i32 token0, i32 token, i32 count, i32 stride) {
-    const i32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const i64 part = (i64)p.M * p.shrunk_stride;
-    const u32 epoch = *(const u32*)(smem + EPOCH_AT);
-    float* to = (float*)(smem + SHRUNK_AT);
-#pragma unroll 1
-    for (i32 row0 = warp; row0 < count; row0 += WARPS * AT) {
-#pragma unroll 1
-        for (i32 r = lane; r < stride; r += 32) {
-            const u64* from[AT];
-            bool real[AT];
-            float sum[AT] = {};
-#pragma unroll
-            for (int q = 0; q < AT; q++) {
-                const i32 row = min(row0 + q * WARPS, count - 1);
-                const RowLora* l = (const RowLora*)(smem + ROW_LORA) + (token + row) * 3;
-                const i32 begin = l[first].begin;
-                real[q] = row0 + q * WARPS < count && begin + r < l[last].begin + l[last].rank;
-                from[q] = p.shrunk + (i64)(token0 + token + row) * p.shrunk_stride + begin + r;
-            }
-#pragma unroll 1
-            for (i32 j = 0; j < p.parts; j += PARTS) {
-                u64 v[AT][PARTS];
-#pragma unroll
-                for (int q = 0; q < AT; q++)
-#pragma unroll
-                    for (int k = 0; k < PARTS; k++) v[q][k] = real[q] && j + k < p.parts ? ld_relaxed(from[q] + (j + k) * part) : (u64)epoch << 32;
-#pragma unroll
-                for (int q = 0; q < AT; q++)
-#pragma unroll
-                    for (int k = 0; k < PARTS; k++) {
-                        while ((u32)(v[q][k] >> 32) != epoch) v[q][k] = ld_relaxed(from[q] + (j + k) * part);
-                        sum[q] += __uint_as_float((u32)v[q][k]);
-                    }
-            }
-#pragma unroll
-            for (int q = 0; q < AT; q++)
-                if (real[q]) to[(row0 + q * WARPS) * stride + r] = sum[q];
-        }
-    }
-}
-DEV void gather_shrunk(const Params& p, const Outputs& own, i32 token0, i32 token, i32 count, i32 stride) {
-    const i32 first = own.first_slice(p), last = own.last_slice(p);
-    count = min(count, min(p.M - token0, TOKENS) - token);
-    if (p.parts <= 2) gather_rows<4, 2>(p, first, last, token0, token, count, stride);
-    else gather_rows<2, 8>(p, first, last, token0, token, count, stride);
-}
-
-// Bias and adapters onto output n of the four rows of `quad`, `rows` of which are there; `shrunk`: of the first.
-DEV void finish(const Params& p, const Outputs& own, float (&v)[4], i32 n, i32 quad, i32 rows, const float* shrunk, i32 stride) {
-    if (p.bias)
-#pragma unroll
-        for (int j = 0; j < 4; j++) v[j] += p.bias[n];
-    if (LORA && stride) {
-        const i32 slice = own.slice(p, n), start = slice == 0 ? 0 : slice == 1 ? p.split0 : p.split1;
-        lora_quad(v, (const RowLora*)(smem + ROW_LORA) + quad * 12, own.first_slice(p), slice, n - start, rows, shrunk, stride);
-    }
-}
+#include "adapters.cuh"
 
 DEV float activate(float v) {
 #if GELU
@@ -554,40 +414,18 @@ DEV float activate(float v) {
 #endif
 }
 
-// Most ranks of a row of x in this thread block's slices, to a multiple of 4.
-DEV i32 most_ranks(i32 first, i32 last, i32 tokens) {
-    const RowLora* rows = (const RowLora*)(smem + ROW_LORA);
-    i32 most = 0;
-#pragma unroll
-    for (i32 i = 0; i < TOKENS; i += 32) {
-        const RowLora* l = rows + min(i + (i32)(threadIdx.x & 31), tokens - 1) * 3;
-        most = max(most, l[last].begin + l[last].rank - l[first].begin);
-    }
-    return (__reduce_max_sync(0xffffffffu, most) + 3) & ~3;
-}
-
-// How the end deals with adapters: rows of x whose A x fit shared memory at a time.
-struct Passes {
-    i32 stride, quads;  // stride 0: no row here has an adapter
-
-    DEV Passes(const Outputs& own, const Params& p, i32 token0) {
-        stride = LORA ? most_ranks(own.first_slice(p), own.last_slice(p), min(TOKENS, p.M - token0)) : 0;
-        quads = stride ? min(SHRUNK_BYTES / 16 / stride, TOKENS / 4) : TOKENS / 4;
-    }
-};
-
 DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32 token0) {
     constexpr i32 per = EPILOGUE == 2 ? OWN / 2 : OWN;
     const i32 outputs = EPILOGUE == 2 ? p.N / 2 : p.N, stride = passes.stride, quads = passes.quads;
 #pragma unroll 1
     for (i32 quad0 = 0; quad0 < TOKENS / 4; quad0 += quads) {
-        if (LORA && quad0) {
+        if (LORA && !BESIDE && quad0) {
             __syncthreads();
-            gather_shrunk(p, own, token0, quad0 * 4, quads * 4, stride);
+            gather_shrunk(p, own, token0, quad0 * 4, quads * 4, stride, threadIdx.x >> 5, *(const u32*)(smem + EPOCH_AT));
             __syncthreads();
         }
 #pragma unroll 1
-        for (i32 i = threadIdx.x; i < per * min(quads, TOKENS / 4 - quad0); i += THREADS) {
+        for (i32 i = threadIdx.x; i < per * min(quads, TOKENS / 4 - quad0); i += MAIN_THREADS) {
             const i32 at = i % per, n = own.first + at, quad = quad0 + i / per, row0 = token0 + quad * 4;
             const i32 rows = min(p.M - row0, 4);
             if (n >= outputs) continue;
@@ -598,10 +436,10 @@ DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32
                 for (int j = 0; j < 4; j++) old[j] = j < rows ? ((const float*)p.y)[(i64)(row0 + j) * outputs + n] : 0.0f;
             const i32 output = EPILOGUE == 2 ? (at >> 3) * 16 + (at & 7) : at;  // 8 of gate, the 8 of up with them
             reduced(sum, output, quad);
-            finish(p, own, sum, n, quad, rows, shrunk, stride);
+            finish(p, own, sum, n, at, quad, rows, shrunk, stride);
             if (EPILOGUE == 2) {
                 reduced(up, output + 8, quad);
-                finish(p, own, up, n + outputs, quad, rows, shrunk, stride);
+                finish(p, own, up, n + outputs, at + per, quad, rows, shrunk, stride);
             }
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -616,6 +454,21 @@ DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32
     }
 }
 
+// The table, before it is copied to every bank: pairs of codes, then values of nested scales.
+DEV void fill_table(const Params& p) {
+    if (!NF4_KIND) return;
+#pragma unroll
+    for (int i = 0; i < (ENTRIES + THREADS - 1) / THREADS; i++) {
+        const i32 e = threadIdx.x + i * THREADS;
+        if (e < ENTRIES) {
+            const u32 v = e < 256 ? pack_bf16(p.code[e & 15], p.code[e >> 4 & 15]) : __float_as_uint(p.map[e & 255]);
+#pragma unroll
+            for (int j = 0; j < 8; j++)  // neighbours start at different banks
+                *(uint4*)(smem + (e & 255) * 256 + (e >> 8) * 128 + ((e + j) & 7) * 16) = make_uint4(v, v, v, v);
+        }
+    }
+}
+
 #if REGISTERS
 #define BOUNDS __maxnreg__(REGISTERS)
 #else
@@ -624,32 +477,24 @@ DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32
 
 extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     grid_launch();
-    if (CLUSTER > 1 && APART) cluster_arrive();
+    if (CLUSTER > 1 && APART && !FIRST) cluster_arrive();
     const i32 rank = CLUSTER == 1 ? 0 : cluster_rank();
     const i32 lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, (i32)threadIdx.x >> 5, 0), wk = (warp >> 2) % WK, wr = (warp >> 2) / WK;
-    const i32 tile = blockIdx.z * (ROWS / 16) + wr * 4 + (warp & 3), token0 = blockIdx.y * TOKENS;
+    const i32 tile = outputs_block(p) * (ROWS / 16) + (BESIDE ? wr % WR : wr) * 4 + (warp & 3), token0 = blockIdx.y * TOKENS;
     const i32 units = p.KB / KU, begin = units * rank / CLUSTER, end = units * (rank + 1) / CLUSTER;
     const i32 mine = max(0, (end - begin - wk + WK - 1) / WK);  // stages of this group
     const i32 stages = (end - begin + WK - 1) / WK;             // of the thread block
     i32 kb = (begin + wk) * KU;
     Scales s;
     Weights w;
-    const i32 block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x, workers = min((i32)num_blocks(), p.workers);
-    Unit unit;
-    const bool works = LORA && block < workers && start_unit(p, block, warp, unit);
-    if (!works) load_first(p, w, s, tile, kb, mine);
-    if (NF4_KIND) {
-#pragma unroll
-        for (int i = 0; i < (ENTRIES + THREADS - 1) / THREADS; i++) {
-            const i32 e = threadIdx.x + i * THREADS;
-            if (e < ENTRIES) {
-                const u32 v = e < 256 ? pack_bf16(p.code[e & 15], p.code[e >> 4 & 15]) : __float_as_uint(p.map[e & 255]);
-#pragma unroll
-                for (int j = 0; j < 8; j++)  // neighbours start at different banks
-                    *(uint4*)(smem + (e & 255) * 256 + (e >> 8) * 128 + ((e + j) & 7) * 16) = make_uint4(v, v, v, v);
-            }
-        }
-    }
+#if FIRST
+    Share of_adapters(p, warp);
+    const bool works = of_adapters.any() || is_helper(p);
+#else
+    const bool works = false;
+#endif
+    if (!works && warp < WARPS && !(BESIDE && is_helper(p))) load_first(p, w, s, tile, kb, mine);
+    if (WGMMA || !works) fill_table(p);
     if (LORA)
         for (i32 i = threadIdx.x; i < min(TOKENS, p.M - token0) * 6; i += THREADS) cp_async16(smem_addr(smem) + ROW_LORA + i * 16, (const uint4*)(p.rows + (i64)token0 * 3) + i);
     cp_async_commit();
@@ -663,36 +508,53 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
         for (int i = 0; i < STAGES * WK; i++) barrier_init(full_barrier(base, 0, i), 1), barrier_init(free_barrier(base, 0, i), WR * 4);
         barrier_init_done();
     }
+    if (BESIDE) cp_async_wait<0>();
     __syncthreads();
 #else
     const i32 loops = stages, feeds = stages;
     FeedX f(p, token0, begin);
 #define START_X() start_x(p, f, base, feeds)
 #endif
+#if BESIDE
+    if (warp >= WARPS) {
+#if BESIDE_REGISTERS
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BESIDE_REGISTERS));
+#endif
+        return beside(p, own_outputs(p, rank), token0, warp - WARPS);
+    }
+#if BESIDE_REGISTERS
+    if (is_helper(p)) return;
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MAIN_REGISTERS));
+#endif
+#endif
     grid_wait();
     u32 epoch = 0;
-    if (LORA && threadIdx.x == 0) epoch = read_epoch(p);
+    if (FIRST && threadIdx.x == 0) epoch = read_epoch(p);
     if (!works) START_X();
-    if (LORA && threadIdx.x == 0) *(u32*)(smem + EPOCH_AT) = epoch;
+    if (FIRST && threadIdx.x == 0) *(u32*)(smem + EPOCH_AT) = epoch;
+#if FIRST
     if (works) {
-        i32 next = block;
         const u32 epoch = read_epoch(p);  // out of shared memory it costs the main loop its uniform registers
-        bool more = true;
-        while (more) {
-            float acc[4] = {};
-            multiply_unit(p, unit, acc);
-            const i32 rows = unit.rows, ranks = unit.ranks;
-            u64* out = unit.out;
-            more = start_unit(p, next += workers, warp, unit);  // its A comes in meanwhile
-            publish_unit(p, acc, epoch, rows, ranks, out);
+        of_adapters.multiply(p, threadIdx.x, epoch);
+        if (is_helper(p)) {
+            __syncthreads();
+            if (threadIdx.x == 0 && note_epoch(p) == num_blocks()) leave(p, epoch);
+            return;
         }
         load_first(p, w, s, tile, kb, mine);
+        cp_async_wait<0>();
 #if WGMMA
         async_after_generic();
-#endif
         __syncthreads();
+#else
+        __syncthreads();
+        fill_table(p);
+        __syncthreads();
+#endif
         START_X();
     }
+    if (CLUSTER > 1 && APART) cluster_arrive();  // sums may come where units were
+#endif
     float acc[NT][4];
 #pragma unroll
     for (int i = 0; i < NT * 4; i++) (&acc[0][0])[i] = 0.0f;
@@ -741,20 +603,20 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     if (NF4_KIND && mine > 0) scale_sums(acc, z.change), scale_sums(acc, of_outputs<0>(scale_of<0>(s, lane), lane));
     cp_async_wait<0>();
     if (APART) {
-        if (LORA) __syncthreads();        // A x comes where table and ring were
-        if (CLUSTER > 1) cluster_wait();  // every block of the cluster has begun
+        if (FIRST) __syncthreads();  // A x comes where table and ring were
+        if (CLUSTER > 1) cluster_wait();       // every block of the cluster has begun
     } else if (CLUSTER > 1) {
         cluster_sync();  // every block of the cluster is done with its table and ring
     } else {
-        __syncthreads();
+        main_sync();
     }
-    const u32 passed = LORA && threadIdx.x == 0 ? note_epoch(p) : 0;
+    const u32 known = FIRST && threadIdx.x == 0 ? note_epoch(p) : 0;
     give(acc, rank * WK + wk, wr * 4 + (warp & 3), lane);
     const Outputs own = own_outputs(p, rank);
     const Passes passes(own, p, token0);
-    if (passes.stride) gather_shrunk(p, own, token0, 0, passes.quads * 4, passes.stride);
+    if (!BESIDE && passes.stride) gather_shrunk(p, own, token0, 0, passes.quads * 4, passes.stride, warp, *(const u32*)(smem + EPOCH_AT));
     if (CLUSTER == 1) __syncthreads();
     else cluster_sync();
     epilogue(p, own, passes, token0);
-    if (LORA && passed == num_blocks()) leave(p);
+    if (FIRST && known == num_blocks()) leave(p, *(const u32*)(smem + EPOCH_AT));
 }

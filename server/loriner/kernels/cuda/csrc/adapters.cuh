@@ -1,0 +1,337 @@
+// What a linear does for its adapters: y += scale * B (A x), each row of x by its own, at exact ranks.
+//
+// Part of linear.cu, whose defines and shared memory it uses. A x is multiplied in units, which the thread blocks
+// share: each value carries the launch's epoch, so that nothing but the value itself is waited for. On Hopper, and with few
+// rows of x, four warps beside the main ones (BESIDE) see to adapters while those multiply; else all do, before
+// and after. Where multiprocessors are left over, thread blocks without outputs (helpers) multiply units alone. Units come
+// first and wait for nobody, and helpers are the first blocks to be scheduled, so that a launch may be of any size. Everything is added in a fixed order, whatever the other rows and whoever adds.
+#pragma once
+
+// The outputs that this thread block finishes; gated ones have another half behind the first.
+struct Outputs {
+    i32 first, end;  // of a half, if gated
+    i32 half;        // 0: not gated
+
+    DEV i32 slice(const Params& p, i32 n) const { return (n >= p.split0) + (n >= p.split1); }
+    DEV i32 first_slice(const Params& p) const { return slice(p, first); }
+    DEV i32 last_slice(const Params& p) const { return slice(p, end - 1 + half); }
+};
+
+DEV Outputs own_outputs(const Params& p, i32 rank) {
+    constexpr i32 shape = EPILOGUE == 2 ? 2 : 1;
+    const i32 first = outputs_block(p) * (ROWS / shape) + rank * (OWN / shape);
+    return {first, min(first + OWN / shape, p.N / shape), EPILOGUE == 2 ? p.N / 2 : 0};
+}
+
+// A grid is [cluster, tiles of rows of x, tiles of outputs]: blocks with the same weights run together.
+DEV bool is_helper(const Params& p) { return (i32)blockIdx.z < p.helpers; }  // has no outputs
+DEV u32 num_blocks() { return gridDim.x * gridDim.y * gridDim.z; }
+
+DEV u32 read_epoch(const Params& p) {
+    u32 epoch;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(epoch) : "l"(p.gate) : "memory");
+    return epoch;
+}
+// How many blocks know the epoch, with this one. The next one begins when all do, and not before this launch ends.
+DEV u32 note_epoch(const Params& p) {
+    u32 before;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.gate + 1) : "memory");
+    return before + 1;
+}
+DEV void leave(const Params& p, u32 epoch) {
+    p.gate[1] = 0, p.gate[0] = epoch + 1 ? epoch + 1 : 1;
+    if (epoch + 1 == 0)  // values of the epochs before must not be taken for those of the epochs to come
+        for (i64 i = 0; i < p.shrunk_size; i++) p.shrunk[i] = 0;
+}
+
+// A unit: 16 ranks of up to 8 rows of an item, over one part of the inputs, which is summed in SHARES. Ranks are
+// the A operand of mma.m16n8k16, rows of x the B operand; lanes take eight consecutive inputs as their
+// fragments' sixteen, the same for both.
+struct Unit {
+    ShrinkTile tile;
+    i32 part;
+};
+
+// Unit `index`, where there are so many.
+DEV Unit unit_at(const Params& p, i32 index) {
+    const i32 tile = index / p.parts;
+    return {p.tiles[min(tile, p.max_tiles - 1)], index - tile * p.parts};
+}
+DEV i32 count_units(const Params& p) { return *p.num_tiles * p.parts; }
+
+// Steps of 32 inputs before share `share` of a part; before the next part, for SHARES.
+DEV i32 steps_before(const Params& p, i32 part, i32 share) { return p.K / 32 * (part * SHARES + share) / (p.parts * SHARES); }
+
+// Ask for the A of a unit: [16, A_STRIDE] in shared memory. A warp sees to a rank at a time.
+DEV void ask_unit(const Params& p, const Unit& u, i32 place, i32 warp) {
+    const i32 lane = threadIdx.x & 31, first = steps_before(p, u.part, 0), chunks = (steps_before(p, u.part, SHARES) - first) * 4;
+    const u16* a = (const u16*)u.tile.a + (i64)u.tile.rank * p.K + first * 32;
+    const u32 to = smem_addr(smem) + A_AT + place * A_BYTES;
+#pragma unroll 1
+    for (i32 r = warp; r < 16; r += ENDING)
+        for (i32 i = lane; i < chunks; i += 32) cp_async16_or_zero(to + r * A_STRIDE + i * 16, r < u.tile.ranks ? a + (i64)r * p.K + i * 8 : p.x, r < u.tile.ranks);
+}
+
+// This lane's x in `count` steps from `step` on, zeros beyond.
+DEV void load_steps(const Params& p, const Unit& u, i32 step, i32 count, uint4 (&x)[AHEAD]) {
+    const i32 g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    const u16* from = p.x + (i64)(u.tile.row + g) * p.K + step * 32 + t * 8;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        x[i] = make_uint4(0, 0, 0, 0);
+        if (g < u.tile.rows && i < count) x[i] = ld_cg16(from + i * 32);
+    }
+}
+
+DEV void multiply_step(float (&acc)[4], const uint4& low, const uint4& high, const uint4& x) {
+    mma_bf16(acc, low.x, high.x, low.y, high.y, x.x, x.y);
+    mma_bf16(acc, low.z, high.z, low.w, high.w, x.z, x.w);
+}
+
+#define SHARES_AT (ENDING == SHARES ? 1 : 2)  // of a warp, at a time
+
+// A warp's shares of a unit, whose A is there when `arrived` has been called.
+template <class Arrived> DEV void multiply_unit(const Params& p, const Unit& u, i32 place, i32 warp, Arrived arrived) {
+    const i32 lane = threadIdx.x & 31, first = steps_before(p, u.part, 0);
+    const u8* a = smem + A_AT + place * A_BYTES + (lane >> 2) * A_STRIDE + (lane & 3) * 16;
+#pragma unroll 1
+    for (i32 i = 0; i < SHARES / ENDING; i += SHARES_AT) {
+        const i32 share = warp * (SHARES / ENDING) + i;
+        i32 begin[SHARES_AT], count[SHARES_AT], most = 0;
+#pragma unroll
+        for (int k = 0; k < SHARES_AT; k++) begin[k] = steps_before(p, u.part, share + k), count[k] = steps_before(p, u.part, share + k + 1) - begin[k], most = max(most, count[k]);
+        float acc[SHARES_AT][4] = {};
+#pragma unroll 1
+        for (i32 s = 0; s < most; s += AHEAD) {
+            uint4 x[SHARES_AT][AHEAD];
+#pragma unroll
+            for (int k = 0; k < SHARES_AT; k++) load_steps(p, u, begin[k] + s, count[k] - s, x[k]);
+            if (i + s == 0) arrived();
+#pragma unroll
+            for (int k = 0; k < SHARES_AT; k++)
+#pragma unroll
+                for (int j = 0; j < AHEAD; j++) {
+                    if (s + j >= count[k]) break;
+                    const u8* at = a + (begin[k] + s + j - first) * 64;
+                    multiply_step(acc[k], *(const uint4*)at, *(const uint4*)(at + 8 * A_STRIDE), x[k][j]);
+                }
+        }
+#pragma unroll
+        for (int k = 0; k < SHARES_AT; k++) *(float4*)(smem + UNIT_SUMS_AT + (share + k) * 512 + lane * 16) = make_float4(acc[k][0], acc[k][1], acc[k][2], acc[k][3]);
+    }
+}
+
+// Add the shares of a unit, and give them out; by 128 threads.
+DEV void publish_unit(const Params& p, const Unit& u, i32 thread, u32 epoch) {
+    const float* sums = (const float*)(smem + UNIT_SUMS_AT);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < SHARES; i++) sum += sums[i * 128 + thread];
+    const i32 c = thread & 3, from = thread >> 2, row = (from & 3) * 2 + (c & 1), r = (from >> 2) + (c >> 1) * 8;
+    u64* out = p.shrunk + ((i64)u.part * p.M + u.tile.row + row) * p.shrunk_stride + u.tile.rank + r;
+    if (row < u.tile.rows && r < u.tile.ranks) st_relaxed(out, (u64)epoch << 32 | __float_as_uint(sum));
+}
+
+#if BESIDE
+DEV void ending_sync() { asm volatile("bar.sync 1, %0;" ::"n"(BESIDE * 32) : "memory"); }
+DEV void main_sync() { asm volatile("bar.sync 2, %0;" ::"n"(MAIN_THREADS) : "memory"); }
+#else
+DEV void ending_sync() { __syncthreads(); }
+DEV void main_sync() { __syncthreads(); }
+#endif
+
+// The units of this thread block: their A is asked for before the kernel ahead has ended, and each next one's while one is
+// multiplied. Thread blocks without outputs have the first ones, some rounds of them; the others share the rest.
+struct Share {
+    Unit now, later;
+    i32 next, step, end, warp;
+
+    DEV Share(const Params& p, i32 warp_) : warp(warp_) {
+        const i32 all = count_units(p), first = min(all, p.helpers * p.rounds), block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+        if ((i32)blockIdx.z < p.helpers) next = block, step = p.helpers, end = first;
+        else next = first + block - p.helpers, step = min((i32)num_blocks() - p.helpers, p.workers), end = block - p.helpers < step ? all : 0;
+        now = unit_at(p, next);
+        if (next < end) ask_unit(p, now, 0, warp);
+        cp_async_commit();
+        if (BUFFERS == 1) return;
+        later = unit_at(p, next + step);
+        if (next + step < end) ask_unit(p, later, 1, warp);
+        cp_async_commit();
+    }
+    DEV bool any() const { return next < end; }
+
+    DEV void multiply(const Params& p, i32 thread, u32 epoch) {
+#pragma unroll 1
+        for (i32 place = 0; next < end; next += step) {
+            Unit after;
+            if (BUFFERS == 2) after = unit_at(p, next + 2 * step);
+            multiply_unit(p, now, place, warp, [] {
+                cp_async_wait<BUFFERS - 1>();
+                ending_sync();
+            });
+            ending_sync();
+            if (BUFFERS == 2 && next + 2 * step < end) ask_unit(p, after, place, warp);
+            if (BUFFERS == 2) cp_async_commit();
+            if (thread < 128) publish_unit(p, now, thread, epoch);
+            if (BUFFERS == 2) {
+                now = later, later = after, place ^= 1;
+            } else {
+                now = unit_at(p, next + step);
+                if (next + step < end) ask_unit(p, now, 0, warp);
+                cp_async_commit();
+            }
+        }
+    }
+};
+
+// A x of `count` rows of x from `token` on, over all parts, in shared memory: [count, stride] f32. One of the ENDING warps sees to
+// a row at a time, a lane to a rank, with AT rows and PARTS parts of them under way.
+template <int AT, int PARTS> DEV void gather_rows(const Params& p, i32 first, i32 last, i32 token0, i32 token, i32 count, i32 stride, i32 warp, u32 epoch) {
+    const i32 lane = threadIdx.x & 31;
+    const i64 part = (i64)p.M * p.shrunk_stride;
+    float* to = (float*)(smem + SHRUNK_AT);
+#pragma unroll 1
+    for (i32 row0 = warp; row0 < count; row0 += ENDING * AT) {
+#pragma unroll 1
+        for (i32 r = lane; r < stride; r += 32) {
+            const u64* from[AT];
+            bool real[AT];
+            float sum[AT] = {};
+#pragma unroll
+            for (int q = 0; q < AT; q++) {
+                const i32 row = min(row0 + q * ENDING, count - 1);
+                const RowLora* l = (const RowLora*)(smem + ROW_LORA) + (token + row) * 3;
+                const i32 begin = l[first].begin;
+                real[q] = row0 + q * ENDING < count && begin + r < l[last].begin + l[last].rank;
+                from[q] = p.shrunk + (i64)(token0 + token + row) * p.shrunk_stride + begin + r;
+            }
+#pragma unroll 1
+            for (i32 j = 0; j < p.parts; j += PARTS) {
+                u64 v[AT][PARTS];
+#pragma unroll
+                for (int q = 0; q < AT; q++)
+#pragma unroll
+                    for (int k = 0; k < PARTS; k++) v[q][k] = real[q] && j + k < p.parts ? ld_relaxed(from[q] + (j + k) * part) : (u64)epoch << 32;
+#pragma unroll
+                for (int q = 0; q < AT; q++)
+#pragma unroll
+                    for (int k = 0; k < PARTS; k++) {
+                        while ((u32)(v[q][k] >> 32) != epoch) v[q][k] = ld_relaxed(from[q] + (j + k) * part);
+                        sum[q] += __uint_as_float((u32)v[q][k]);
+                    }
+            }
+#pragma unroll
+            for (int q = 0; q < AT; q++)
+                if (real[q]) to[(row0 + q * ENDING) * stride + r] = sum[q];
+        }
+    }
+}
+DEV void gather_shrunk(const Params& p, const Outputs& own, i32 token0, i32 token, i32 count, i32 stride, i32 warp, u32 epoch) {
+    const i32 first = own.first_slice(p), last = own.last_slice(p);
+    count = min(count, min(p.M - token0, TOKENS) - token);
+    if (p.parts <= 2) gather_rows<4, 2>(p, first, last, token0, token, count, stride, warp, epoch);
+    else gather_rows<2, 8>(p, first, last, token0, token, count, stride, warp, epoch);
+}
+
+// What adapters add to output n of the four rows of `quad`, `rows` of which are there, onto v; `shrunk`: of the first.
+DEV void adapt(const Params& p, const Outputs& own, float (&v)[4], i32 n, i32 quad, i32 rows, const float* shrunk, i32 stride) {
+    const i32 slice = own.slice(p, n), start = slice == 0 ? 0 : slice == 1 ? p.split0 : p.split1;
+    lora_quad(v, (const RowLora*)(smem + ROW_LORA) + quad * 12, own.first_slice(p), slice, n - start, rows, shrunk, stride);
+}
+
+#if BESIDE
+// Where that is kept for output `at` of this thread block's.
+DEV float4* added(i32 at, i32 quad) { return (float4*)(smem + ADDED_AT) + quad * OWN + at; }
+#endif
+
+// Bias and adapters onto output n, the thread block's `at`th.
+DEV void finish(const Params& p, const Outputs& own, float (&v)[4], i32 n, i32 at, i32 quad, i32 rows, const float* shrunk, i32 stride) {
+    if (p.bias)
+#pragma unroll
+        for (int j = 0; j < 4; j++) v[j] += p.bias[n];
+    if (LORA && stride) {
+#if BESIDE
+        const float4 a = *added(at, quad);
+        v[0] = __fadd_rn(v[0], a.x), v[1] = __fadd_rn(v[1], a.y), v[2] = __fadd_rn(v[2], a.z), v[3] = __fadd_rn(v[3], a.w);
+#else
+        adapt(p, own, v, n, quad, rows, shrunk, stride);
+#endif
+    }
+}
+
+// Most ranks of a row of x in this thread block's slices, to a multiple of 4.
+DEV i32 most_ranks(i32 first, i32 last, i32 tokens) {
+    const RowLora* rows = (const RowLora*)(smem + ROW_LORA);
+    i32 most = 0;
+#pragma unroll
+    for (i32 i = 0; i < TOKENS; i += 32) {
+        const RowLora* l = rows + min(i + (i32)(threadIdx.x & 31), tokens - 1) * 3;
+        most = max(most, l[last].begin + l[last].rank - l[first].begin);
+    }
+    return (__reduce_max_sync(0xffffffffu, most) + 3) & ~3;
+}
+
+// How the end deals with adapters: rows of x whose A x fit shared memory at a time.
+struct Passes {
+    i32 stride, quads;  // stride 0: no row here has an adapter
+
+    DEV Passes(const Outputs& own, const Params& p, i32 token0) {
+        stride = LORA ? most_ranks(own.first_slice(p), own.last_slice(p), min(TOKENS, p.M - token0)) : 0;
+        quads = stride ? min(SHRUNK_BYTES / 16 / stride, TOKENS / 4) : TOKENS / 4;
+    }
+};
+
+#if BESIDE
+// Have B of this thread block's outputs brought to L2.
+DEV void prefetch(const Params& p, const Outputs& own, i32 thread) {
+    const i32 rows = min(TOKENS, p.M - (i32)blockIdx.y * TOKENS), parts = EPILOGUE == 2 ? 2 : 1;
+    for (i32 i = thread; i < rows * parts; i += BESIDE * 32) {
+        const i32 n = own.first + i % parts * own.half, slice = own.slice(p, n), start = slice == 0 ? 0 : slice == 1 ? p.split0 : p.split1;
+        const RowLora& l = ((const RowLora*)(smem + ROW_LORA))[i / parts * 3 + slice];
+        if (l.rank == 0 || own.first >= own.end) continue;
+        const u8* at = (const u8*)(l.b + (i64)(n - start) * l.rank);
+        const i32 size = (own.end - own.first) * l.rank * 2 & ~15;
+        if (((u64)at & 15) == 0 && size) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(size) : "memory");
+    }
+}
+
+// What the warps beside the main ones do: units of A x, then what adapters add to this thread block's outputs.
+DEV void beside(const Params& p, const Outputs& own, i32 token0, i32 warp) {
+    const i32 thread = threadIdx.x - MAIN_THREADS;
+    Share units(p, warp);
+    if (!is_helper(p)) prefetch(p, own, thread);
+    grid_wait();
+    const u32 epoch = read_epoch(p);
+    units.multiply(p, thread, epoch);
+    if (is_helper(p)) {
+        ending_sync();
+        if (thread == 0 && note_epoch(p) == num_blocks()) leave(p, epoch);
+        return;
+    }
+    const Passes passes(own, p, token0);
+    constexpr i32 per = EPILOGUE == 2 ? OWN / 2 : OWN;
+    if (passes.stride)
+#pragma unroll 1
+        for (i32 quad0 = 0; quad0 < TOKENS / 4; quad0 += passes.quads) {
+            ending_sync();
+            gather_shrunk(p, own, token0, quad0 * 4, passes.quads * 4, passes.stride, warp, epoch);
+            ending_sync();
+#pragma unroll 1
+            for (i32 i = thread; i < OWN * min(passes.quads, TOKENS / 4 - quad0); i += BESIDE * 32) {
+                const i32 at = i % OWN, quad = quad0 + i / OWN, n = own.first + (at < per ? at : at - per + own.half);
+                float v[4] = {};
+                if (own.first + at % per < own.end) adapt(p, own, v, n, quad, min(p.M - token0 - quad * 4, 4), (const float*)(smem + SHRUNK_AT) + (quad - quad0) * 4 * passes.stride, passes.stride);
+                *added(at, quad) = make_float4(v[0], v[1], v[2], v[3]);
+            }
+        }
+    const u32 known = thread == 0 ? note_epoch(p) : 0;
+    if (CLUSTER > 1) {
+        if (APART) cluster_wait();
+        else cluster_sync();
+        cluster_sync();
+    } else {
+        __syncthreads();
+    }
+    if (known == num_blocks()) leave(p, epoch);
+}
+#endif
