@@ -254,17 +254,32 @@ def test_any_shape_has_a_tiling(outputs: int, blocks: int, num_sms: int, cluster
         assert ring is not None and cut.smem(kind, tiles, ring) <= HOPPER_SMEM
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tiles", tiling.TOKEN_TILES)
-def test_two_blocks_share_a_multiprocessor_where_the_code_counts_on_it(
-    tiles: int, kind: int
-) -> None:
-    cut = tiling.choose(28672, 4096, 132, clusters=True)
+@pytest.mark.parametrize("tiles", [n for n in tiling.TOKEN_TILES if n <= tiling.MOST_TILES])
+def test_two_blocks_share_a_multiprocessor_where_the_code_counts_on_it(tiles: int) -> None:
+    cut = tiling.choose(128256, 4096, 132, clusters=True, is_nf4=False)
     assert cut.min_blocks == 2
-    ring = tiling.ring_of(cut, kind, tiles, HOPPER_SMEM)
-    assert ring is not None
-    assert 2 * (cut.smem(kind, tiles, ring) + 1024) <= 228 << 10
-    assert tiling.STAGE_BLOCKS % ring.blocks == 0 and ring.stages >= 2
+    for ends in (
+        None,
+        tiling.ends_of(cut, tiling.KIND_BF16, 4096, tiles, HOPPER_SMEM, is_wide=True),
+    ):
+        ring = tiling.ring_of(cut, tiling.KIND_BF16, tiles, HOPPER_SMEM, ends)
+        assert ring is not None
+        assert 2 * (cut.smem(tiling.KIND_BF16, tiles, ring, ends) + 1024) <= 228 << 10
+        assert tiling.STAGE_BLOCKS % ring.blocks == 0 and ring.stages >= 2
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_adapters_fit_the_shared_memory_of_each_card(card: str) -> None:
+    """Few rows leave room for warps beside the main ones, where those multiply by four."""
+    (num_sms, clusters), most, is_wide = CARDS[card], MAX_SMEM[card], card == "H100"
+    for (outputs, inputs), rows in itertools.product(SHAPES, (1, 16, 17, 64, 128)):
+        cut = tiling.choose(outputs, inputs, num_sms, clusters=clusters)
+        tiles = tiling.token_tiles_of(cut, tiling.KIND_NESTED, rows, most, is_wide=is_wide)
+        ends = tiling.ends_of(cut, tiling.KIND_NESTED, inputs, tiles, most, is_wide=is_wide)
+        ring = tiling.ring_of(cut, tiling.KIND_NESTED, tiles, most, ends)
+        assert ring and cut.smem(tiling.KIND_NESTED, tiles, ring, ends) <= most
+        few = is_wide and cut.min_blocks == 1 and tiles <= tiling.BESIDE_TILES
+        assert bool(ends.beside) == few
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,7 +21,7 @@ GROUP_ROWS = 4 * TILE
 SMEM_TABLE = 65536
 SMEM_CONTROL = 16 + 4 * 4 * 16  # epoch; two barriers of each group in each stage
 LEAST_SHRUNK = 4 * MAX_STACKED_RANK * 4  # bytes: four rows of the most ranks
-PART = 2048  # inputs of A x that are summed apart from others
+PART = 2048  # inputs of A x that are summed apart from others, at most
 SHARES = 16  # of such a part
 BESIDE = 4  # warps that see to adapters while the others multiply
 BESIDE_TILES = 2  # token tiles up to which registers leave room for them
@@ -106,7 +106,7 @@ def ring_of(
 
 def num_parts(inputs: int) -> int:
     """Parts of the inputs over which A x is summed apart, each by a block."""
-    return max(1, round(inputs / PART))
+    return -(-inputs // PART)
 
 
 def part_steps(inputs: int) -> int:
