@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loriner.train import answers
 from loriner.train.answers import Question, answer
@@ -176,3 +177,16 @@ def test_a_turn_that_fails_is_not_rested_from(base: Base) -> None:
     with pytest.raises(ZeroDivisionError), pace.turn():
         raise ZeroDivisionError
     assert spent.told == []
+
+
+def test_a_turn_lasts_until_the_device_is_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = Spent()
+
+    def wait(device: torch.device) -> None:
+        spent.now += 5.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    pace = Pace(torch.device("cuda"), 0.5, clock=lambda: spent.now, sleep=spent.sleep)
+    with pace.turn():
+        spent.now += 1.0
+    assert spent.told == [-6.0]
