@@ -50,7 +50,12 @@ def add_command(subparsers: options.Parsers) -> None:
     )
     add = parser.add_argument
     add("--streams", type=options.counts, default=(1, 16, 64), help="(default: 1,16,64)")
-    add("--window", type=float, default=20.0, help="seconds of each measurement (default: 20)")
+    add(
+        "--window",
+        type=float,
+        default=20.0,
+        help="seconds of each measurement, several steps of the job (20)",
+    )
     add("--settle", type=float, default=3.0, help="seconds of streaming before it (default: 3)")
     add("--prompt", type=int, default=128, help="tokens (default: 128)")
     add("--new", type=int, default=512, help="tokens of an answer (default: 512)")
@@ -233,7 +238,7 @@ class Told:
     def beside(self, count: int, measured: Measured, rate: float) -> None:
         quiet = {**self._quiet[count], TRAINING: self._alone}
         beside = {**_values(measured), TRAINING: rate}
-        ratio = {name: beside[name] / quiet[name] if quiet[name] else 0.0 for name in beside}
+        ratio = {name: beside[name] / value for name, value in quiet.items() if value}
         self._show(count, "quiet", self._quiet[count])
         self._add(count, "beside", beside)
         self._add(count, "ratio", ratio)
@@ -255,9 +260,9 @@ class Told:
 
 
 def shares(args: argparse.Namespace) -> dict[str, object]:
-    """What the job may take of the device."""
+    """What the job may take of a GPU."""
     if args.device == "cpu":
-        return {"training_duty": 1.0}
+        return {}
     given = {name: getattr(args, name) for name in SHARES}
     return {name: DEFAULTS[name] if value is None else value for name, value in given.items()}
 
