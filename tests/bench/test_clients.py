@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 
 from loriner.bench import sse_client
-from loriner.bench.clients import ClientFailedError, flooding, stream
+from loriner.bench.clients import START_S, ClientFailedError, flooding, stream, stream_until
 
 OPENING = b'data: {"choices":[{"prompt_token_ids":[9,9]}]}\n\n'
 DONE = b"data: [DONE]\n\n"
@@ -23,14 +23,17 @@ def token(number: int) -> bytes:
 
 
 def read(*pieces: bytes) -> list[float]:
-    async def feed() -> list[float]:
+    times: list[float] = []
+
+    async def feed() -> None:
         reader = asyncio.StreamReader()
         for piece in pieces:
             reader.feed_data(piece)
         reader.feed_eof()
-        return await sse_client.read_events(reader)
+        await sse_client.read_events(reader, times)
 
-    return asyncio.run(feed())
+    asyncio.run(feed())
+    return times
 
 
 def test_each_event_with_a_token_counts_once_however_it_is_cut() -> None:
@@ -132,3 +135,26 @@ def test_a_flood_that_breaks_off_fails_the_run() -> None:
         flooding(port, [[{}]], num_clients=1),
     ):
         time.sleep(2)
+
+
+def test_streams_until_a_time_keep_what_they_had_when_they_are_broken_off() -> None:
+    is_over, asked = Event(), list[int]()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        asked.append(1)
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(token(1) + token(2))
+        if len(asked) < 3:
+            handler.wfile.write(DONE)
+        else:
+            is_over.wait(20)
+
+    until = time.monotonic() + START_S + 1
+    with serving(answer) as port:
+        answers = stream_until(port, [[{}]], num_clients=1, until=until)
+        is_over.set()
+
+    assert [(answer.turn, len(answer.tokens)) for answer in answers] == [(0, 2), (1, 2), (2, 2)]
+    assert until < time.monotonic() < until + 10
+    assert all(at < until for answer in answers for at in answer.tokens)

@@ -17,7 +17,7 @@ from loriner.bench.load import tell_gaps
 from loriner.cli import main
 from loriner.engine.cpu_runner import CpuRunner
 
-KINDS = ("decode", "kernels", "prefill", "load", "serve", "fairness", "many", "train")
+KINDS = ("decode", "kernels", "prefill", "load", "serve", "fairness", "many", "beside", "train")
 
 
 class Ran:
@@ -241,6 +241,46 @@ def test_many_asks_for_room_on_the_disk(tmp_path: Path, capsys: pytest.CaptureFi
 
     assert main([*command, "--folder", str(tmp_path)]) == 2
     assert "GB; " in capsys.readouterr().err
+
+
+def test_beside_measures_streams_quiet_and_while_a_job_trains(bench: Any, tmp_path: Path) -> None:
+    ran = bench(
+        "beside",
+        "--streams 1,3 --window 2 --settle 0.5 --prompt 8 --new 100 --length 32 --rank 2"
+        f" --job learning_rate=1e-3 --folder {tmp_path} -- --kv-bytes 16M",
+    )
+    lines = {(line["streams"], line["while"]): line for line in ran.of["beside"]}
+    alone = lines.pop((0, "training alone"))
+
+    assert set(lines) == {(n, w) for n in (1, 3) for w in ("quiet", "beside", "ratio")}
+    assert alone["training_tokens_per_s"] > 0 and alone["job"] == {"learning_rate": 1e-3}
+    for count in (1, 3):
+        quiet, beside = lines[count, "quiet"], lines[count, "beside"]
+        assert beside["gap_p50_ms"] <= beside["gap_p99_ms"] <= beside["gap_longest_ms"]
+        assert beside["gap_longest_ms"] > 0
+        assert beside["training_tokens_per_s"] > 0
+        ratio = lines[count, "ratio"]
+        assert ratio["tokens_per_s"] == beside["tokens_per_s"] / quiet["tokens_per_s"]
+    assert ran.table.count("| ratio ") == 2
+    assert [left.name for left in tmp_path.iterdir()] == ["figures.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--training-duty 0.3", "training_duty: jobs on a CPU have a low priority instead."),
+        ("--train nowhere.jsonl", "train: nowhere.jsonl is no file."),
+        ("--window 0", "window: more than 0 seconds"),
+        ("--new 4090", "new: prompt and answer are at most 4096 tokens."),
+    ],
+)
+def test_beside_refuses_what_it_cannot_measure(
+    flags: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "beside", "--device", "cpu", "--shape", "tiny", *flags.split()]
+
+    assert main(command) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_base_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,8 @@ def test_a_job_makes_an_adapter_that_answers(client: Any, server: ServerProcess)
     assert events[0].message == f"New fine-tuned model created: {done.fine_tuned_model}"
     assert events[-1].message == "Created the fine-tuning job."
     assert "Step 8: training loss=" in " ".join(event.message for event in events)
+    trained = [event.data for event in events if event.type == "metrics" and "lr" in event.data]
+    assert all(data["num_tokens"] > 0 and data["at"] > job.created_at - 1 for data in trained)
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
     assert checkpoint.step_number == 8
     assert checkpoint.metrics.full_valid_loss < 10

@@ -263,26 +263,6 @@ def test_evaluations_and_checkpoints_may_be_counted_by_the_epoch(make: Make, bas
     assert names == ["step-000004", "step-000008"]
 
 
-def test_a_run_on_part_duty_idles_as_long_as_it_must(
-    make: Make, base: Base, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock, idled = iter(range(1000)), list[float]()  # a turn takes one second
-    monkeypatch.setattr(qlora.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(qlora.time, "sleep", idled.append)
-    quiet, busy = make("quiet", steps=2), make("busy", steps=2)
-    monkeypatch.setattr(qlora, "turn", fake_turn)
-    train(base, [quiet], Silent(), duty=0.25)
-    train(base, [busy], Silent())
-
-    assert idled == [3.0, 3.0]
-
-
-def fake_turn(base: Base, jobs: list[Job], watcher: Silent) -> list[Job]:
-    for job in jobs:
-        job.step += 1
-    return jobs
-
-
 def test_only_the_newest_checkpoints_are_kept(make: Make, base: Base) -> None:
     job = make(steps=8, save_every=1)
     train(base, [job], Silent())

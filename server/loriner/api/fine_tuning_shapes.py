@@ -94,6 +94,7 @@ def _metrics_event(folder: JobFolder, started: int, record: dict[str, Any]) -> d
     if record["event"] == "step":
         message = f"Step {step}: training loss={record['loss']:.4f}"
         data = {"step": step, "train_loss": record["loss"], "lr": record["learning_rate"]}
+        data |= {"num_tokens": record["num_tokens"], "at": record.get("at", started)}
     else:
         message = f"Step {step}: validation loss={record['eval_loss']:.4f}"
         data = {"step": step, "full_valid_loss": record["eval_loss"]}

@@ -14,6 +14,7 @@ def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     kinds = bench.add_subparsers(dest="bench", required=True, metavar="KIND")
     from loriner.bench import (
         base_folder,
+        beside,
         cost,
         cpu,
         decode,
@@ -26,6 +27,6 @@ def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         train,
     )
 
-    serving = (decode, kernels, prefill, load, serve, fairness, many)
+    serving = (decode, kernels, prefill, load, serve, fairness, many, beside)
     for kind in (cpu, base_folder, *serving, train, cost):
         kind.add_command(kinds)

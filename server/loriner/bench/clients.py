@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -43,8 +44,22 @@ def stream(
 
     Raises ClientFailedError.
     """
+    return _collect(
+        {"port": port, "key": key, "pause_s": pause_s, "until": None}, streams, num_clients
+    )
+
+
+def stream_until(port: int, streams: Streams, num_clients: int, until: float) -> list[Answer]:
+    """Streams that send their bodies over and over until that time, monotonic seconds, which breaks
+    them off; the answers that had a token by then.
+
+    Raises ClientFailedError.
+    """
+    return _collect({"port": port, "key": "", "pause_s": 0.0, "until": until}, streams, num_clients)
+
+
+def _collect(job: Mapping[str, object], streams: Streams, num_clients: int) -> list[Answer]:
     num_clients = min(num_clients, len(streams))
-    job = {"port": port, "key": key, "pause_s": pause_s, "endless": False}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with _started(folder, job, streams, num_clients) as clients:
@@ -61,7 +76,7 @@ def flooding(port: int, streams: Streams, num_clients: int, key: str = "") -> It
 
     Raises ClientFailedError when one ended before.
     """
-    job = {"port": port, "key": key, "pause_s": 0.0, "endless": True}
+    job = {"port": port, "key": key, "pause_s": 0.0, "until": math.inf}
     with (
         tempfile.TemporaryDirectory() as name,
         _started(Path(name), job, streams, num_clients) as clients,

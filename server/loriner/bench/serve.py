@@ -187,6 +187,11 @@ def of_answers(answers: Sequence[Answer]) -> Measured:
     end = min(answer.tokens[-1] for answer in answers if answer.turn == last)
     if end <= begin:
         raise ConfigError("new: the streams never decoded all at once; ask for longer answers.")
+    return of_window("over HTTP", answers, begin, end)
+
+
+def of_window(what: str, answers: Sequence[Answer], begin: float, end: float) -> Measured:
+    """The tokens and gaps between these times, monotonic seconds; there are some of both."""
     count = sum(begin < token <= end for answer in answers for token in answer.tokens)
     gaps = [
         b - a
@@ -194,7 +199,7 @@ def of_answers(answers: Sequence[Answer]) -> Measured:
         for a, b in zip(answer.tokens, answer.tokens[1:], strict=False)
         if begin <= a and b <= end
     ]
-    return of_gaps("over HTTP", count / (end - begin), gaps)
+    return of_gaps(what, count / (end - begin), gaps)
 
 
 def of_gaps(what: str, tokens_per_s: float, gaps: Sequence[float]) -> Measured:

@@ -24,15 +24,14 @@ class StreamFailedError(Exception):
     """The server answered with an error, or not to the end."""
 
 
-async def complete(port: int, body: dict[str, Any], key: str = "") -> dict[str, Any]:
-    """One streaming completion: monotonic seconds of its start and of each token."""
+async def complete(port: int, body: dict[str, Any], key: str, tokens: list[float]) -> None:
+    """One streaming completion; monotonic seconds of each token are added to `tokens`."""
     payload = json.dumps({**body, "stream": True, "return_token_ids": True}).encode()
     right = f"authorization: Bearer {key}\r\n" if key else ""
     head = (
         "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
         f"{right}content-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
     )
-    start = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(head.encode() + payload)
@@ -40,14 +39,13 @@ async def complete(port: int, body: dict[str, Any], key: str = "") -> dict[str, 
         answer = await reader.readuntil(b"\r\n\r\n")
         if b" 200 " not in answer.partition(b"\r\n")[0]:
             raise StreamFailedError((await reader.read()).decode(errors="replace")[:500])
-        return {"start": start, "tokens": await read_events(reader)}
+        await read_events(reader, tokens)
     finally:
         writer.close()
 
 
-async def read_events(reader: asyncio.StreamReader) -> list[float]:
-    """When each token came. An event ends in an empty line; one is one token here."""
-    times: list[float] = []
+async def read_events(reader: asyncio.StreamReader, times: list[float]) -> None:
+    """Add when each token came. An event ends in an empty line; one is one token here."""
     rest = b""
     while data := await reader.read(READ_BYTES):
         now = time.monotonic()
@@ -56,23 +54,32 @@ async def read_events(reader: asyncio.StreamReader) -> list[float]:
             if TOKEN in event:
                 times.append(now)
             elif DONE in event:
-                return times
+                return
             elif b'"error"' in event:
                 raise StreamFailedError(event.decode(errors="replace")[:500])
     raise StreamFailedError(f"the stream broke off after {len(times)} tokens")
 
 
 async def in_turn(job: dict[str, Any], bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    answers = []
-    for body in itertools.cycle(bodies) if job["endless"] else bodies:
-        await asyncio.sleep(random.uniform(0, job["pause_s"]))
-        answers.append(await complete(job["port"], body, job["key"]))
-    return answers
+    """The answers that have a token: monotonic seconds of start and tokens."""
+    until = job["until"]
+    answers: list[dict[str, Any]] = []
+    try:
+        async with asyncio.timeout_at(until) as limit:
+            for body in bodies if until is None else itertools.cycle(bodies):
+                await asyncio.sleep(random.uniform(0, job["pause_s"]))
+                answers.append({"start": time.monotonic(), "tokens": []})
+                await complete(job["port"], body, job["key"], answers[-1]["tokens"])
+    except TimeoutError:
+        if not limit.expired():
+            raise
+    return [answer for answer in answers if answer["tokens"]]
 
 
 async def main(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """`streams`: the bodies that each stream sends one after another, from `start_at` on, with
-    `key`, after a pause of at most `pause_s` before each; over and over where it is `endless`."""
+    `key`, after a pause of at most `pause_s` before each; over and over where there is an `until`,
+    at which what is still streaming is broken off."""
     await asyncio.sleep(job["start_at"] - time.monotonic())
     return await asyncio.gather(*(in_turn(job, bodies) for bodies in job["streams"]))
 

@@ -104,7 +104,7 @@ def _train(
         else:
             console.print(f"{job.settings.name} has no checkpoint and starts anew.")
     with Screen(jobs, console) as screen:
-        is_done = train(base, jobs, screen, preparation.settings.run.duty)
+        is_done = train(base, jobs, screen)
         is_stopped = screen.wants_stop or not is_done
     tools = preparation.masker, preparation.tokenizer
     try:

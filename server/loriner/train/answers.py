@@ -19,6 +19,7 @@ from loriner.train.base import Base
 from loriner.train.lora import Lora, Segment
 
 MAX_ROWS = 16  # answered at a time, unless told otherwise
+TURN_TOKENS = 2048  # of prompts, read in one turn where the device is shared
 NUM_TOP = 5
 
 Top = list[tuple[int, float]]
@@ -86,8 +87,7 @@ def _generate(
     open_rows = set(range(len(questions)))
     base.routing.segments = _segments(questions, base.dtype)
     for _ in range(max_tokens):
-        logits = _next_logits(base, ids, mask, cache)
-        values, best = logits.log_softmax(dim=-1).topk(NUM_TOP)
+        values, best = _read(base, ids, mask, cache)
         found, scores = best.tolist(), values.tolist()
         for row in sorted(open_rows):
             token = found[row][0]
@@ -100,6 +100,19 @@ def _generate(
         ids = best[:, :1]
         mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
     return answers
+
+
+def _read(base: Base, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+    """The log-probabilities and ids, [B, NUM_TOP] each, of what is likely to follow `ids` [B, L].
+    In turns of the pace: where the device is shared, prompts are read in pieces."""
+    size = max(1, TURN_TOKENS // len(ids)) if base.pace.is_shared else ids.shape[1]
+    end = mask.shape[1] - ids.shape[1]
+    for piece in torch.split(ids, size, dim=1):
+        end += piece.shape[1]
+        with base.pace.turn():
+            logits = _next_logits(base, piece, mask[:, :end], cache)
+            values, best = logits.log_softmax(dim=-1).topk(NUM_TOP)
+    return values, best
 
 
 def _next_logits(base: Base, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:

@@ -22,11 +22,13 @@ from loriner.model.weights import Checkpoint
 from loriner.train import attention
 from loriner.train.attention import Groups, Plan, Starts
 from loriner.train.lora import Frozen, Routing, Segment, SegmentedLinear
+from loriner.train.pace import Pace
 from loriner.train.settings import RunConfig
 
 
 class Base:
-    """`hidden(...)` -> [T, H] of a flat pass; `head` makes logits of it."""
+    """`hidden(...)` -> [T, H] of a flat pass; `head` makes logits of it. What computes does so in
+    turns of `pace`."""
 
     def __init__(
         self,
@@ -36,10 +38,12 @@ class Base:
         device: torch.device,
         dtype: torch.dtype,
         gradient_checkpointing: bool = False,
+        duty: float = 1.0,
     ) -> None:
         self.config: ModelConfig = weights.config
         self.device, self.dtype, self.path = device, dtype, weights.path
         self.digest = weights.base_digest
+        self.pace = Pace(device, duty)
         self.routing = Routing()
         self._model = _empty_model(raw_config, dtype)
         _fill(self._model, weights, self.routing, device, dtype)
@@ -100,8 +104,14 @@ def open_base(run: RunConfig) -> Base:
         torch.cuda.set_per_process_memory_fraction(run.memory_fraction)
     weights = Checkpoint.open(run.base)
     raw = read_json(run.base / "config.json")
-    checkpointing = run.gradient_checkpointing
-    return Base(weights, raw, device=device, dtype=dtype, gradient_checkpointing=checkpointing)
+    return Base(
+        weights,
+        raw,
+        device=device,
+        dtype=dtype,
+        gradient_checkpointing=run.gradient_checkpointing,
+        duty=run.duty,
+    )
 
 
 def device_of(run: RunConfig) -> torch.device:

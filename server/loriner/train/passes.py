@@ -156,11 +156,12 @@ def _losses(base: Base, batch: Batch, segments: Sequence[Segment]) -> tuple[Tens
 def mean_loss(
     base: Base, lora: Lora | None, documents: Sequence[Document], max_tokens: int
 ) -> float:
-    """Mean loss over the learnt tokens, in passes of about `max_tokens`."""
+    """Mean loss over the learnt tokens, in passes of about `max_tokens`, each one turn."""
     total, count = 0.0, 0
     for start, end in _chunks([len(d.token_ids) for d in documents], max_tokens):
-        _, (losses,) = run_pass(base, [Share(documents[start:end], lora)])
-        total += losses.double().sum().item()
+        with base.pace.turn():
+            _, (losses,) = run_pass(base, [Share(documents[start:end], lora)])
+            total += losses.double().sum().item()
         count += len(losses)
     return total / count
 

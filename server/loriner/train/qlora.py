@@ -8,7 +8,6 @@ rounding.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,10 +40,9 @@ class Silent:
     def on_eval(self, job: Job, record: EvalRecord) -> None: ...
 
 
-def train(base: Base, jobs: Sequence[Job], watcher: Watcher, duty: float = 1.0) -> bool:
+def train(base: Base, jobs: Sequence[Job], watcher: Watcher) -> bool:
     """Train all `jobs` to their end. False when it was stopped: every job then has a checkpoint of
-    its last whole step. `duty` below 1 idles after each turn, so that whoever shares the device
-    waits for one turn at most. Raises TrainError when a loss or gradient is not finite."""
+    its last whole step. Raises TrainError when a loss or gradient is not finite."""
     graphs = Graphs(base)
     evaluate_due(base, jobs, watcher)  # at step 0 B is zero, so this is the base's own loss
     while running := [job for job in jobs if not job.is_done]:
@@ -53,19 +51,13 @@ def train(base: Base, jobs: Sequence[Job], watcher: Watcher, duty: float = 1.0) 
                 job.abandon_step()
                 save_checkpoint(job, base)
             return False
-        start = time.perf_counter()
-        stepped = turn(graphs, running, watcher)
-        rest((time.perf_counter() - start) * (1 / duty - 1))
+        with base.pace.turn():
+            stepped = turn(graphs, running, watcher)
         evaluate_due(base, stepped, watcher)
         for job in stepped:
             if job.is_save_due():
                 save_checkpoint(job, base)
     return True
-
-
-def rest(seconds: float) -> None:
-    if seconds > 0:
-        time.sleep(seconds)
 
 
 def turn(graphs: Graphs, jobs: Sequence[Job], watcher: Watcher) -> list[Job]:
