@@ -18,7 +18,12 @@ from loriner.train.loss import PIECE
 from loriner.train.optim import num_warmup
 from loriner.train.prepare import Preparation, Prepared
 
-STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}  # of the optimiser, a parameter
+STATE_BYTES = {
+    "adamw": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "paged_adamw_32bit": 8,
+}  # of the optimiser, a parameter
 GIB = 1 << 30
 
 
