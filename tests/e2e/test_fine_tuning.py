@@ -145,7 +145,7 @@ def test_a_job_on_bad_rows_fails_with_their_lines(client: Any, tmp_path: Path) -
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
         ({"method": {"type": "dpo"}}, "method"),
         ({"extra_body": {"loriner": {"base": "x"}}}, "loriner.base is decided by the server"),
-        ({"extra_body": {"loriner": {"x = 1\nbase": "y"}}}, "loriner"),
+        ({"extra_body": {"loriner": {"x = 1\nbase": "y"}}}, "is not a setting of a job"),
         ({"extra_body": {"colour": "red"}}, "colour"),
     ],
 )
@@ -158,12 +158,64 @@ def test_what_cannot_be_honoured_is_refused_by_name(
         )
 
 
-def test_a_setting_that_train_refuses_fails_the_job_by_name(client: Any) -> None:
-    job = client.fine_tuning.jobs.create(
-        model="tiny", training_file=upload(client), extra_body={"loriner": {"rank": 999}}
-    )
-    job = wait_for(client, job.id, "failed")
-    assert "rank must be at most 256" in job.error.message
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"lerning_rate": 1e-3},
+            "loriner.lerning_rate is not a setting of a job; there are accumulation",
+        ),
+        ({"learningRate": 1e-3}, "learningRate is not a setting .* learning_rate"),
+        ({"base_model": "x"}, "loriner.base_model is not a setting"),
+        ({"publish": "http://x"}, "loriner.publish is not a setting"),
+        ({"store": "s"}, "loriner.store is not a setting"),
+        ({"rank": 999}, "loriner: rank must be at most 256, got 999"),
+        ({"rank": 2.5}, "loriner: rank: 2.5 is not a valid int"),
+        ({"rank": "many"}, "loriner: rank: 'many' is not a valid int"),
+        ({"rank": True}, "loriner: rank: True is not a valid int"),
+        ({"packing": "perhaps"}, "loriner: packing: 'perhaps' is not a valid bool"),
+        ({"optimizer": "sgd"}, "loriner: optimizer must be one of adamw"),
+        ({"target_modules": "lm_head"}, "loriner: target_modules: 'lm_head' is not one of"),
+        ({"target_modules": ["q_proj"]}, "loriner.target_modules"),
+        ({"early_stopping": 2}, "loriner: early_stopping needs eval_data or eval_split"),
+        ({"save_every": 5, "saves_per_epoch": 2}, "save_every and saves_per_epoch exclude"),
+        ({"canaries": 0}, "canaries of at least 1"),
+        ({"promote": "prod"}, "promote needs eval_data or eval_split"),
+        ({"promote": "A b", "eval_split": 0.5}, "loriner: promote: "),
+    ],
+)
+def test_a_setting_that_train_would_refuse_makes_no_job(
+    settings: dict[str, Any], message: str, client: Any
+) -> None:
+    before = [job.id for job in client.fine_tuning.jobs.list()]
+
+    with pytest.raises(openai.BadRequestError, match=message) as refused:
+        client.fine_tuning.jobs.create(
+            model="tiny", training_file=upload(client), extra_body={"loriner": settings}
+        )
+
+    assert refused.value.param.startswith("loriner")
+    assert [job.id for job in client.fine_tuning.jobs.list()] == before
+
+
+def test_what_a_job_is_told_does_not_depend_on_the_servers_own_settings(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's process gets no LORINER_*, so the check reads none."""
+    monkeypatch.setenv("LORINER_RANK", "999")
+    flags = (*FLAGS, str(tmp_path / "training"))
+    with (
+        ServerProcess(base, tmp_path / "store", *flags) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client,
+    ):
+        body = {"loriner": {**SMALL, "steps": 2, "saves_per_epoch": 2, "columns": "a=\U0001f600"}}
+        job = client.fine_tuning.jobs.create(
+            model="tiny", training_file=upload(client), extra_body=body
+        )
+        while (job := client.fine_tuning.jobs.retrieve(job.id)).status != "failed":
+            assert job.status != "succeeded"
+            time.sleep(0.1)
+    assert "\U0001f600" in job.error.message
 
 
 def test_a_running_job_goes_on_after_a_restart(base: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from loriner.train.lora import Lora
 from loriner.train.masks import Document
 from loriner.train.passes import Batch, Share, learn, learn_batch
 from loriner.train.prepare import prepare
-from loriner.train.settings import ALL_LINEAR, JobConfig, RunConfig
+from loriner.train.settings import ALL_LINEAR, OPTIMIZERS, JobConfig, RunConfig
 from tests.tiny import write_tiny_base
 from tests.train.conftest import PIRATE, StopAfter
 from tests.train.peft_oracle import gradients_of, off
@@ -190,7 +190,7 @@ def states(job: Job) -> list[Tensor]:
     return [v.cpu() for _, v in sorted(state.items()) if isinstance(v, Tensor)]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_resumed_run_goes_on_as_one_that_was_not_stopped(
     optimizer: str, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,27 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--rank", "64", "--gradient-checkpointing")])
+def test_a_process_takes_what_its_plan_says(
+    more: tuple[str, ...], tiny: Path, tmp_path: Path
+) -> None:
+    """Of a tiny base, where most of it is the process itself."""
+    command = [*arguments(tiny, tmp_path / "run"), "--steps", "2", "--eval-split", "0.2", *more]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "loriner", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    planned = re.search(r"memory: about ([\d.]+) GiB on cpu in float32", ran.stdout)
+    assert planned is not None, ran.stderr
+    taken = max(record["memory_bytes"] for record in metrics(tmp_path / "run")) / 2**30
+
+    assert 0.9 * taken <= float(planned[1]) <= 1.35 * taken
+
+
 def test_a_run_leaves_an_adapter_metrics_and_a_checkpoint(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from loriner.train.job import Job
 from loriner.train.optim import learning_rate
 from loriner.train.prepare import prepare
 from loriner.train.qlora import Silent, train
-from loriner.train.settings import JobConfig, RunConfig
+from loriner.train.settings import OPTIMIZERS, JobConfig, RunConfig
 from tests.train.conftest import PIRATE, StopAfter, WriteRows, chat
 
 Make = Callable[..., Job]
@@ -68,7 +68,7 @@ def test_the_loss_falls_and_the_base_stays_as_it_was(make: Make, base: Base) -> 
 OPTIONS = {"accumulation": 2, "dropout": 0.2, "neftune": 5.0, "weight_decay": 0.01}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.filterwarnings("ignore:.*paged.*:UserWarning")
 def test_a_resumed_run_has_the_very_bits_of_one_that_was_not_stopped(
     optimizer: str, make: Make, base: Base, tmp_path: Path
@@ -86,6 +86,17 @@ def test_a_resumed_run_has_the_very_bits_of_one_that_was_not_stopped(
     assert losses(again) == losses(straight)
     assert again.evals == straight.evals
     assert all(map(torch.equal, weights(again), weights(straight)))
+
+
+@pytest.mark.filterwarnings("ignore:.*paged.*:UserWarning")
+def test_paged_states_of_32_bits_are_adamws(make: Make, base: Base) -> None:
+    plain, paged = (make(name, optimizer=name) for name in ("adamw", "paged_adamw_32bit"))
+    train(base, [plain], Silent())
+    train(base, [paged], Silent())
+
+    assert losses(paged) == pytest.approx(losses(plain), rel=1e-4)
+    (state,) = paged.optimizer.state.values()
+    assert {state[name].dtype for name in ("state1", "state2")} == {torch.float32}
 
 
 def test_a_run_that_was_killed_resumes_from_its_last_whole_checkpoint(

@@ -259,6 +259,12 @@ def test_axolotl_qlora_yaml_is_taken_as_it_is(tmp_path: Path) -> None:
         ("adapter: lora", "adapter: lora"),
         ("attn_implementation: sage", "attn_implementation: sage"),
         ("optimizer: lion_8bit", "optimizer: lion_8bit"),
+        ("optimizer: adafactor", "optimizer: adafactor"),
+        ("optimizer: adamw_torch_8bit", "optimizer: adamw_torch_8bit"),  # torchao's: other blocks
+        ("optimizer: adamw_hf", "optimizer: adamw_hf"),  # another place for epsilon
+        ("trust_remote_code: true", "trust_remote_code: True"),
+        ("tokenizer_type: GemmaTokenizer", "tokenizer_type: GemmaTokenizer"),
+        ("eval_table_size: 5", "eval_table_size"),
         ("val_set_size: 100", "val_set_size: 100"),
         ("loss_watchdog_threshold: 5.0", "loss_watchdog_threshold"),
         ("special_tokens: {eos_token: x}", "special_tokens.eos_token"),
@@ -300,6 +306,49 @@ def test_two_axolotl_keys_for_one_setting_are_refused(ratio: str, tmp_path: Path
         load_settings({}, path)
     write(path, f"{AXOLOTL}warmup_ratio:\n")
     assert load_settings({}, path).jobs[0].warmup == 10
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("adamw_torch", "adamw"),
+        ("adamw_torch_fused", "adamw"),
+        ("adamw_bnb_8bit", "adamw_8bit"),
+        ("adamw_8bit", "adamw_8bit"),
+        ("paged_adamw_8bit", "paged_adamw_8bit"),
+        ("paged_adamw_32bit", "paged_adamw_32bit"),
+    ],
+)
+def test_axolotl_names_of_optimisers_are_ours_of_the_same_maths(
+    theirs: str, ours: str, tmp_path: Path
+) -> None:
+    text = AXOLOTL.replace("optimizer: paged_adamw_8bit", f"optimizer: {theirs}")
+
+    assert load_settings({}, write(tmp_path / "qlora.yml", text)).jobs[0].optimizer == ours
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tokenizer_type: LlamaTokenizer",
+        "model_type: LlamaForCausalLM",
+        "is_llama_derived_model: true",
+        "is_mistral_derived_model: true",
+        "xformers_attention: true",
+        "eval_table_max_new_tokens: 128",
+        "eval_max_new_tokens: 128",
+        "eval_table_size:",
+        "use_wandb: false",
+        "lora_fan_in_fan_out:",
+        "lora_model_dir:",
+        "pad_to_sequence_len: true",
+        "fsdp_config:",
+    ],
+)
+def test_an_axolotl_key_that_changes_nothing_here_is_taken(line: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "qlora.yml", f"{AXOLOTL}{line}\n")
+
+    assert load_settings({}, path) == load_settings({}, write(tmp_path / "plain.yml", AXOLOTL))
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", ""])

@@ -11,10 +11,9 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
@@ -23,62 +22,21 @@ from loriner.adapters.names import DEFAULT_TENANT, parse_name
 from loriner.api import body
 from loriner.api.access import Right
 from loriner.api.auth import NOTHING, GuardedRoute, Told
+from loriner.api.fine_tuning_body import CreateBody, Hyperparameters, Setting
 from loriner.api.fine_tuning_shapes import checkpoint_shapes, event_shapes, job_shape
 from loriner.api.responses import json_response
 from loriner.api.shared import Shared
 from loriner.api.training_files import TrainingFiles
 from loriner.api.training_job import JobState
 from loriner.api.training_jobs import TrainingJobs
-from loriner.errors import InvalidRequestError, ModelNotFoundError
+from loriner.errors import ConfigError, InvalidRequestError, ModelNotFoundError
 
 LEARNING_RATE = 2e-4  # what learning_rate_multiplier multiplies
 EPOCHS = 3  # where n_epochs is auto
 SAVE_EVERY = 50  # steps
 MAX_PAGE = 100
 BYTES = "application/octet-stream"
-Auto = Literal["auto"]
-Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Key = Annotated[str, Field(pattern="^[a-z_]{1,32}$")]
-Setting = bool | int | float | Annotated[str, Field(max_length=4096)]
-
-
-class Strict(BaseModel):
-    """Other fields are refused: each would change what is trained."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-
-class Hyperparameters(Strict):
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
-    batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
-    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
-
-
-class Supervised(Strict):
-    hyperparameters: Hyperparameters = Hyperparameters()
-
-
-class Method(Strict):
-    type: Literal["supervised"]
-    supervised: Supervised = Supervised()
-
-
-class CreateBody(Strict):
-    """POST /v1/fine_tuning/jobs. `loriner` has settings of `loriner train` by their names."""
-
-    model: Annotated[str, Field(max_length=256)]
-    training_file: str
-    validation_file: str | None = None
-    hyperparameters: Hyperparameters | None = None
-    method: Method | None = None
-    suffix: Annotated[str, Field(max_length=40)] | None = None
-    seed: Seed | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    integrations: Annotated[list[Any], Field(max_length=0)] | None = None
-    loriner: Annotated[dict[Key, Setting], Field(max_length=64)] = {}
-
-
-# What the job itself decides; everything else in `loriner` is checked by `loriner train`.
+# What the server decides.
 OURS = frozenset(
     [
         "base",
@@ -102,6 +60,7 @@ class FineTuningDoor:
 
     def __init__(self, shared: Shared) -> None:
         self._service, self._config = shared.service, shared.config
+        self._job_settings = shared.job_settings
         root = self._config.training
         self._files = TrainingFiles(root / "files") if root else None
         self._jobs = TrainingJobs(root / "jobs", shared) if root else None
@@ -235,7 +194,9 @@ class FineTuningDoor:
         if taken := sorted(OURS & asked.loriner.keys()):
             raise InvalidRequestError(f"loriner.{taken[0]} is decided by the server.", "loriner")
         data = self.files.path(asked.training_file, "training_file")
-        settings: dict[str, Any] = {"save_every": SAVE_EVERY, "epochs": EPOCHS, **asked.loriner}
+        settings: dict[str, Any] = {"epochs": EPOCHS, **asked.loriner}
+        if not asked.loriner.get("saves_per_epoch"):
+            settings.setdefault("save_every", SAVE_EVERY)
         if hyper.n_epochs != "auto":
             settings["epochs"] = hyper.n_epochs
         if hyper.batch_size != "auto":
@@ -246,7 +207,7 @@ class FineTuningDoor:
             held = self.files.path(asked.validation_file, "validation_file")
             settings["eval_data"] = str(held.resolve())
         assert self._config.training is not None
-        return settings | {
+        settings |= {
             "base": str(self._service.engine_config.model.resolve()),
             "device": self._config.training_device,
             "num_threads": self._config.training_threads or _half_the_cores(),
@@ -257,6 +218,22 @@ class FineTuningDoor:
             "out": str((self._config.training / "jobs" / job_id / "run").resolve()),
             "seed": seed,
         }
+        self._check(asked.loriner, settings)
+        return settings
+
+    def _check(self, asked: Mapping[str, Setting], settings: Mapping[str, Any]) -> None:
+        """What would only fail once the job has begun."""
+        assert self._job_settings is not None
+        names = self._job_settings.names
+        if unknown := sorted(asked.keys() - names):
+            known = ", ".join(sorted(names - OURS))
+            raise InvalidRequestError(
+                f"loriner.{unknown[0]} is not a setting of a job; there are {known}.", "loriner"
+            )
+        try:
+            self._job_settings.check(settings)
+        except ConfigError as error:
+            raise InvalidRequestError(f"loriner: {error}", "loriner") from None
 
 
 def _page(request: Request, entries: Sequence[T], id_of: Callable[[T], str]) -> dict[str, Any]:

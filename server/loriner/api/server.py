@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from loriner.api.app import build_app
-from loriner.api.shared import share
+from loriner.api.shared import JobSettings, share
 from loriner.config import ServerConfig
 from loriner.errors import ConfigError
 
@@ -44,8 +44,9 @@ class Server(uvicorn.Server):
         config: ServerConfig,
         announce: Callable[[str], None],
         on_ready: Callable[[Server], Awaitable[None]] | None = None,
+        job_settings: JobSettings | None = None,
     ) -> None:
-        self._shared = share(service, config)
+        self._shared = share(service, config, job_settings)
         app = build_app(service, config, self._shared)
         self._training = app.state.training
         super().__init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class JobSettings:
+    """What `loriner train` says of a job's settings; who wires the server knows it."""
+
+    names: frozenset[str]
+    check: Callable[[Mapping[str, object]], None]  # raises ConfigError naming the setting
+
+
+@dataclass(frozen=True, slots=True)
 class Shared:
     """One for each server, built before its doors."""
 
@@ -28,9 +37,12 @@ class Shared:
     tenants: Tenants
     adapters: Adapters
     runner: Runner
+    job_settings: JobSettings | None  # None where no job is ever made
 
 
-def share(service: Service, config: ServerConfig) -> Shared:
+def share(
+    service: Service, config: ServerConfig, job_settings: JobSettings | None = None
+) -> Shared:
     """Raises ConfigError when `config` would serve a network without a key."""
     check_binding(config)
     metrics, tenants = Metrics(service), Tenants(config.store)
@@ -45,4 +57,5 @@ def share(service: Service, config: ServerConfig) -> Shared:
         tenants,
         Adapters(service, metrics, config, quotas),
         Runner(service, metrics, quotas),
+        job_settings,
     )

@@ -65,7 +65,7 @@ class JobFolder:
     def create(self, state: JobState) -> None:
         self.path.mkdir(parents=True)
         self._write(state)
-        lines = [f"{key} = {json.dumps(value)}" for key, value in state.settings.items()]
+        lines = [f"{key} = {_toml(value)}" for key, value in state.settings.items()]
         (self.path / "settings.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def change(self, **changes: Any) -> JobState:
@@ -113,3 +113,8 @@ class JobFolder:
         part = self.path / ".job.json"
         part.write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         part.replace(self.path / "job.json")
+
+
+def _toml(value: object) -> str:
+    """A bool, number or text. JSON writes it as TOML does, but for two kinds of characters."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

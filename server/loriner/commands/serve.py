@@ -70,8 +70,10 @@ def serve(
     log_to_stderr(logging.INFO if on_ready is None else logging.WARNING)
     from loriner.api.access import check_binding
     from loriner.api.server import Server
+    from loriner.api.shared import JobSettings
     from loriner.api.tenants import Tenants
     from loriner.engine.service import Service  # brings torch, so only now
+    from loriner.train.files import SERVED_KEYS, check_served
 
     check_binding(server)
     service = Service(engine, server)
@@ -81,7 +83,8 @@ def serve(
             "[bold]No API key is set: local mode.[/] Only this machine can reach the server, and "
             "everyone on it may use and administer it."
         )
-    Server(service, server, console.print, on_ready).run()
+    jobs = JobSettings(SERVED_KEYS, check_served)
+    Server(service, server, console.print, on_ready, jobs).run()
 
 
 def log_to_stderr(level: int) -> None:

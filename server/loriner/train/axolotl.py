@@ -21,6 +21,7 @@ _OPTIMIZERS = {
     "adamw_bnb_8bit": "adamw_8bit",
     "adamw_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
 }
 _RENAMED = {
     "base_model": "base",
@@ -69,11 +70,18 @@ _DONE_ANYWAY: Mapping[str, tuple[object, ...]] = {
         None,
     ),
     "sdp_attention": (True, False, None),
-    "xformers_attention": (False, None),
+    "xformers_attention": (True, False, None),
+    "attention": ("flash", None),
     "logging_steps": tuple(range(10_001)),  # every step is logged
     "chat_template": ("tokenizer_default", None),
     "model_type": ("AutoModelForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", None),
-    "tokenizer_type": ("AutoTokenizer", None),
+    "tokenizer_type": ("AutoTokenizer", "LlamaTokenizer", "LlamaTokenizerFast", None),  # the base's
+    "is_llama_derived_model": (True, False, None),  # the base says what it is
+    "is_mistral_derived_model": (True, False, None),
+    "trust_remote_code": (False, None),
+    "lora_fan_in_fan_out": (False, None),
+    "use_wandb": (False, None),
+    "do_causal_lm_eval": (False, None),
     "gradient_checkpointing_kwargs": ({"use_reentrant": False}, {"use_reentrant": True}, None),
 }
 
@@ -194,6 +202,11 @@ def _prepared_path(value: Any, ours: dict[str, Any], unknown: list[str]) -> None
     """Where Axolotl keeps tokenised data; there is nothing to keep here."""
 
 
+def _length_of_tables(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
+    """Of the answers in tables that `eval_table_size` or `do_causal_lm_eval` ask for; who asks for
+    them is refused by these."""
+
+
 def _special_tokens(value: Any, ours: dict[str, Any], unknown: list[str]) -> None:
     """A padding token is never needed; others would change the base's tokenizer."""
     names = value if isinstance(value, dict) else {}
@@ -217,6 +230,8 @@ _SPECIAL: Mapping[str, Callable[[Any, dict[str, Any], list[str]], None]] = {
     "lr_scheduler": _scheduler,
     "val_set_size": _held_out,
     "dataset_prepared_path": _prepared_path,
+    "eval_max_new_tokens": _length_of_tables,
+    "eval_table_max_new_tokens": _length_of_tables,
     "special_tokens": _special_tokens,
     "gradient_checkpointing": _checkpointing,
 }

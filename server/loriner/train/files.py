@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ def _names(*classes: type) -> frozenset[str]:
 
 RUN_KEYS = _names(RunConfig, PublishConfig)
 JOB_KEYS = _names(JobConfig, PromoteConfig)
+SERVED_KEYS = JOB_KEYS | _names(RunConfig)  # such a job is published to its server
 MAX_JOBS = 256
 
 
@@ -59,14 +60,30 @@ def load_settings(
             f"{path}: cannot honour {', '.join(dict.fromkeys(ignored))}; remove them, or give "
             "--ignore-unknown to train without."
         )
-    run = load(RunConfig, flags, table=_flat(table))
+    return _made(flags, table, tables, tuple(dict.fromkeys(ignored)))
+
+
+def check_served(table: Mapping[str, object]) -> None:
+    """What `loriner train` says to a file with this table when a server runs it as one job, with
+    no LORINER_* and published to itself. Raises ConfigError naming the setting."""
+    _made({"publish": "http://localhost"}, table, [{}], env={})
+
+
+def _made(
+    flags: Mapping[str, object],
+    table: Mapping[str, Any],
+    tables: Sequence[Mapping[str, Any]],
+    ignored: tuple[str, ...] = (),
+    env: Mapping[str, str] | None = None,
+) -> Settings:
+    run = load(RunConfig, flags, env, table=_flat(table))
     parts = [_flat(_over(table, part)) for part in tables]
-    made = tuple(load(JobConfig, flags, table=part) for part in parts)
+    made = tuple(load(JobConfig, flags, env, table=part) for part in parts)
     _check_distinct(made)
-    publish = load(PublishConfig, flags, table=_flat(table))
-    promote = tuple(load(PromoteConfig, flags, table=part) for part in parts)
+    publish = load(PublishConfig, flags, env, table=_flat(table))
+    promote = tuple(load(PromoteConfig, flags, env, table=part) for part in parts)
     _check_published(publish, made, promote)
-    return Settings(run, made, tuple(dict.fromkeys(ignored)), publish, promote)
+    return Settings(run, made, ignored, publish, promote)
 
 
 def _unknown(table: dict[str, Any], tables: list[dict[str, Any]]) -> list[str]:
@@ -113,11 +130,11 @@ def _job_tables(table: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     return tables
 
 
-def _over(top: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+def _over(top: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
     """A job's table with the top of its file, without what the job's own keys exclude."""
     pairs = [(f.name, f.metadata["instead_of"]) for f in dataclasses.fields(JobConfig)]
     excluded = {b for a, b in pairs if part.get(a)} | {a for a, b in pairs if part.get(b)}
-    return {key: value for key, value in top.items() if key not in excluded} | part
+    return {key: value for key, value in top.items() if key not in excluded} | dict(part)
 
 
 def _flat(table: Mapping[str, Any]) -> dict[str, object]:

@@ -139,8 +139,7 @@ class Job:
     def evaluate(self, base: Base) -> EvalRecord:
         """Loss on the held-out rows; keeps the best weights, and stops early if so set."""
         assert self.held is not None
-        max_tokens = max(2048, self.settings.max_length * self.settings.batch)
-        loss = mean_loss(base, self.lora, self.held.documents, max_tokens)
+        loss = mean_loss(base, self.lora, self.held.documents, eval_tokens(self.settings))
         record = EvalRecord(self.step, loss)
         self.evals.append(record)
         if self.step and self.settings.keep_best and record == self.best_eval:
@@ -206,6 +205,11 @@ def make_feed(settings: JobConfig, data: DataSet) -> Feed:
         seed=settings.seed,
         pack_length=settings.max_length if settings.packing else 0,
     )
+
+
+def eval_tokens(settings: JobConfig) -> int:
+    """Of one pass of an evaluation, about."""
+    return max(2048, settings.max_length * settings.batch)
 
 
 def num_steps(settings: JobConfig, feed: Feed) -> int:

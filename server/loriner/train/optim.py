@@ -17,7 +17,8 @@ EPS = 1e-8
 
 
 def make_optimizer(job: JobConfig, parameters: Sequence[nn.Parameter]) -> Any:
-    """AdamW with states in f32, or in 8 bits (bitsandbytes), in memory that can be paged out.
+    """AdamW with states in f32 or in 8 bits (bitsandbytes); paged ones lie in managed memory on a
+    GPU, and in plain memory on a CPU, where bitsandbytes says so at the first step.
 
     bitsandbytes leaves the states of a parameter below 4096 elements in f32. An adapter is one
     parameter, so its small tensors have 8-bit states too, in blocks of their own."""
@@ -29,8 +30,12 @@ def make_optimizer(job: JobConfig, parameters: Sequence[nn.Parameter]) -> Any:
     import bitsandbytes
 
     optim: Any = bitsandbytes.optim
-    kind = optim.AdamW8bit if job.optimizer == "adamw_8bit" else optim.PagedAdamW8bit
-    return kind(parameters, **options)
+    kinds = {
+        "adamw_8bit": optim.AdamW8bit,
+        "paged_adamw_8bit": optim.PagedAdamW8bit,
+        "paged_adamw_32bit": optim.PagedAdamW32bit,
+    }
+    return kinds[job.optimizer](parameters, **options)
 
 
 def load_state(optimizer: Any, saved: dict[str, Any]) -> None:

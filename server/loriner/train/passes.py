@@ -158,7 +158,7 @@ def mean_loss(
 ) -> float:
     """Mean loss over the learnt tokens, in passes of about `max_tokens`, each one turn."""
     total, count = 0.0, 0
-    for start, end in _chunks([len(d.token_ids) for d in documents], max_tokens):
+    for start, end in chunks([len(d.token_ids) for d in documents], max_tokens):
         with base.pace.turn():
             _, (losses,) = run_pass(base, [Share(documents[start:end], lora)])
             total += losses.double().sum().item()
@@ -166,14 +166,15 @@ def mean_loss(
     return total / count
 
 
-def _chunks(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
-    chunks, start, size = [], 0, 0
+def chunks(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
+    """(start, end) of runs of about `max_tokens`."""
+    made, start, size = [], 0, 0
     for i, length in enumerate(lengths):
         if i > start and size + length > max_tokens:
-            chunks.append((start, i))
+            made.append((start, i))
             start, size = i, 0
         size += length
-    return [*chunks, (start, len(lengths))]
+    return [*made, (start, len(lengths))]
 
 
 def _segments(

@@ -16,7 +16,7 @@ from loriner.errors import ConfigError, InvalidRequestError
 from loriner.train.canaries import TOLERANCES
 
 SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _USUAL = ", ".join(f"{limit:g} for one trained in {dtype}" for dtype, limit in TOLERANCES.items())
 TOLERANCE_HELP = f"largest difference of a log-probability, in nats (unset: {_USUAL})"
@@ -75,7 +75,11 @@ class JobConfig:
     neftune: float = setting(0.0, "alpha of noise on embeddings (arXiv 2310.05914)", low=0)
     weight_decay: float = setting(0.0, "decoupled, as in AdamW", low=0, high=1)
     max_grad_norm: float = setting(1.0, "longer gradients are shortened to it (0: never)", low=0)
-    optimizer: str = setting("adamw", "adamw, adamw_8bit or paged_adamw_8bit")
+    optimizer: str = setting(
+        "adamw",
+        "adamw, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit; on a GPU states that are paged "
+        "give way to the host's memory, on a CPU they are kept as others are",
+    )
     seed: int = setting(0, "of all random numbers", low=0, high=2**31 - 1)
 
     eval_every: int = setting(0, "steps between evaluations (0: ten in a run)", low=0)
