@@ -57,6 +57,22 @@ def test_adapters_equal_float64(kernels: Any, kind: str, rank: int) -> None:
         assert error(kernels.linear(x, operand, lora.operand("0.qkv")), expected) < 4e-3, rows
 
 
+@pytest.mark.parametrize("inputs", [64, 128, 448, 2624])
+def test_adapters_of_any_width_equal_float64(kernels: Any, inputs: int) -> None:
+    """Of few inputs some warps have none of A x; of many there are parts."""
+    weight = random_nf4(320, inputs, nested=False)
+    operand, seats = kernels.prepare_nf4([weight], None), Seats(5, num_groups=6)
+    for seat in range(5):
+        seats.put(seat, 0, inputs, [320], [8 * seat + 8], bias=False)
+    for rows in (1, 8, 16, 24, 64, 128):
+        row_seats = sorted(i % 5 for i in range(rows))
+        x = torch.randn(rows, inputs, device="cuda").bfloat16()
+        expected = x.double() @ dense(weight).t()
+        expected += seats.expected(x.double(), row_seats, 0, 320)
+        found = kernels.logits(x, operand, lora_of(kernels, seats, row_seats).operand("0.qkv"))
+        assert error(found, expected) < 2e-3, rows
+
+
 def test_mixed_ranks_share_a_step(kernels: Any) -> None:
     inputs, inner = 1536, 576
     operand_weight = random_nf4(inner, inputs, nested=False)

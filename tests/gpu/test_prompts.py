@@ -35,6 +35,9 @@ NUM_TOP = 5
 # The CPU's activations are fp32, a GPU's bf16: see MAX_ABSOLUTE in test_smollm2.py.
 MIN_COSINE = 0.995
 MAX_MEAN_NATS = 0.1
+# Where both round: on a CPU the trainer in bf16 is up to 0.14 from itself in fp32 over one of these
+# prompts, transformers and PEFT are 0.11.
+MAX_TRAINED_NATS = 0.25
 # On one device only the order of sums and the way through attention may differ.
 MIN_OWN_COSINE = 0.9999
 MAX_OWN_MEAN_NATS = 0.02
@@ -142,7 +145,7 @@ def test_the_trainers_are_the_servers(
         own = torch.log_softmax(logits[:-1], -1)[range(len(ids) - 1), ids[1:]].numpy()
         gaps.append(float(abs(own - alone[1][request.request_id]).mean()))
     sys.stdout.write(f"{name}, trained and served: {max(gaps):.4f} nats\n")
-    assert gaps and max(gaps) <= MAX_MEAN_NATS
+    assert gaps and max(gaps) <= MAX_TRAINED_NATS
 
 
 @pytest.mark.parametrize("budget", [64, EXACT_ROWS, 2 * EXACT_ROWS])

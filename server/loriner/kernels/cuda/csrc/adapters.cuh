@@ -101,8 +101,9 @@ template <class Arrived> DEV void multiply_unit(const Params& p, const Unit& u, 
 #pragma unroll
         for (int k = 0; k < SHARES_AT; k++) begin[k] = steps_before(p, u.part, share + k), count[k] = steps_before(p, u.part, share + k + 1) - begin[k], most = max(most, count[k]);
         float acc[SHARES_AT][4] = {};
+        i32 s = 0;
 #pragma unroll 1
-        for (i32 s = 0; s < most; s += AHEAD) {
+        do {  // once at least: all warps have to arrive
             uint4 x[SHARES_AT][AHEAD];
 #pragma unroll
             for (int k = 0; k < SHARES_AT; k++) load_steps(p, u, begin[k] + s, count[k] - s, x[k]);
@@ -115,7 +116,7 @@ template <class Arrived> DEV void multiply_unit(const Params& p, const Unit& u, 
                     const u8* at = a + (begin[k] + s + j - first) * 64;
                     multiply_step(acc[k], *(const uint4*)at, *(const uint4*)(at + 8 * A_STRIDE), x[k][j]);
                 }
-        }
+        } while ((s += AHEAD) < most);
 #pragma unroll
         for (int k = 0; k < SHARES_AT; k++) *(float4*)(smem + UNIT_SUMS_AT + (share + k) * 512 + lane * 16) = make_float4(acc[k][0], acc[k][1], acc[k][2], acc[k][3]);
     }
