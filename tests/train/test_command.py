@@ -46,6 +46,20 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_process_tells_its_own_memory_not_that_of_its_parent() -> None:
+    tell = "from loriner.train.progress import resident_peak; print(resident_peak())"
+    parent = f"""
+import subprocess, sys
+kept = b"x" * (1 << 30)
+subprocess.run([sys.executable, "-c", {tell!r}], check=True)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", parent], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert 50 << 20 < int(ran.stdout) < 1 << 30, ran.stderr
+
+
 @pytest.mark.parametrize("more", [(), ("--rank", "64", "--gradient-checkpointing")])
 def test_a_process_takes_what_its_plan_says(
     more: tuple[str, ...], tiny: Path, tmp_path: Path

@@ -129,5 +129,15 @@ def peak_memory() -> int:
     """Bytes: the GPU's peak where there is one, else this process's."""
     if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
         return peak
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resident_peak()
+
+
+def resident_peak() -> int:
+    """Bytes of this process, at most so far. Where the kernel tells it, VmHWM: getrusage's peak is
+    that of whoever started this one, too."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
