@@ -19,6 +19,7 @@ pytest.importorskip("cuda.bindings")
 
 from loriner.kernels.cuda import linear, packing, tiling
 from loriner.kernels.cuda.linear import Linears
+from loriner.kernels.cuda.params import Params
 from loriner.kernels.cuda.tiling import KIND_BF16, KIND_F32, KIND_NESTED
 from loriner.kernels.operands import NestedScales, Nf4
 from loriner.model.nf4 import dynamic_map, nf4_code
@@ -266,6 +267,19 @@ def test_two_blocks_share_a_multiprocessor_where_the_code_counts_on_it(tiles: in
         assert ring is not None
         assert 2 * (cut.smem(tiling.KIND_BF16, tiles, ring, ends) + 1024) <= 228 << 10
         assert tiling.STAGE_BLOCKS % ring.blocks == 0 and ring.stages >= 2
+
+
+@pytest.mark.parametrize(
+    ("grid", "cluster", "helpers"),
+    [((1, 1, 112), 1, 20), ((1, 2, 112), 1, 0), ((2, 1, 64), 2, 0), ((1, 1, 200), 1, 0)],
+)
+def test_multiprocessors_without_outputs_multiply_for_the_others(
+    grid: tuple[int, int, int], cluster: int, helpers: int
+) -> None:
+    """Unless other blocks of the launch need them, or blocks come in clusters."""
+    params, cut = Params(K=4096), tiling.Tiling(4, 1, cluster)
+    assert place()._with_helpers(params, grid, cut) == (*grid[:2], grid[2] + helpers)
+    assert params.helpers == helpers
 
 
 @pytest.mark.parametrize("card", CARDS)

@@ -173,14 +173,10 @@ class Linears:
         )
         ends = self._ends(operand, tiles, adapted=adapters is not None)
         plain = params_of(x, operand, y)
+        grid = (cut.cluster, -(-rows // (tiles * 8)), operand.weight.shape[0] * TILE // cut.rows)
         if adapters is not None:
             self._add_adapters(plain, adapters)
-        row_tiles = operand.weight.shape[0] * TILE // cut.rows
-        row_grids = -(-rows // (tiles * 8))
-        if adapters is not None and row_grids == cut.cluster == cut.min_blocks == 1:
-            plain.helpers = max(0, self.device.num_sms - row_tiles)
-            plain.rounds = max(1, operand.inputs // BLOCK // cut.input_groups // BLOCKS_A_ROUND)
-        grid = (cut.cluster, row_grids, row_tiles + plain.helpers)
+            grid = self._with_helpers(plain, grid, cut)
         params: ctypes.Structure = plain
         if self.maps:
             ring = self._ring(operand, tiles, ends)
@@ -258,6 +254,15 @@ class Linears:
         ring = ring_of(operand.tiling, operand.kind, token_tiles, self.device.max_smem, ends)
         assert ring is not None, "token_tiles are what fits"
         return ring
+
+    def _with_helpers(
+        self, params: Params, grid: tuple[int, int, int], cut: Tiling
+    ) -> tuple[int, int, int]:
+        """The grid with a block for each multiprocessor that has none: they multiply A x."""
+        if grid[:2] == (1, 1) and cut.min_blocks == 1:
+            params.helpers = max(0, self.device.num_sms - grid[2])
+            params.rounds = max(1, params.K // BLOCK // cut.input_groups // BLOCKS_A_ROUND)
+        return grid[0], grid[1], grid[2] + params.helpers
 
     def _add_adapters(self, params: Params, adapters: Adapters) -> None:
         parts = num_parts(params.K)
