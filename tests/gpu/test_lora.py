@@ -73,6 +73,22 @@ def test_adapters_of_any_width_equal_float64(kernels: Any, inputs: int) -> None:
         assert error(found, expected) < 2e-3, rows
 
 
+@pytest.mark.timeout(60)
+def test_nobody_waits_for_a_block_that_finds_no_room(kernels: Any) -> None:
+    """Clusters of four leave some multiprocessors over: not all blocks run at once, and there are
+    more units of A x than blocks."""
+    sizes, inputs, rows = [2560], 9728, 16
+    weight = random_nf4(sizes[0], inputs, nested=False)
+    operand, seats = kernels.prepare_nf4([weight], None), Seats(rows, num_groups=6)
+    for seat in range(rows):
+        seats.put(seat, 0, inputs, sizes, [32], bias=False)
+    x = torch.randn(rows, inputs, device="cuda").bfloat16()
+    expected = x.double() @ dense(weight).t()
+    expected += seats.expected(x.double(), list(range(rows)), 0, sizes[0])
+    lora = lora_of(kernels, seats, list(range(rows)))
+    assert error(kernels.logits(x, operand, lora.operand("0.qkv")), expected) < 2e-3
+
+
 def test_mixed_ranks_share_a_step(kernels: Any) -> None:
     inputs, inner = 1536, 576
     operand_weight = random_nf4(inner, inputs, nested=False)

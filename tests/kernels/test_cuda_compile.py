@@ -93,6 +93,7 @@ SPILLED: dict[str, dict[tuple[int, str], int]] = {
         (8, "llama-3-8b lm_head"): 32,
         (8, "smollm2 qkv"): 56,
         (8, "llama-3-8b o, adapted"): 56,
+        (1, "llama-3-8b gate_up, adapted"): 4,
         (8, "llama-3-8b gate_up, adapted"): 12,
     },
     "sm_86": {
@@ -101,10 +102,12 @@ SPILLED: dict[str, dict[tuple[int, str], int]] = {
         (8, "llama-3-8b lm_head"): 48,
         (3, "smollm2 qkv"): 4,
         (3, "llama-3-8b o, adapted"): 4,
-        (8, "llama-3-8b gate_up, adapted"): 32,
+        (1, "llama-3-8b gate_up, adapted"): 4,
+        (8, "llama-3-8b gate_up, adapted"): 48,
     },
     "sm_90a": {
         (1, "llama-3-8b o, adapted"): 12,
+        (16, "llama-3-8b o, adapted"): 4,
         (1, "llama-3-8b gate_up, adapted"): 16,
     },
     "sm_100a": {
@@ -112,7 +115,6 @@ SPILLED: dict[str, dict[tuple[int, str], int]] = {
         (8, "llama-3-8b gate_up"): 28,
         (8, "llama-3-8b lm_head"): 56,
         (8, "smollm2 qkv"): 32,
-        (1, "llama-3-8b o, adapted"): 4,
         (8, "llama-3-8b o, adapted"): 12,
         (8, "llama-3-8b gate_up, adapted"): 8,
     },

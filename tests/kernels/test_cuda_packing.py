@@ -282,6 +282,13 @@ def test_multiprocessors_without_outputs_multiply_for_the_others(
     assert params.helpers == helpers
 
 
+def test_blocks_that_others_wait_for_are_resident() -> None:
+    """On an H200 fewer than 32 clusters of four find room at once, on none fewer than 16."""
+    found = {size: tiling.resident_blocks(tiling.Tiling(1, 4, size), 132) for size in (1, 2, 4)}
+    assert found == {1: 132, 2: 132, 4: 64}
+    assert tiling.resident_blocks(tiling.Tiling(1, 4, 4), 7) == 4
+
+
 @pytest.mark.parametrize("card", CARDS)
 def test_adapters_fit_the_shared_memory_of_each_card(card: str) -> None:
     """Few rows leave room for warps beside the main ones, where those multiply by four."""

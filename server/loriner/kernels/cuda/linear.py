@@ -30,6 +30,7 @@ from loriner.kernels.cuda.tiling import (
     choose,
     ends_of,
     num_parts,
+    resident_blocks,
     ring_of,
     token_tiles_of,
 )
@@ -175,7 +176,7 @@ class Linears:
         plain = params_of(x, operand, y)
         grid = (cut.cluster, -(-rows // (tiles * 8)), operand.weight.shape[0] * TILE // cut.rows)
         if adapters is not None:
-            self._add_adapters(plain, adapters)
+            self._add_adapters(plain, adapters, cut)
             grid = self._with_helpers(plain, grid, cut)
         params: ctypes.Structure = plain
         if self.maps:
@@ -264,7 +265,7 @@ class Linears:
             params.rounds = max(1, params.K // BLOCK // cut.input_groups // BLOCKS_A_ROUND)
         return grid[0], grid[1], grid[2] + params.helpers
 
-    def _add_adapters(self, params: Params, adapters: Adapters) -> None:
+    def _add_adapters(self, params: Params, adapters: Adapters, cut: Tiling) -> None:
         parts = num_parts(params.K)
         size = parts * params.M * MAX_STACKED_RANK
         if size > len(self._shrunk):
@@ -276,7 +277,7 @@ class Linears:
         params.shrunk, params.shrunk_size = self._shrunk.data_ptr(), len(self._shrunk)
         params.gate = self._gate.data_ptr()
         params.shrunk_stride, params.parts = MAX_STACKED_RANK, parts
-        params.workers = self.device.num_sms
+        params.workers = resident_blocks(cut, self.device.num_sms)
 
     def _tiling(self, outputs: int, inputs: int, *, gated: bool, is_nf4: bool = True) -> Tiling:
         if inputs % BLOCK or (gated and outputs % 16):

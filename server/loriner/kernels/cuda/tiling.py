@@ -104,6 +104,15 @@ def ring_of(
     return None
 
 
+def resident_blocks(cut: Tiling, num_sms: int) -> int:
+    """Thread blocks of a launch that a card holds at a time, for certain: those that others wait
+    for must be among them. Two multiprocessors always make a cluster of two; the blocks of larger
+    clusters lie in one group of multiprocessors each, whose sizes differ, with some left over."""
+    if cut.cluster <= 2:
+        return num_sms // cut.cluster * cut.cluster
+    return max(cut.cluster, num_sms // 2 // cut.cluster * cut.cluster)
+
+
 def num_parts(inputs: int) -> int:
     """Parts of the inputs over which A x is summed apart, each by a block."""
     return -(-inputs // PART)

@@ -3,8 +3,10 @@
 // Part of linear.cu, whose defines and shared memory it uses. A x is multiplied in units, which the thread blocks
 // share: each value carries the launch's epoch, so that nothing but the value itself is waited for. On Hopper, and with few
 // rows of x, four warps beside the main ones (BESIDE) see to adapters while those multiply; else all do, before
-// and after. Where multiprocessors are left over, thread blocks without outputs (helpers) multiply units alone. Units come
-// first and wait for nobody, and helpers are the first blocks to be scheduled, so that a launch may be of any size. Everything is added in a fixed order, whatever the other rows and whoever adds.
+// and after. Where multiprocessors are left over, thread blocks without outputs (helpers) multiply units alone. Units
+// come first and wait for nobody, and only blocks that are sure to be resident have any (`workers`, which are the
+// first to be scheduled), so that a launch may be of any size. Everything is added in a fixed order,
+// whatever the other rows and whoever adds.
 #pragma once
 
 // The outputs that this thread block finishes; gated ones have another half behind the first.
@@ -38,9 +40,11 @@ DEV u32 note_epoch(const Params& p) {
     asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.gate + 1) : "memory");
     return before + 1;
 }
+// Of the last epoch of all values are forgotten, so nobody may still want one when all know it.
+DEV bool is_last(u32 epoch) { return epoch + 1 == 0; }
 DEV void leave(const Params& p, u32 epoch) {
     p.gate[1] = 0, p.gate[0] = epoch + 1 ? epoch + 1 : 1;
-    if (epoch + 1 == 0)  // values of the epochs before must not be taken for those of the epochs to come
+    if (is_last(epoch))  // values of the epochs before must not be taken for those of the epochs to come
         for (i64 i = 0; i < p.shrunk_size; i++) p.shrunk[i] = 0;
 }
 
@@ -291,8 +295,9 @@ DEV void prefetch(const Params& p, const Outputs& own, i32 thread) {
         const RowLora& l = ((const RowLora*)(smem + ROW_LORA))[i / parts * 3 + slice];
         if (l.rank == 0 || own.first >= own.end) continue;
         const u8* at = (const u8*)(l.b + (i64)(n - start) * l.rank);
-        const i32 size = (own.end - own.first) * l.rank * 2 & ~15;
-        if (((u64)at & 15) == 0 && size) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(size) : "memory");
+        const i32 end = min(own.end + i % parts * own.half, slice == 0 ? p.split0 : slice == 1 ? p.split1 : p.N);
+        const i32 size = (end - n) * l.rank * 2 & ~15;
+        if (((u64)at & 15) == 0 && size > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(size) : "memory");
     }
 }
 

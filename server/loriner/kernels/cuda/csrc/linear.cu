@@ -522,8 +522,8 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
 #endif
         return beside(p, own_outputs(p, rank), token0, warp - WARPS);
     }
-#if BESIDE_REGISTERS
     if (is_helper(p)) return;
+#if BESIDE_REGISTERS
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MAIN_REGISTERS));
 #endif
 #endif
@@ -559,6 +559,9 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
 #pragma unroll
     for (int i = 0; i < NT * 4; i++) (&acc[0][0])[i] = 0.0f;
     Units z = {};
+#if !WGMMA
+    if (KIND == 1) __syncthreads();  // all warps have made their part of the table
+#endif
     if (NF4_KIND && mine > 0) {
         next_stage(z, s, lane);
         z.change = of_outputs<0>(z.changes[0], lane);
@@ -610,7 +613,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     } else {
         main_sync();
     }
-    const u32 known = FIRST && threadIdx.x == 0 ? note_epoch(p) : 0;
+    u32 known = FIRST && threadIdx.x == 0 && !is_last(*(const u32*)(smem + EPOCH_AT)) ? note_epoch(p) : 0;
     give(acc, rank * WK + wk, wr * 4 + (warp & 3), lane);
     const Outputs own = own_outputs(p, rank);
     const Passes passes(own, p, token0);
@@ -618,5 +621,11 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     if (CLUSTER == 1) __syncthreads();
     else cluster_sync();
     epilogue(p, own, passes, token0);
-    if (FIRST && known == num_blocks()) leave(p, *(const u32*)(smem + EPOCH_AT));
+#if FIRST
+    if (threadIdx.x == 0) {
+        const u32 epoch = *(const u32*)(smem + EPOCH_AT);
+        if (is_last(epoch)) known = note_epoch(p);
+        if (known == num_blocks()) leave(p, epoch);
+    }
+#endif
 }
