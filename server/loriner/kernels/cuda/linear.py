@@ -43,9 +43,7 @@ STAGE_BYTES = STAGE_BLOCKS * BLOCK // 2  # of an output's codes in a warp's stag
 LEAN, LEAN_ADAPTED = 104, 112  # registers of a thread, where small kernels are to fit beside
 LEAN_TILES = 2  # token tiles up to which they do
 DEEP_TILES = 3  # token tiles up to which registers hold two stages of weights (or one more)
-BLOCKS_A_ROUND = (
-    4  # of a group's inputs: while it multiplies them, an idle one has made a unit of A x
-)
+BLOCKS_A_ROUND = 4  # of a group's inputs: in their time a helper makes a unit of A x
 BESIDE_THREAD, BESIDE_OWN, BESIDE_MAIN = 96, 64, 104  # registers: of all at first, then by warps
 MOST_SHRUNK = 8 * 513 * MAX_STACKED_RANK  # values of A x that a launch may make
 

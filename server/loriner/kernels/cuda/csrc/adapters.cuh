@@ -43,7 +43,7 @@ DEV u32 note_epoch(const Params& p) {
 // Of the last epoch of all values are forgotten, so nobody may still want one when all know it.
 DEV bool is_last(u32 epoch) { return epoch + 1 == 0; }
 DEV void leave(const Params& p, u32 epoch) {
-    p.gate[1] = 0, p.gate[0] = epoch + 1 ? epoch + 1 : 1;
+    p.gate[1] = 0, p.gate[0] = is_last(epoch) ? 1 : epoch + 1;
     if (is_last(epoch))  // values of the epochs before must not be taken for those of the epochs to come
         for (i64 i = 0; i < p.shrunk_size; i++) p.shrunk[i] = 0;
 }
@@ -153,7 +153,7 @@ struct Share {
 
     DEV Share(const Params& p, i32 warp_) : warp(warp_) {
         const i32 all = count_units(p), first = min(all, p.helpers * p.rounds), block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-        if ((i32)blockIdx.z < p.helpers) next = block, step = p.helpers, end = first;
+        if (is_helper(p)) next = block, step = p.helpers, end = first;
         else next = first + block - p.helpers, step = min((i32)num_blocks() - p.helpers, p.workers), end = block - p.helpers < step ? all : 0;
         now = unit_at(p, next);
         if (next < end) ask_unit(p, now, 0, warp);

@@ -606,8 +606,8 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     if (NF4_KIND && mine > 0) scale_sums(acc, z.change), scale_sums(acc, of_outputs<0>(scale_of<0>(s, lane), lane));
     cp_async_wait<0>();
     if (APART) {
-        if (FIRST) __syncthreads();  // A x comes where table and ring were
-        if (CLUSTER > 1) cluster_wait();       // every block of the cluster has begun
+        if (FIRST) __syncthreads();       // A x comes where table and ring were
+        if (CLUSTER > 1) cluster_wait();  // every block of the cluster has begun
     } else if (CLUSTER > 1) {
         cluster_sync();  // every block of the cluster is done with its table and ring
     } else {
