@@ -88,35 +88,27 @@ MOST_LOCAL = 8  # accesses of local memory once round a main loop on Hopper: add
 # Bytes of local memory that are known to be written, by token tiles and linear.
 SPILLED: dict[str, dict[tuple[int, str], int]] = {
     "sm_80": {
-        (8, "llama-3-8b o"): 56,
-        (8, "llama-3-8b gate_up"): 4,
+        (8, "llama-3-8b o"): 48,
         (8, "llama-3-8b lm_head"): 32,
-        (8, "smollm2 qkv"): 56,
+        (8, "smollm2 qkv"): 28,
+        (1, "llama-3-8b o, adapted"): 28,
         (8, "llama-3-8b o, adapted"): 56,
-        (1, "llama-3-8b gate_up, adapted"): 4,
-        (8, "llama-3-8b gate_up, adapted"): 12,
     },
     "sm_86": {
-        (3, "llama-3-8b o"): 4,
-        (8, "llama-3-8b gate_up"): 48,
-        (8, "llama-3-8b lm_head"): 48,
-        (3, "smollm2 qkv"): 4,
-        (3, "llama-3-8b o, adapted"): 4,
+        (8, "llama-3-8b gate_up"): 36,
+        (8, "llama-3-8b lm_head"): 32,
+        (1, "llama-3-8b o, adapted"): 4,
         (1, "llama-3-8b gate_up, adapted"): 4,
-        (8, "llama-3-8b gate_up, adapted"): 48,
+        (8, "llama-3-8b gate_up, adapted"): 24,
     },
-    "sm_90a": {
-        (1, "llama-3-8b o, adapted"): 12,
-        (16, "llama-3-8b o, adapted"): 4,
-        (1, "llama-3-8b gate_up, adapted"): 16,
-    },
+    "sm_90a": {(16, "llama-3-8b o, adapted"): 16},
     "sm_100a": {
-        (8, "llama-3-8b o"): 28,
-        (8, "llama-3-8b gate_up"): 28,
-        (8, "llama-3-8b lm_head"): 56,
-        (8, "smollm2 qkv"): 32,
-        (8, "llama-3-8b o, adapted"): 12,
-        (8, "llama-3-8b gate_up, adapted"): 8,
+        (8, "llama-3-8b o"): 16,
+        (8, "llama-3-8b gate_up"): 16,
+        (8, "llama-3-8b lm_head"): 72,
+        (8, "smollm2 qkv"): 4,
+        (8, "llama-3-8b o, adapted"): 40,
+        (8, "llama-3-8b gate_up, adapted"): 4,
     },
 }
 SPILLED["sm_89"] = SPILLED["sm_86"]
@@ -312,6 +304,8 @@ def test_on_hopper_four_warps_multiply_together() -> None:
     for variant, code in zip(variants, all_codes(variants), strict=True):
         opcodes = [opcode(text) for text in code["linear"].main_loop()]
         assert opcodes.count("HGMMA") == 4 * tiling.STAGE_BLOCKS, variant
+        # more where the compiler makes each product wait for the one before
+        assert opcodes.count("WARPGROUP") <= 2 * tiling.STAGE_BLOCKS, variant
         assert "HMMA" not in opcodes
 
 

@@ -44,7 +44,7 @@ LEAN, LEAN_ADAPTED = 104, 112  # registers of a thread, where small kernels are 
 LEAN_TILES = 2  # token tiles up to which they do
 DEEP_TILES = 3  # token tiles up to which registers hold two stages of weights (or one more)
 BLOCKS_A_ROUND = 4  # of a group's inputs: in their time a helper makes a unit of A x
-BESIDE_THREAD, BESIDE_OWN, BESIDE_MAIN = 96, 64, 104  # registers: of all at first, then by warps
+BESIDE_REGISTERS = 96  # of a thread, where warps stand beside the main ones
 MOST_SHRUNK = 8 * 513 * MAX_STACKED_RANK  # values of A x that a launch may make
 
 
@@ -220,7 +220,7 @@ class Linears:
         lean = LEAN_ADAPTED if adapted else LEAN
         is_lean = cut.min_blocks == 1 and token_tiles <= LEAN_TILES
         beside = ends.beside if ends else 0
-        registers = BESIDE_THREAD if beside else lean if is_lean else 0
+        registers = BESIDE_REGISTERS if beside else lean if is_lean else 0
         return {
             "NT": token_tiles,
             "WR": cut.row_groups,
@@ -237,8 +237,6 @@ class Linears:
             "GELU": int(use.is_gelu),
             "LORA": int(adapted),
             "BESIDE": beside,
-            "BESIDE_REGISTERS": BESIDE_OWN,
-            "MAIN_REGISTERS": BESIDE_MAIN,
             "STEPS": ends.steps if ends else 0,
             "BUFFERS": ends.buffers if ends else 0,
         }

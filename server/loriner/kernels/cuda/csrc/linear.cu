@@ -19,8 +19,8 @@
 // (stages of weights in registers), CLUSTER, APART (sums have room beside table and ring), KIND (0 NF4 with f32
 // scales, 1 NF4 with nested scales, 2 bf16), EPILOGUE (0 bf16 store, 1 add to f32, 2 gated bf16 store, 3 f32
 // store), GELU, LORA, MIN_BLOCKS, REGISTERS (of a thread at most; 0: what MIN_BLOCKS leaves), BESIDE
-// (warps that see to adapters while the others multiply; they change their registers to BESIDE_REGISTERS, the others to
-// MAIN_REGISTERS), STEPS (of 32 inputs in a part of A x, at most), BUFFERS (for A of such parts).
+// (warps that see to adapters while the others multiply), STEPS (of 32 inputs in a part of A x, at most), BUFFERS (for A of
+// such parts).
 #include "common.cuh"
 #include "lora.cuh"
 
@@ -37,6 +37,7 @@
 #define ROWS (WR * 64)
 #define TOKENS (NT * 8)
 #define NF4_KIND (KIND != 2)
+#define GATED (EPILOGUE == 2)
 #define WORDS (NF4_KIND ? 1 : 4)  // 16-byte words of a lane in a block
 #define BLOCK_BYTES (WORDS * 512)
 #define HOP (WK * KU * BLOCK_BYTES)  // from a group's stage to its next
@@ -49,7 +50,7 @@
 #define OWN (ROWS / CLUSTER)  // outputs that this thread block finishes
 #define SUMS (CLUSTER * WK * OWN * TOKENS * 4)
 #define FRONT (TABLE + STAGES * X_STAGE)
-#define LEAST_SHRUNK 12288  // four rows of x of the most ranks (768)
+#define LEAST_SHRUNK 24576  // eight rows of x of the most ranks (768)
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define SUMS_AT (APART ? MAX(FRONT, LEAST_SHRUNK) : 0)
 #define UNITS_AT (WGMMA ? TABLE : 0)         // units of A x, before x comes in; not on Hopper, before the table, too
@@ -109,7 +110,7 @@ struct Params {
 };
 
 // Which block of ROWS outputs this is. Blocks ahead have none.
-DEV i32 outputs_block(const Params& p) { return (i32)blockIdx.z - (LORA ? p.helpers : 0); }
+DEV i32 outputs_block(const Params& p, i32 block) { return block - (LORA ? p.helpers : 0); }
 
 // Word I of a lane's column in the table: the byte I of `v` becomes the row. On Hopper dynamic shared memory begins at
 // 1024 (the kernel checks it), so that the address needs no addition: `column` has the high bits.
@@ -208,15 +209,14 @@ struct Scales {
     float2 plain;
     u32 index;
     float outer, offset;
-    const u8* from;
-    const float* outer_from;
+    u32 at, outer_at;  // bytes from the first scales on, floats from the first outer ones on: less than 4 GB
 };
 
 DEV void load_scales(const Params& p, Scales& s, i32 kb) {
-    if (KIND == 0) s.plain = *(const float2*)s.from;
+    if (KIND == 0) s.plain = *(const float2*)(p.scale + s.at);
     if (KIND == 1) {
-        s.index = *(const u16*)s.from;
-        s.outer = s.outer_from[(kb >> p.nested_shift) * 16];
+        s.index = *(const u16*)(p.scale + s.at);
+        s.outer = p.nested[s.outer_at + (kb >> p.nested_shift) * 16];
     }
 }
 
@@ -236,10 +236,10 @@ DEV void load_first(const Params& p, Weights& w, Scales& s, i32 tile, i32 kb, i3
     w.from = p.weight + ((i64)tile * p.KB + kb) * BLOCK_BYTES + lane * 16;
     load_stages<0>(w, mine);
     if (NF4_KIND) {
-        s.from = p.scale + ((i64)tile * p.KB + kb) * (KIND == 0 ? 64 : 16) + ((lane & 15) * 2 + (lane >> 4)) * (KIND == 0 ? 8 : 2);
+        s.at = (tile * p.KB + kb) * (KIND == 0 ? 64 : 16) + ((lane & 15) * 2 + (lane >> 4)) * (KIND == 0 ? 8 : 2);
         if (KIND == 1) {
             const i32 spans = (p.KB + (1 << p.nested_shift) - 1) >> p.nested_shift;
-            s.outer_from = p.nested + (i64)tile * spans * 16 + (lane & 15), s.offset = p.offset[tile * 16 + (lane & 15)];
+            s.outer_at = tile * spans * 16 + (lane & 15), s.offset = p.offset[tile * 16 + (lane & 15)];
         }
         if (mine > 0) load_scales(p, s, kb);
     }
@@ -392,15 +392,14 @@ DEV void give(const float (&acc)[NT][4], i32 source, i32 tile, i32 lane) {
     }
 }
 
-// One output of this thread block for four rows of x: the sums of all groups and blocks, in a fixed order.
-DEV void reduced(float (&sum)[4], i32 output, i32 quad) {
-    const u8* at = smem + SUMS_AT + ((output >> 4) * NT + (quad >> 1)) * 512 + (output >> 3 & 1) * 8;
-    const i32 first = sums_at(output & 7, (quad & 1) * 2), second = sums_at(output & 7, (quad & 1) * 2 + 1);
+// This lane's sums of a tile of 16 outputs for eight rows of x: those of all groups and blocks, in a fixed order.
+DEV void reduced(float (&sum)[4], i32 tile, i32 oct) {
+    const u8* at = smem + SUMS_AT + (tile * NT + oct) * 512 + sums_at((threadIdx.x & 31) >> 2, threadIdx.x & 3);
 #pragma unroll
     for (int i = 0; i < CLUSTER * WK; i++) {
-        const float2 v = *(const float2*)(at + first + i * (OWN * TOKENS * 4)), w = *(const float2*)(at + second + i * (OWN * TOKENS * 4));
-        if (i == 0) sum[0] = v.x, sum[1] = v.y, sum[2] = w.x, sum[3] = w.y;
-        else sum[0] += v.x, sum[1] += v.y, sum[2] += w.x, sum[3] += w.y;
+        const float4 v = *(const float4*)(at + i * (OWN * TOKENS * 4));
+        if (i == 0) sum[0] = v.x, sum[1] = v.y, sum[2] = v.z, sum[3] = v.w;
+        else sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
     }
 }
 
@@ -410,45 +409,63 @@ DEV float activate(float v) {
 #if GELU
     return 0.5f * v * (1.0f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
 #else
-    return v / (1.0f + __expf(-v));
+    return __fdividef(v, 1.0f + __expf(-v));
 #endif
 }
 
-DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32 token0) {
-    constexpr i32 per = EPILOGUE == 2 ? OWN / 2 : OWN;
-    const i32 outputs = EPILOGUE == 2 ? p.N / 2 : p.N, stride = passes.stride, quads = passes.quads;
+// A warp finishes 16 outputs for eight rows of x at a time. Lane (g, t) has outputs g and g + 8 (of gated ones the gate and the up of
+// output g) for rows 2t and 2t + 1.
+DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32 token0, i32 warp) {
+    const i32 lane = threadIdx.x & 31, outputs = GATED ? p.N / 2 : p.N;
 #pragma unroll 1
-    for (i32 quad0 = 0; quad0 < TOKENS / 4; quad0 += quads) {
-        if (LORA && !BESIDE && quad0) {
-            __syncthreads();
-            gather_shrunk(p, own, token0, quad0 * 4, quads * 4, stride, threadIdx.x >> 5, *(const u32*)(smem + EPOCH_AT));
-            __syncthreads();
-        }
+    for (i32 oct0 = 0; oct0 < passes.all; oct0 += passes.octs) {
+        const Turns turns(passes, oct0, WARPS, warp);
+#if FIRST
+        Adding adding(p, own, turns, oct0, passes.stride);
+        if (oct0) __syncthreads();
+        if (passes.stride) gather_shrunk(p, own, token0, oct0 * 8, passes.octs * 8, passes.stride, warp, *(const u32*)(smem + EPOCH_AT));
+#endif
+        if (CLUSTER > 1 && oct0 == 0) cluster_sync();
+        else __syncthreads();
 #pragma unroll 1
-        for (i32 i = threadIdx.x; i < per * min(quads, TOKENS / 4 - quad0); i += MAIN_THREADS) {
-            const i32 at = i % per, n = own.first + at, quad = quad0 + i / per, row0 = token0 + quad * 4;
-            const i32 rows = min(p.M - row0, 4);
-            if (n >= outputs) continue;
-            const float* shrunk = (const float*)(smem + SHRUNK_AT) + (quad - quad0) * 4 * stride;
-            float old[4], sum[4], up[4];
-            if (EPILOGUE == 1)
+        for (i32 oct = turns.oct; oct < turns.end; oct += turns.octs) {
+            const i32 row0 = token0 + oct * 8, rows = min(p.M - row0, 8);
+#if FIRST
+            adding.begin(p, own, turns, oct0, oct);
+#endif
+#pragma unroll 1
+            for (i32 tile = turns.tile; tile < OWN / 16; tile += turns.tiles) {
+                const i32 n = own.first + tile * TILE_OUTPUTS + (lane >> 2), t = (lane & 3) * 2;
+                const i64 to = (i64)(row0 + t) * outputs + n;
+                float old[4], sum[4], add[4] = {};
+                if (EPILOGUE == 1)
 #pragma unroll
-                for (int j = 0; j < 4; j++) old[j] = j < rows ? ((const float*)p.y)[(i64)(row0 + j) * outputs + n] : 0.0f;
-            const i32 output = EPILOGUE == 2 ? (at >> 3) * 16 + (at & 7) : at;  // 8 of gate, the 8 of up with them
-            reduced(sum, output, quad);
-            finish(p, own, sum, n, at, quad, rows, shrunk, stride);
-            if (EPILOGUE == 2) {
-                reduced(up, output + 8, quad);
-                finish(p, own, up, n + outputs, at + per, quad, rows, shrunk, stride);
-            }
+                    for (int j = 0; j < 4; j++) old[j] = t + (j & 1) < rows && n + j / 2 * 8 < outputs ? ((const float*)p.y)[to + (j & 1) * outputs + j / 2 * 8] : 0.0f;
+#if FIRST
+                if (passes.stride) adding.add(p, own, add, tile, tile + turns.tiles);
+#endif
+                reduced(sum, tile, oct);
+                if (p.bias)
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                if (j >= rows) break;
-                const i64 to = (i64)(row0 + j) * outputs + n;
-                if (EPILOGUE == 2) ((u16*)p.y)[to] = float_to_bf16(activate(sum[j]) * up[j]);
-                if (EPILOGUE == 0) ((u16*)p.y)[to] = float_to_bf16(sum[j]);
-                if (EPILOGUE == 1) ((float*)p.y)[to] = old[j] + sum[j];
-                if (EPILOGUE == 3) ((float*)p.y)[to] = sum[j];
+                    for (int j = 0; j < 4; j++) {
+                        const i32 at = GATED ? n + j / 2 * outputs : n + j / 2 * 8;
+                        if (at < p.N) sum[j] += p.bias[at];
+                    }
+#if BESIDE
+                if (passes.stride) *(float4*)add = *added(tile, oct);
+#endif
+                if (LORA && passes.stride)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) sum[j] = __fadd_rn(sum[j], add[j]);
+#pragma unroll
+                for (int j = 0; j < (GATED ? 2 : 4); j++) {
+                    if (t + (j & 1) >= rows || n + j / 2 * 8 >= outputs) continue;
+                    const i64 at = to + (j & 1) * outputs + j / 2 * 8;
+                    if (GATED) ((u16*)p.y)[at] = float_to_bf16(activate(sum[j]) * sum[j + 2]);
+                    if (EPILOGUE == 0) ((u16*)p.y)[at] = float_to_bf16(sum[j]);
+                    if (EPILOGUE == 1) ((float*)p.y)[at] = old[j] + sum[j];
+                    if (EPILOGUE == 3) ((float*)p.y)[at] = sum[j];
+                }
             }
         }
     }
@@ -469,6 +486,9 @@ DEV void fill_table(const Params& p) {
     }
 }
 
+// What the end needs to know is read again, that all registers are the main loop's: else wgmma may be made to wait.
+#define READ_AGAIN(name, from) i32 name; asm volatile("mov.u32 %0, %%" from ";" : "=r"(name))
+
 #if REGISTERS
 #define BOUNDS __maxnreg__(REGISTERS)
 #else
@@ -480,7 +500,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     if (CLUSTER > 1 && APART && !FIRST) cluster_arrive();
     const i32 rank = CLUSTER == 1 ? 0 : cluster_rank();
     const i32 lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, (i32)threadIdx.x >> 5, 0), wk = (warp >> 2) % WK, wr = (warp >> 2) / WK;
-    const i32 tile = outputs_block(p) * (ROWS / 16) + (BESIDE ? wr % WR : wr) * 4 + (warp & 3), token0 = blockIdx.y * TOKENS;
+    const i32 tile = outputs_block(p, blockIdx.z) * (ROWS / 16) + (BESIDE ? wr % WR : wr) * 4 + (warp & 3), token0 = blockIdx.y * TOKENS;
     const i32 units = p.KB / KU, begin = units * rank / CLUSTER, end = units * (rank + 1) / CLUSTER;
     const i32 mine = max(0, (end - begin - wk + WK - 1) / WK);  // stages of this group
     const i32 stages = (end - begin + WK - 1) / WK;             // of the thread block
@@ -496,7 +516,10 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     if (!works && warp < WARPS && !(BESIDE && is_helper(p))) load_first(p, w, s, tile, kb, mine);
     if (WGMMA || !works) fill_table(p);
     if (LORA)
-        for (i32 i = threadIdx.x; i < min(TOKENS, p.M - token0) * 6; i += THREADS) cp_async16(smem_addr(smem) + ROW_LORA + i * 16, (const uint4*)(p.rows + (i64)token0 * 3) + i);
+        for (i32 i = threadIdx.x; i < TOKENS * 6; i += THREADS) {  // beyond the last row: no adapter
+            const bool real = i < (p.M - token0) * 6;
+            cp_async16_or_zero(smem_addr(smem) + ROW_LORA + i * 16, (const uint4*)p.rows + (real ? token0 * 6 + i : 0), real);
+        }
     cp_async_commit();
     const u32 base = smem_addr(smem);
 #if WGMMA
@@ -517,15 +540,9 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
 #endif
 #if BESIDE
     if (warp >= WARPS) {
-#if BESIDE_REGISTERS
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BESIDE_REGISTERS));
-#endif
-        return beside(p, own_outputs(p, rank), token0, warp - WARPS);
+        return beside(p, own_outputs(p, blockIdx.z, rank), token0, warp - WARPS);
     }
     if (is_helper(p)) return;
-#if BESIDE_REGISTERS
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MAIN_REGISTERS));
-#endif
 #endif
     grid_wait();
     u32 epoch = 0;
@@ -567,7 +584,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
         z.change = of_outputs<0>(z.changes[0], lane);
     }
 #if WGMMA
-    const XTile x_group = wgmma_descriptor(base + TABLE + wk * XU * X_TILE);
+    const XTile x_group = wgmma_descriptor((WK == 1 ? SMEM_START : base) + TABLE + wk * XU * X_TILE);
 #else
     const XTile x_group = base + TABLE + wk * XU * X_TILE;
 #endif
@@ -577,7 +594,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
 #pragma unroll 1
     for (int i = 0; i < loops; i++) {
         const bool more = i + DEPTH < mine;
-        kb = (begin + wk + (i + 1) * WK) * KU, s.from += WK * KU * (KIND == 0 ? 64 : 16);
+        kb = (begin + wk + (i + 1) * WK) * KU, s.at += WK * KU * (KIND == 0 ? 64 : 16);
         if (NF4_KIND && i + 1 < mine) load_scales(p, s, kb);
 #pragma unroll
         for (int step = 0; step < X_STEPS; step++) {
@@ -614,13 +631,13 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
         main_sync();
     }
     u32 known = FIRST && threadIdx.x == 0 && !is_last(*(const u32*)(smem + EPOCH_AT)) ? note_epoch(p) : 0;
-    give(acc, rank * WK + wk, wr * 4 + (warp & 3), lane);
-    const Outputs own = own_outputs(p, rank);
-    const Passes passes(own, p, token0);
-    if (!BESIDE && passes.stride) gather_shrunk(p, own, token0, 0, passes.quads * 4, passes.stride, warp, *(const u32*)(smem + EPOCH_AT));
-    if (CLUSTER == 1) __syncthreads();
-    else cluster_sync();
-    epilogue(p, own, passes, token0);
+    READ_AGAIN(thread, "tid.x");
+    READ_AGAIN(block_y, "ctaid.y");
+    READ_AGAIN(block_z, "ctaid.z");
+    const i32 end_warp = thread >> 5, end_token0 = block_y * TOKENS;
+    give(acc, rank * WK + (end_warp >> 2) % WK, (end_warp >> 2) / WK * 4 + (end_warp & 3), thread & 31);
+    const Outputs own = own_outputs(p, block_z, rank);
+    epilogue(p, own, Passes(own, p, end_token0), end_token0, end_warp);
 #if FIRST
     if (threadIdx.x == 0) {
         const u32 epoch = *(const u32*)(smem + EPOCH_AT);

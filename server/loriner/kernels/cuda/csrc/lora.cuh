@@ -18,10 +18,10 @@ DEV const SeatEntry* seat_entry(const u8* seats, i32 seat, i32 group, i32 num_gr
 }
 
 // What one row's adapter does in one slice of the outputs.
-struct RowLora {
+struct __align__(16) RowLora {
     const u16* b;       // of the slice's output 0
-    const float* bias;  // likewise, or null
     i32 begin, rank;    // its ranks among the adapter's
+    const float* bias;  // as b, or null
     float scale;
     i32 spare;
 };
@@ -37,7 +37,7 @@ struct ShrinkTile {
 static_assert(sizeof(ShrinkTile) == 16, "the plan's rows");
 
 DEV RowLora row_lora(const u8* seats, i32 seat, i32 group, i32 num_groups, i32 slice) {
-    RowLora r = {nullptr, nullptr, 0, 0, 0.0f, 0};
+    RowLora r = {nullptr, 0, 0, nullptr, 0.0f, 0};
     if (seat < 0) return r;
     const SeatEntry* e = seat_entry(seats, seat, group, num_groups);
     r.begin = slice == 0 ? 0 : e->rank_end[slice - 1], r.rank = e->rank_end[slice] - r.begin;
@@ -73,53 +73,6 @@ DEV float lora_row(const RowLora& l, i32 n, const float* t) {
     }
     if (l.bias) sum += l.bias[n];
     return __fmul_rn(l.scale, sum);
-}
-
-// As lora_row for `rows` of four rows, whose loads are all under way together. `l`: the first row's slices; `t`: its
-// ranks from slice `first` on, the next row's are `stride` later.
-DEV void lora_quad(float (&sum)[4], const RowLora* l, i32 first, i32 slice, i32 n, i32 rows, const float* t, i32 stride) {
-    i32 most = 0, odd = 0, rank[4], begin[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        rank[j] = j < rows ? l[j * 3 + slice].rank : 0;
-        begin[j] = j < rows ? l[j * 3 + slice].begin - l[j * 3 + first].begin : 0;
-        most = max(most, rank[j]), odd |= rank[j] & 7 | begin[j] & 3;
-    }
-    if (odd) {
-#pragma unroll 1
-        for (int j = 0; j < rows; j++) {
-            const RowLora* row = l + j * 3;
-            const float v = lora_row(row[slice], n, t + (i64)j * stride + row[slice].begin - row[first].begin);
-            sum[0] += j == 0 ? v : 0.0f, sum[1] += j == 1 ? v : 0.0f, sum[2] += j == 2 ? v : 0.0f, sum[3] += j == 3 ? v : 0.0f;
-        }
-        return;
-    }
-    float add[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
-    for (i32 r = 0; r < most; r += 16) {
-        uint4 v[4][2];
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                v[j][i] = make_uint4(0, 0, 0, 0);
-                if (r + i * 8 < rank[j]) v[j][i] = __ldg((const uint4*)(l[j * 3 + slice].b + (i64)n * rank[j] + r + i * 8));
-            }
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float4* from = (const float4*)(t + (i64)j * stride + begin[j] + r + i * 8);
-                if (r + i * 8 < rank[j]) add[j] = __fadd_rn(add[j], dot8(v[j][i], from[0], from[1]));
-            }
-    }
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        if (rank[j] == 0) continue;
-        const RowLora& row = l[j * 3 + slice];
-        if (row.bias) add[j] += row.bias[n];
-        sum[j] = __fadd_rn(sum[j], __fmul_rn(row.scale, add[j]));
-    }
 }
 
 // What the row's adapter adds to output n; slices end at split0, split1 and N. `t`: A x over all its ranks.
