@@ -56,6 +56,7 @@ def test_constrained_rows_fit_and_disturb_nobody(engine: WatchedEngine, smollm2:
     asked = requests(smollm2)
     for request in asked:
         engine.run_all([request])
+    assert not [end.error for end in engine.ends.values() if end.error]
     alone, texts = dict(engine.outputs), dict(engine.text)
     for kept in (engine.outputs, engine.text, engine.ends):
         kept.clear()

@@ -278,8 +278,24 @@ def test_multiprocessors_without_outputs_multiply_for_the_others(
 ) -> None:
     """Unless other blocks of the launch need them, or blocks come in clusters."""
     params, cut = Params(K=4096), tiling.Tiling(4, 1, cluster)
-    assert place()._with_helpers(params, grid, cut) == (*grid[:2], grid[2] + helpers)
+    found = place()._with_helpers(params, grid, cut, tiling.Ends(0, 64, 2, keeps_table=True))
+    assert found == (*grid[:2], grid[2] + helpers)
     assert params.helpers == helpers
+
+
+@pytest.mark.parametrize(("inputs", "beside", "rounds"), [(8192, 0, 8), (8192, 4, 4), (512, 4, 1)])
+def test_a_helper_makes_no_more_units_than_there_is_time_for(
+    inputs: int, beside: int, rounds: int
+) -> None:
+    params, ends = Params(K=inputs), tiling.Ends(beside, 64, 1, keeps_table=True)
+    place()._with_helpers(params, (1, 1, 128), tiling.Tiling(1, 4, 1), ends)
+    assert params.rounds == rounds
+
+
+def test_large_blocks_are_those_that_all_run_at_once() -> None:
+    """Else a multiprocessor with two, one after the other, keeps the rest waiting."""
+    assert tiling.choose(28672, 4096, 132, clusters=True) == tiling.Tiling(4, 1, 1)
+    assert tiling.choose(57344, 8192, 132, clusters=True) == tiling.Tiling(2, 1, 1, min_blocks=2)
 
 
 def test_blocks_that_others_wait_for_are_resident() -> None:

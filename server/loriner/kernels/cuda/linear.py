@@ -44,6 +44,7 @@ LEAN, LEAN_ADAPTED = 104, 112  # registers of a thread, where small kernels are 
 LEAN_TILES = 2  # token tiles up to which they do
 DEEP_TILES = 3  # token tiles up to which registers hold two stages of weights (or one more)
 BLOCKS_A_ROUND = 4  # of a group's inputs: in their time a helper makes a unit of A x
+MOST_ROUNDS_BESIDE = 4  # of units that a helper makes with four warps, 4 us each
 BESIDE_REGISTERS = 96  # of a thread, where warps stand beside the main ones
 MOST_SHRUNK = 8 * 513 * MAX_STACKED_RANK  # values of A x that a launch may make
 
@@ -175,7 +176,7 @@ class Linears:
         grid = (cut.cluster, -(-rows // (tiles * 8)), operand.weight.shape[0] * TILE // cut.rows)
         if adapters is not None:
             self._add_adapters(plain, adapters, cut)
-            grid = self._with_helpers(plain, grid, cut)
+            grid = self._with_helpers(plain, grid, cut, ends)
         params: ctypes.Structure = plain
         if self.maps:
             ring = self._ring(operand, tiles, ends)
@@ -253,12 +254,13 @@ class Linears:
         return ring
 
     def _with_helpers(
-        self, params: Params, grid: tuple[int, int, int], cut: Tiling
+        self, params: Params, grid: tuple[int, int, int], cut: Tiling, ends: Ends | None
     ) -> tuple[int, int, int]:
         """The grid with a block for each multiprocessor that has none: they multiply A x."""
         if grid[:2] == (1, 1) and cut.min_blocks == 1:
             params.helpers = max(0, self.device.num_sms - grid[2])
-            params.rounds = max(1, params.K // BLOCK // cut.input_groups // BLOCKS_A_ROUND)
+            rounds = max(1, params.K // BLOCK // cut.input_groups // BLOCKS_A_ROUND)
+            params.rounds = min(rounds, MOST_ROUNDS_BESIDE) if ends and ends.beside else rounds
         return grid[0], grid[1], grid[2] + params.helpers
 
     def _add_adapters(self, params: Params, adapters: Adapters, cut: Tiling) -> None:
