@@ -73,6 +73,44 @@ def test_adapters_of_any_width_equal_float64(kernels: Any, inputs: int) -> None:
         assert error(found, expected) < 2e-3, rows
 
 
+@pytest.mark.parametrize("sizes", [[72, 40, 24], [100, 60], [1000]])
+def test_slices_may_end_within_a_block_or_a_tile(kernels: Any, sizes: list[int]) -> None:
+    """So that some blocks, and some tiles of 16 outputs, have outputs of two, or none at all."""
+    inputs = 2048
+    weights = [random_nf4(size, inputs, nested=False) for size in sizes]
+    operand, seats = kernels.prepare_nf4(weights, None), Seats(4, num_groups=6)
+    exact = torch.cat([dense(weight) for weight in weights])
+    for seat, rank in enumerate((16, 8, 5, 32)):
+        seats.put(seat, 0, inputs, sizes, [rank] * len(sizes), bias=seat == 2)
+    for rows in (1, 8, 16, 40, 128):
+        row_seats = sorted(i % 5 - 1 for i in range(rows))
+        row_seats = [s for s in row_seats if s >= 0] + [s for s in row_seats if s < 0]
+        x = torch.randn(rows, inputs, device="cuda").bfloat16()
+        expected = x.double() @ exact.t() + seats.expected(x.double(), row_seats, 0, sum(sizes))
+        found = kernels.logits(x, operand, lora_of(kernels, seats, row_seats).operand("0.qkv"))
+        assert error(found, expected) < 2e-3, rows
+
+
+@pytest.mark.parametrize("inner", [256, 14336])
+def test_gated_outputs_of_any_ranks_equal_float64(kernels: Any, inner: int) -> None:
+    """Also where A x of few rows does not fit shared memory at once, and with biases."""
+    inputs, ranks = 576, [(256, 256), (16, 16), (5, 16), (16, 0), (24, 8)]
+    weights = [random_nf4(inner, inputs, nested=False) for _ in range(2)]
+    operand = kernels.prepare_nf4(weights, None, gated=True)
+    seats = Seats(len(ranks), num_groups=6)
+    for seat, pair in enumerate(ranks):
+        seats.put(seat, 2, inputs, [inner, inner], list(pair), bias=seat == 4)
+    for rows in (5, 16, 64):
+        row_seats = sorted(i % len(ranks) for i in range(rows))
+        x = (torch.randn(rows, inputs, device="cuda") / 8).bfloat16()
+        both = x.double() @ torch.cat([dense(weight) for weight in weights]).t()
+        both += seats.expected(x.double(), row_seats, 2, 2 * inner)
+        gate, up = both.split(inner, dim=1)
+        lora = lora_of(kernels, seats, row_seats)
+        found = kernels.linear_gated(x, operand, lora.operand("0.gate_up"), "silu")
+        assert error(found, torch.nn.functional.silu(gate) * up) < 8e-3, rows
+
+
 @pytest.mark.timeout(60)
 def test_nobody_waits_for_a_block_that_finds_no_room(kernels: Any) -> None:
     """Clusters of four leave some multiprocessors over: not all blocks run at once, and there are

@@ -292,12 +292,6 @@ def test_a_helper_makes_no_more_units_than_there_is_time_for(
     assert params.rounds == rounds
 
 
-def test_large_blocks_are_those_that_all_run_at_once() -> None:
-    """Else a multiprocessor with two, one after the other, keeps the rest waiting."""
-    assert tiling.choose(28672, 4096, 132, clusters=True) == tiling.Tiling(4, 1, 1)
-    assert tiling.choose(57344, 8192, 132, clusters=True) == tiling.Tiling(2, 1, 1, min_blocks=2)
-
-
 def test_blocks_that_others_wait_for_are_resident() -> None:
     """On an H200 fewer than 32 clusters of four find room at once, on none fewer than 16."""
     found = {size: tiling.resident_blocks(tiling.Tiling(1, 4, size), 132) for size in (1, 2, 4)}

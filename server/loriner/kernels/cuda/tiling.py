@@ -152,9 +152,7 @@ def choose(
     """Enough thread blocks for all multiprocessors (measured on Hopper)."""
     groups = -(-outputs // GROUP_ROWS)
     if groups >= 2 * num_sms:
-        run_at_once = groups <= 4 * num_sms
-        whole = is_nf4 and clusters and run_at_once
-        return Tiling(4, 1, 1) if whole else Tiling(2, 1, 1, min_blocks=2)
+        return Tiling(4, 1, 1) if is_nf4 and clusters else Tiling(2, 1, 1, min_blocks=2)
     cluster = 1
     while clusters and cluster < 4 and groups * cluster * 3 <= num_sms * 2:
         if inputs // BLOCK < 32 * cluster:

@@ -242,7 +242,8 @@ DEV void gather_shrunk(const Params& p, const Outputs& own, i32 token0, i32 toke
 // take four consecutive ranks as their fragments', the same for both operands. Row j has columns j / 2 * 2 and the next one of its
 // products, whose other columns are 0: even rows are added onto one accumulator, odd rows onto another, each from the B of its own
 // adapter. A x is a sum of two bf16, which are the two columns; of gated outputs, whose gate and up have an A x each, those have the
-// columns, and there are two products. So a row's sums depend on nothing but the row.
+// columns, and there are two products. So a row's sums depend on nothing but the row, as long as B is finite: an adapter of which
+// something is not is refused when it comes in.
 #define ROWS_AT (NT > 8 ? 2 : 4)  // rows whose B is asked for at a time
 #define TILE_OUTPUTS (GATED ? 8 : 16)
 

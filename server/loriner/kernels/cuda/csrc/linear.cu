@@ -452,7 +452,10 @@ DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32
                         if (at < p.N) sum[j] += p.bias[at];
                     }
 #if BESIDE
-                if (passes.stride) *(float4*)add = *added(tile, oct);
+                if (passes.stride) {
+                    const float4 a = *added(tile, oct);
+                    add[0] = a.x, add[1] = a.y, add[2] = a.z, add[3] = a.w;
+                }
 #endif
                 if (LORA && passes.stride)
 #pragma unroll
