@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything CI checks: lint, format, types, import contracts, tests. Arguments go to pytest.
-# LORINER_OFFLINE=1 fetches no base model; the tests that need it are then skipped.
+# LORINER_OFFLINE=1 fetches no base model; the tests that need it are then skipped. LORINER_TEST_WORKERS (2) is how many
+# files of tests run at a time; 0: one, in this process.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source deploy/venv.sh
@@ -27,7 +28,7 @@ step imports lint-imports --no-logo
 if [ ! -e "$BASE/config.json" ] && [ "${LORINER_OFFLINE:-0}" != 1 ]; then
     step "base model" loriner pull smollm2
 fi
-step tests pytest --durations=10 "$@"
+step tests pytest -n "${LORINER_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=10 "$@"
 
 if [ ${#failed[@]} != 0 ]; then
     echo "failed: ${failed[*]}" >&2
