@@ -83,8 +83,7 @@ def test_slices_may_end_within_a_block_or_a_tile(kernels: Any, sizes: list[int])
     for seat, rank in enumerate((16, 8, 5, 32)):
         seats.put(seat, 0, inputs, sizes, [rank] * len(sizes), bias=seat == 2)
     for rows in (1, 8, 16, 40, 128):
-        row_seats = sorted(i % 5 - 1 for i in range(rows))
-        row_seats = [s for s in row_seats if s >= 0] + [s for s in row_seats if s < 0]
+        row_seats = popularity("uniform", rows, 4)
         x = torch.randn(rows, inputs, device="cuda").bfloat16()
         expected = x.double() @ exact.t() + seats.expected(x.double(), row_seats, 0, sum(sizes))
         found = kernels.logits(x, operand, lora_of(kernels, seats, row_seats).operand("0.qkv"))

@@ -13,7 +13,7 @@
 // further; the blocks of a cluster add their sums through each other's shared memory in a fixed order. So a
 // row's result depends neither on the other rows nor on NT.
 //
-// What it does for adapters stands in adapters.cuh.
+// What it does for adapters stands in adapters.cuh and expand.cuh.
 //
 // Defines: NT, WR x WK groups (each has 64 outputs), STAGES (of the ring of x, XU blocks of each group), DEPTH
 // (stages of weights in registers), CLUSTER, APART (sums have room beside table and ring), KIND (0 NF4 with f32
