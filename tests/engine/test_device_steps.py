@@ -104,11 +104,11 @@ class CpuComputation:
                 keys = range(0, context, CHUNK)
                 for chunk, key in enumerate(keys):
                     last = min(key + CHUNK, context)
-                    items.append((s, key, last, chunk | len(keys) << 16))
+                    items.append((s, key, last, chunk | len(keys) << 16, 0, 0, 0, 0))
             else:
                 tiles += [(s, row) for row in range(first, end, TILE)]
         return WorkLists(
-            np.array(items, np.int32).reshape(-1, 4), np.array(tiles, np.int32).reshape(-1, 2)
+            np.array(items, np.int32).reshape(-1, 8), np.array(tiles, np.int32).reshape(-1, 2)
         )
 
     def reader(self, readings: Seq[Reading]) -> Reader:
@@ -159,7 +159,7 @@ class CpuComputation:
 
     def check_lists(self, step: StepTensors, num_sequences: int) -> None:
         keys = torch.zeros(num_sequences, dtype=torch.int32)
-        for s, first, end, packed in step.attn_items[: int(step.num_attn_items)].tolist():
+        for s, first, end, packed, *_ in step.attn_items[: int(step.num_attn_items)].tolist():
             assert (packed & 0xFFFF, packed >> 16) == (first // CHUNK, -(-step.context[s] // CHUNK))
             keys[s] += end - first
         tiles = step.tile_items[: int(step.num_tile_items)].tolist()
@@ -408,7 +408,7 @@ def test_fields_do_not_overlap_and_are_aligned() -> None:
         assert start >= ends and start % 4 == 0
         ends = end
     tensors = StepBuffers(shape, 9, CPU).tensors(shape)
-    assert tensors.q_start.shape == (6,) and tensors.attn_items.shape == (11, 4)
+    assert tensors.q_start.shape == (6,) and tensors.attn_items.shape == (11, 8)
     assert tensors.block_table.shape == (5, 9)
 
 

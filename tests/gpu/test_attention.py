@@ -18,6 +18,7 @@ from torch import Tensor
 from loriner.kernels.cuda.attention import (
     Attention,
     decode_items,
+    max_chunks,
     max_decode_items,
     max_prefill_items,
     prefill_items,
@@ -57,7 +58,7 @@ class Shape(NamedTuple):
 
 SHAPES = (
     *(Shape(32, 8, 128, 16), Shape(9, 3, 64, 16), Shape(4, 2, 64, 32), Shape(8, 8, 128, 16)),
-    Shape(16, 1, 256, 16),
+    *(Shape(16, 1, 256, 16), Shape(12, 1, 128, 32), Shape(14, 2, 80, 8)),
 )
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
 
@@ -148,7 +149,7 @@ def plan_of(attention: Attention, cache: Cache, parts: Sequence[Part]) -> Plan:
         torch.from_numpy(q_start),
         torch.from_numpy(context),
         table.int(),
-        padded(items, attention.max_items),
+        padded(items, max_decode_items(MOST_SEQUENCES)),
         torch.tensor([len(items)], dtype=torch.int32),
         padded(tiles, most),
         torch.tensor([len(tiles)], dtype=torch.int32),
@@ -166,7 +167,7 @@ def attend(
 ) -> Tensor:
     out = poisoned(len(q), cache) if out is None else out
     where = (q, cache.k, cache.v)
-    attention.decode(*where, plan.items, plan.num_items, plan.q_start, plan.table, out)
+    attention.decode(*where, plan.items, plan.num_items, plan.table, out)
     attention.prefill(
         *(*where, plan.tiles, plan.num_tiles, plan.q_start, plan.context, plan.table, out)
     )
@@ -229,7 +230,7 @@ def attention_of(device: Any, shape: Shape, scale: float | None = None) -> Atten
     return Attention(
         device,
         **shape._asdict(),
-        max_items=max_decode_items(MOST_SEQUENCES, MOST_CONTEXT),
+        max_chunks=max_chunks(MOST_SEQUENCES, MOST_CONTEXT),
         scale=scale,
     )
 
@@ -298,10 +299,13 @@ def test_a_row_does_not_depend_on_its_neighbours(device: Any, shape: Shape) -> N
     assert same(attend(attention, moved, cache, plan), expected)
 
 
-def test_more_sequences_than_thread_blocks(device: Any) -> None:
-    shape = SHAPES[0]
+@each_shape
+@pytest.mark.parametrize("most", [20, 700, 3000])
+def test_rows_among_hundreds_are_as_they_are_alone(device: Any, shape: Shape, most: int) -> None:
+    """Where there are more chunks than thread blocks, warps share heads in other places with every
+    batch; alone, a block has a chunk."""
     attention = attention_of(device, shape)
-    contexts = torch.randint(1, 700, (MOST_SEQUENCES,)).tolist()
+    contexts = torch.randint(1, most, (MOST_SEQUENCES,)).tolist()
     cache, parts = cache_for(shape, [(1, n) for n in contexts], device.torch_device)
     q = random_q(shape, len(parts), cache.place)
     plan = plan_of(attention, cache, parts)
@@ -309,7 +313,11 @@ def test_more_sequences_than_thread_blocks(device: Any) -> None:
     out = attend(attention, q, cache, plan)
 
     assert error(out, exact(q, cache, parts)) < TOLERANCE
-    assert same(out, attend(attention, q, cache, plan))
+    assert same(out, attend(attention, q, cache, plan)), "again"
+    for count in (1, 3, 50, 299):
+        own = slice(MOST_SEQUENCES - count, MOST_SEQUENCES)
+        fewer = attend(attention, q[own], cache, plan_of(attention, cache, parts[own]))
+        assert same(fewer, out[own]), count
 
 
 def test_scores_far_apart_and_another_scale(device: Any) -> None:

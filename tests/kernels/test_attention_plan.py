@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,10 +13,13 @@ pytest.importorskip("cuda.bindings")
 
 from loriner.kernels.cuda import attention, nvrtc
 from loriner.kernels.cuda.attention import (
+    ENDING,
     MAX_CHUNKS,
     Ints,
     chunk_length,
+    count_chunks,
     decode_items,
+    max_chunks,
     max_decode_items,
     max_prefill_items,
     prefill_items,
@@ -22,7 +27,10 @@ from loriner.kernels.cuda.attention import (
 )
 
 MOST_CONTEXT = 1 << 20
-EDGES = (1, 63, 64, 65, 511, 512, 513, 2047, 2048, 2049, 8192, 8193, 32768, 32769, MOST_CONTEXT)
+EDGES = (
+    *(1, 16, 17, 63, 64, 65, 127, 128, 129, 144, 145, 512, 2047, 2048, 2049, 2064, 2065),
+    *(8192, 8193, 8209, 32768, 32769, MOST_CONTEXT),
+)
 contexts = st.one_of(st.sampled_from(EDGES), st.integers(1, 4096), st.integers(1, MOST_CONTEXT))
 Sequence = tuple[int, int]  # rows of this step, keys that the last one sees
 
@@ -43,56 +51,82 @@ def arrays(step: list[Sequence]) -> tuple[Ints, Ints]:
     return q_start, np.array([context for _, context in step], dtype=np.int32)
 
 
-def by_sequence(items: Ints) -> dict[int, list[list[int]]]:
-    found: dict[int, list[list[int]]] = {}
-    for sequence, *rest in items.tolist():
-        found.setdefault(sequence, []).append(rest)
+class Item(NamedTuple):
+    """As csrc/feed.cuh has it."""
+
+    sequence: int
+    row: int
+    context: int
+    length: int
+    start: int
+    cost: int
+    first_chunk: int
+    num_chunks: int
+
+
+def listed(step: list[Sequence]) -> list[Item]:
+    return [Item(*item) for item in decode_items(*arrays(step))[1:].tolist()]
+
+
+def pieces(item: Item, warps: int = 4) -> list[list[range]]:
+    """The keys of each warp in each chunk, as `Feed::open_chunk` has them."""
+    found = []
+    for chunk in range(item.num_chunks):
+        first, keys = chunk * item.length, item.length // warps
+        last = item.context if chunk + 1 == item.num_chunks else first + item.length
+        ends = [min(first + (i + 1) * keys, last) for i in range(warps - 1)] + [last]
+        found.append([range(first + i * keys, end) for i, end in enumerate(ends)])
     return found
 
 
 @given(sequences())
-def test_chunks_cover_every_key_of_a_decoding_sequence_once_and_in_order(
+def test_every_decoding_sequence_is_listed_once_in_order_behind_what_all_have(
     step: list[Sequence],
 ) -> None:
-    items = decode_items(*arrays(step))
-    assert items.dtype == np.int32 and items.shape[1] == attention.ITEM_INTS
-    chunks = by_sequence(items)
-    assert set(chunks) == {s for s, (rows, _) in enumerate(step) if rows == 1}
-    for sequence, own in chunks.items():
-        firsts, ends = [first for first, _, _ in own], [end for _, end, _ in own]
-        assert firsts == [0, *ends[:-1]] and ends[-1] == step[sequence][1]
-        assert all(first < end for first, end in zip(firsts, ends, strict=True))
+    made, items = decode_items(*arrays(step)), listed(step)
+    q_start, _ = arrays(step)
+    assert made.dtype == np.int32 and made.shape[1] == attention.ITEM_INTS
+    assert [item.sequence for item in items] == [s for s, (rows, _) in enumerate(step) if rows == 1]
+    assert [item.row for item in items] == [q_start[item.sequence] for item in items]
+    assert [item.context for item in items] == [step[item.sequence][1] for item in items]
+    if items:
+        totals = [len(items), sum(i.cost for i in items), sum(i.num_chunks for i in items)]
+        assert made[0].tolist() == [*totals, *[0] * 5]
 
 
 @given(sequences())
-def test_a_chunk_knows_its_number_and_how_many_there_are(step: list[Sequence]) -> None:
-    for own in by_sequence(decode_items(*arrays(step))).values():
-        assert len(own) <= MAX_CHUNKS
-        assert [part & 0xFFFF for _, _, part in own] == list(range(len(own)))
-        assert {part >> 16 for _, _, part in own} == {len(own)}
+def test_what_comes_before_an_item_is_the_sum_of_those_before(step: list[Sequence]) -> None:
+    start = first_chunk = 0
+    for item in listed(step):
+        assert (item.start, item.first_chunk) == (start, first_chunk)
+        start, first_chunk = start + item.cost, first_chunk + item.num_chunks
 
 
-@given(sequences())
-def test_chunks_of_a_sequence_are_neighbours_and_long_ones_come_first(step: list[Sequence]) -> None:
-    items = decode_items(*arrays(step))
-    runs = 1 + np.count_nonzero(np.diff(items[:, 0])) if len(items) else 0
-    assert runs == len(set(items[:, 0].tolist()))
-    lengths = chunk_length(arrays(step)[1][items[:, 0]])
-    assert (np.diff(lengths) <= 0).all()
+@given(st.integers(1, 40000) | st.sampled_from(EDGES), st.sampled_from((2, 4)))
+def test_pieces_of_chunks_cover_every_key_once_and_in_order(context: int, warps: int) -> None:
+    (item,) = listed([(1, context)])
+    chunks = pieces(item, warps)
+    assert 1 <= len(chunks) <= MAX_CHUNKS
+    read = [piece for chunk in chunks for piece in chunk if piece]
+    assert [piece.start for piece in read] == [0, *(piece.stop for piece in read[:-1])]
+    assert read[-1].stop == context
+    assert all(len(chunk[0]) > 0 for chunk in chunks), "a chunk's first piece is never empty"
+    assert item.cost >= context + ENDING * len(chunks) - 64
 
 
 @given(sequences(), st.data())
 def test_how_a_sequence_is_cut_depends_on_its_own_context_alone(
     step: list[Sequence], data: st.DataObject
 ) -> None:
-    q_start, context = arrays(step)
-    chunks = by_sequence(decode_items(q_start, context))
-    for sequence, own in chunks.items():
-        alone = decode_items(*arrays([step[sequence]]))
-        assert [rest for _, *rest in alone.tolist()] == own
+    cuts = {i.sequence: (i.context, i.length, i.cost, i.num_chunks) for i in listed(step)}
+    for sequence, cut in cuts.items():
+        (alone,) = listed([step[sequence]])
+        assert (alone.context, alone.length, alone.cost, alone.num_chunks) == cut
     order = data.draw(st.permutations(range(len(step))))
-    shuffled = by_sequence(decode_items(*arrays([step[i] for i in order])))
-    assert {order[i]: own for i, own in shuffled.items()} == chunks
+    shuffled = listed([step[i] for i in order])
+    assert {
+        order[i.sequence]: (i.context, i.length, i.cost, i.num_chunks) for i in shuffled
+    } == cuts
 
 
 @given(st.lists(contexts, min_size=1))
@@ -102,13 +136,12 @@ def test_chunks_begin_on_whole_tiles_and_grow_with_the_context(keys: list[int]) 
     assert length.dtype == np.int32
     assert (length % 64 == 0).all() and (length >= 64).all()
     assert (np.diff(length) >= 0).all()
-    assert (-(-context // length) <= MAX_CHUNKS).all()
+    assert (count_chunks(context) <= MAX_CHUNKS).all()
 
 
 def test_short_contexts_are_not_split_and_middling_ones_spread_over_the_card() -> None:
-    context = np.array([1, 64, 65, 512, 2048, 8192, 32768], dtype=np.int32)
-    counts = -(-context // chunk_length(context))
-    assert counts.tolist() == [1, 1, 2, 8, 16, 32, 64]
+    context = np.array([1, 128, 144, 145, 512, 2048, 8192, 32768], dtype=np.int32)
+    assert count_chunks(context).tolist() == [1, 1, 1, 2, 4, 16, 32, 64]
 
 
 @given(sequences(), st.sampled_from((16, 32, 64, 128)))
@@ -116,10 +149,12 @@ def test_tiles_cover_every_row_of_a_prompt_once(step: list[Sequence], tokens: in
     q_start, context = arrays(step)
     items = prefill_items(q_start, context, tokens)
     assert items.dtype == np.int32 and items.shape[1] == attention.TILE_INTS
-    tiles = by_sequence(items)
+    tiles: dict[int, list[int]] = {}
+    for sequence, first in items.tolist():
+        tiles.setdefault(sequence, []).append(first)
     assert set(tiles) == {s for s, (rows, _) in enumerate(step) if rows > 1}
     for sequence, own in tiles.items():
-        firsts = sorted(first for (first,) in own)
+        firsts = sorted(own)
         assert firsts == list(range(q_start[sequence], q_start[sequence + 1], tokens))
 
 
@@ -141,17 +176,18 @@ def test_no_step_needs_more_items_than_were_allowed_for(
     most = max([1, *context.tolist()]) + more
     live = [sequence for sequence in step if sequence[0]]
     rows = int(q_start[-1])
-    assert len(decode_items(q_start, context)) <= max_decode_items(len(live), most)
+    assert sum(item.num_chunks for item in listed(step)) <= max_chunks(len(live), most)
+    assert len(decode_items(q_start, context)) <= max_decode_items(len(live))
     tiles = prefill_items(q_start, context, tokens)
     assert len(tiles) <= max_prefill_items(rows, len(live), tokens)
 
 
 @pytest.mark.parametrize("context", EDGES)
 def test_the_bound_on_chunks_is_reached(context: int) -> None:
-    most = max_decode_items(1, context)
+    most = max_chunks(1, context)
     tried = [n for n in EDGES if n <= context]
-    assert max(len(decode_items(*arrays([(1, n)]))) for n in tried) == most <= MAX_CHUNKS
-    assert max_decode_items(7, context) == 7 * most
+    assert max(listed([(1, n)])[0].num_chunks for n in tried) == most <= MAX_CHUNKS
+    assert max_chunks(7, context) == 7 * most
 
 
 def test_a_step_without_work_has_empty_lists() -> None:
@@ -167,12 +203,14 @@ def test_a_prefill_tile_is_whole_spans_and_blocks_fit_a_multiprocessor(
     group: int, head_dim: int
 ) -> None:
     assert tile_tokens(group, head_dim) in (16, 32, 48, 64, 128)
-    assert attention.decode_smem(head_dim) <= 99 << 10, "of the smallest card"
+    assert attention.decode_smem(group, head_dim) <= 99 << 10, "of the smallest card"
     assert attention.prefill_smem(group, head_dim) <= 99 << 10
 
 
 def test_the_source_has_the_same_constants() -> None:
-    source = (nvrtc.SOURCES / attention.ATTENTION).read_text()
-    assert f"#define MAX_CHUNKS {MAX_CHUNKS}\n" in source
+    feed = (nvrtc.SOURCES / "feed.cuh").read_text()
+    assert f"#define D_ENDING {ENDING} " in feed
+    assert f"#define D_STAGES {attention.DECODE_STAGES}\n" in feed
+    assert f"#define D_KEYS {attention.TILE_KEYS} " in feed
     rope = (nvrtc.SOURCES / attention.ROPE).read_text()
     assert f"#define THREADS {attention.ROPE_THREADS}\n" in rope

@@ -49,7 +49,7 @@ class StepTensors:
     sample_seat: Tensor  # [B]
     sample_items: Tensor  # [B, 3]: as `lora_items`, over the sampled rows
     tile_items: Tensor  # [.., 2]: sequence, first row
-    attn_items: Tensor  # [.., 4]: sequence, first key, end key, chunk | chunks << 16
+    attn_items: Tensor  # [.., 8]: as decode's attention wants them
     block_table: Tensor  # [S, W]
 
     @property
@@ -82,7 +82,7 @@ def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
         **dict.fromkeys(("sample_rows", "sample_seat"), (samples,)),
         "sample_items": (samples, 3),
         "tile_items": (tile_items, 2),
-        "attn_items": (attn_items, 4),
+        "attn_items": (attn_items, 8),
     }
 
 
@@ -99,7 +99,7 @@ def offsets(shape: Shape) -> dict[str, tuple[int, int]]:
 class WorkLists(NamedTuple):
     """What the attention kernels work through; made by their own module from plain numbers."""
 
-    attn_items: Ints  # [n, 4]
+    attn_items: Ints  # [n, 8]
     tile_items: Ints  # [m, 2]
 
 

@@ -20,11 +20,13 @@ from loriner.kernels.cuda.launch import Argument, Device
 
 ATTENTION, ROPE = "attention.cu", "rope.cu"
 MAX_CHUNKS = 64  # of one sequence
-ITEM_INTS, TILE_INTS = 4, 2  # int32 values of a decode item, of a prefill tile
+ITEM_INTS, TILE_INTS = 8, 2  # int32 values of a decode item, of a prefill tile
+DECODE_STAGES, TILE_KEYS = 2, 16  # tiles that a warp has in shared memory in decode, their keys
+ENDING = 32  # what the end of a chunk costs, in keys
+_UNIT = 64  # keys: chunks are whole tiles for each warp of a block
 ROPE_THREADS = 128
-_UNIT = 64  # keys: every chunk begins on a multiple of it
 # Contexts up to the first number are cut into chunks of the second; longer ones, into MAX_CHUNKS.
-_CHUNKS = ((512, 64), (2048, 128), (8192, 256), (32768, 512))
+_CHUNKS = ((2048, 128), (8192, 256), (32768, 512))
 
 Ints = NDArray[np.int32]
 
@@ -38,27 +40,32 @@ def chunk_length(context: Ints) -> Ints:
     return length.astype(np.int32)
 
 
+def count_chunks(context: Ints) -> Ints:
+    """How many chunks each context has; a last one of less than a tile goes to the one before."""
+    counts: Ints = np.maximum(-(-(context - TILE_KEYS) // chunk_length(context)), 1)
+    return counts
+
+
 def decode_items(q_start: Ints, context: Ints) -> Ints:
     """The work list of the sequences with exactly one row.
 
-    q_start [S+1], context [S]. Returns [n, 4] int32: (sequence, first key, end key,
-    chunk | number of chunks << 16); a sequence's chunks are neighbours in order, long chunks first.
+    q_start [S+1], context [S]. Returns [n + 1, 8] int32, or nothing for none: (n, their cost, their
+    chunks), then of each (sequence, its row, context, keys of a chunk, what the sequences before it
+    cost, its own cost, how many chunks those have, its number of chunks), all for one head.
     """
     sequences = np.flatnonzero(np.diff(q_start) == 1)
     keys = context[sequences]
     length = chunk_length(keys)
-    if len(length) and length.min() != length.max():
-        order = np.argsort(-length, kind="stable")
-        sequences, keys, length = sequences[order], keys[order], length[order]
-    counts = -(-keys // length)
-    which = np.arange(len(sequences)).repeat(counts)
-    chunk = np.arange(len(which)) - (counts.cumsum() - counts)[which]
-    items = np.empty((len(which), ITEM_INTS), dtype=np.int32)
-    items[:, 0] = sequences[which]
-    items[:, 1] = chunk * length[which]
-    items[:, 2] = np.minimum(items[:, 1] + length[which], keys[which])
-    items[:, 3] = chunk | counts[which] << 16
-    return items
+    counts = count_chunks(keys)
+    last = keys - (counts - 1) * length
+    costs = (counts - 1) * length + -(-last // _UNIT) * _UNIT + counts * ENDING
+    made = np.zeros((len(sequences) + 1, ITEM_INTS), dtype=np.int32)
+    made[0, :3] = len(sequences), costs.sum(), counts.sum()
+    items = made[1:]
+    items[:, 0], items[:, 1], items[:, 2], items[:, 3] = sequences, q_start[sequences], keys, length
+    items[:, 4], items[:, 5] = costs.cumsum() - costs, costs
+    items[:, 6], items[:, 7] = counts.cumsum() - counts, counts
+    return made if len(sequences) else made[:0]
 
 
 def prefill_items(q_start: Ints, context: Ints, tokens: int) -> Ints:
@@ -80,11 +87,16 @@ def prefill_items(q_start: Ints, context: Ints, tokens: int) -> Ints:
     return order
 
 
-def max_decode_items(max_sequences: int, max_context: int) -> int:
+def max_decode_items(max_sequences: int) -> int:
     """The longest decode list of so many sequences."""
+    return max_sequences + 1
+
+
+def max_chunks(max_sequences: int, max_context: int) -> int:
+    """Most chunks of so many sequences in decode."""
     at = [limit for limit, _ in _CHUNKS if limit < max_context] + [max_context]
     contexts = np.array(at, dtype=np.int32)
-    return max_sequences * int((-(-contexts // chunk_length(contexts))).max())
+    return max_sequences * int(count_chunks(contexts).max())
 
 
 def max_prefill_items(max_rows: int, max_sequences: int, tokens: int) -> int:
@@ -113,21 +125,20 @@ class Attention:
         num_kv_heads: int,
         head_dim: int,
         block_size: int,
-        max_items: int,
+        max_chunks: int,
         scale: float | None = None,
     ) -> None:
-        """max_items: decode's longest list (`max_decode_items`). scale: of q k^T, 1/sqrt(D)
-        unless given."""
+        """max_chunks: of a step in decode (`max_chunks`). scale: of q k^T, 1/sqrt(D) unless
+        given."""
         group = num_heads // num_kv_heads
         _check_shape(num_heads, num_kv_heads, head_dim, block_size)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.max_items = max_items
         self.tile_tokens = tile_tokens(group, head_dim)
         self._scale = (scale or head_dim**-0.5) * math.log2(math.e)
         shape = {"HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
         module = device.module(ATTENTION, GROUP=group, **shape)
         self._rope = device.module(ROPE, **shape).kernel("rope_store")
-        self._decode = module.kernel("decode_attention", decode_smem(head_dim))
+        self._decode = module.kernel("decode_attention", decode_smem(group, head_dim))
         self._prefill = module.kernel("prefill_attention", prefill_smem(group, head_dim))
         self._decode_threads = _decode_warps(head_dim) * 32
         warps = _prefill_warps(head_dim)
@@ -136,11 +147,13 @@ class Attention:
         self._decode_grid = device.num_sms * self._decode.max_blocks_per_sm(self._decode_threads)
         self._prefill_grid = device.num_sms * self._prefill.max_blocks_per_sm(self._prefill_threads)
         self._lanes = 1 << (head_dim // 16 - 1).bit_length()
-        units = max_items * num_kv_heads
+        self._blocks = MAX_CHUNKS * num_kv_heads * _split(group)  # that a sequence may make use of
+        slots = max_chunks * num_kv_heads * _split(group)
+        rows = slots * -(-group // _split(group))
         on = device.torch_device
-        self._part = torch.empty(units * group * head_dim, dtype=torch.float32, device=on)
-        self._state = torch.empty(units * group, 2, dtype=torch.float32, device=on)
-        self._tickets = torch.zeros(units, dtype=torch.int32, device=on)
+        self._part = torch.empty(rows * head_dim, dtype=torch.float32, device=on)
+        self._state = torch.empty(rows, 2, dtype=torch.float32, device=on)
+        self._tickets = torch.zeros(slots, dtype=torch.int32, device=on)
 
     def rope_store(
         self,
@@ -179,7 +192,6 @@ class Attention:
         v_cache: Tensor,
         items: Tensor,
         num_items: Tensor,
-        q_start: Tensor,
         block_table: Tensor,
         out: Tensor,
     ) -> None:
@@ -187,14 +199,14 @@ class Attention:
         sequences in `items`; other rows of out stay as they are (arXiv 1706.03762, eq. 1).
 
         q [T, >= Hq D] bf16: the first columns of a row are read, rows may be strided; caches as in
-        `rope_store`; items [.., 4] i32 from `decode_items`, num_items [1] i32; q_start [S+1] and
-        block_table [S, W] i32; out [T, Hq D] bf16. The lists, q_start and block_table must be there
-        before the kernel ahead of this one began: they are read early.
+        `rope_store`; items [.., 8] i32 from `decode_items`, num_items [1] i32; block_table [S, W]
+        i32; out [T, Hq D] bf16. The lists and block_table must be there before the kernel ahead of
+        this one began: they are read early.
         """
         self._decode(
-            min(self._decode_grid, len(items) * self.num_kv_heads),
+            min(self._decode_grid, len(items) * self._blocks),
             self._decode_threads,
-            *(q, q.stride(0), k_cache, v_cache, items, num_items, q_start, block_table),
+            *(q, q.stride(0), k_cache, v_cache, items, num_items, block_table),
             *(block_table.stride(0), self.num_kv_heads, self._scale, out),
             *(self._part, self._state, self._tickets),
         )
@@ -224,10 +236,11 @@ class Attention:
         )
 
 
-def decode_smem(head_dim: int) -> int:
-    """Bytes of dynamic shared memory (attention.cu: D_SMEM)."""
-    keys = _decode_warps(head_dim) * 16
-    return (4 * keys + 2 * 16) * _row_bytes(head_dim)
+def decode_smem(group: int, head_dim: int) -> int:
+    """Bytes of dynamic shared memory (attention.cu: D_WARP_BYTES for each warp)."""
+    stage = (2 * TILE_KEYS + -(-group // _split(group))) * _row_bytes(head_dim) + 16
+    warp = DECODE_STAGES * stage + (head_dim // 16 + 1) * 512
+    return _decode_warps(head_dim) * -(-warp // 128) * 128
 
 
 def prefill_smem(group: int, head_dim: int) -> int:
@@ -244,6 +257,11 @@ def _row_bytes(head_dim: int) -> int:
 
 def _decode_warps(head_dim: int) -> int:
     return 2 if head_dim > 128 else 4
+
+
+def _split(group: int) -> int:
+    """Warps that share a KV head in decode: eight query heads each, at most."""
+    return -(-group // 8)
 
 
 def _prefill_warps(head_dim: int) -> int:

@@ -85,7 +85,7 @@ class AttentionPlan(NamedTuple):
     q_start: Tensor  # [S + 1]
     context: Tensor  # [S]
     block_table: Tensor  # [S, W]
-    attn_items: Tensor  # [.., 4]
+    attn_items: Tensor  # [.., 8]
     num_attn_items: Tensor  # [1]
     tile_items: Tensor | None  # [.., 2]; None: every sequence has one row
     num_tile_items: Tensor  # [1]
@@ -162,7 +162,7 @@ class CudaKernels:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             block_size=block,
-            max_items=attention.max_decode_items(max_sequences, max_len),
+            max_chunks=attention.max_chunks(max_sequences, max_len),
         )
 
     @property
@@ -173,7 +173,7 @@ class CudaKernels:
     def max_work_items(self, rows: int, sequences: int) -> tuple[int, int]:
         """Longest decode and prefill list of a step of this size."""
         tokens = self.attention.tile_tokens
-        decode = attention.max_decode_items(sequences, self._max_len)
+        decode = attention.max_decode_items(sequences)
         return decode, max(1, attention.max_prefill_items(rows, sequences, tokens))
 
     def work_lists(self, q_start: Ints, context: Ints) -> tuple[Ints, Ints]:
@@ -265,7 +265,7 @@ class CudaKernels:
         out = torch.empty(len(q), width, dtype=torch.bfloat16, device=self.place)
         table = plan.block_table
         caches = (q, k_cache, v_cache)
-        kernel.decode(*caches, plan.attn_items, plan.num_attn_items, plan.q_start, table, out)
+        kernel.decode(*caches, plan.attn_items, plan.num_attn_items, table, out)
         if plan.tile_items is not None:
             tiles = (plan.tile_items, plan.num_tile_items)
             kernel.prefill(*caches, *tiles, plan.q_start, plan.context, table, out)

@@ -1,12 +1,12 @@
 // Attention over the paged KV cache: decode with split KV, and (chunked) prefill.
 //
 // Both walk a work list on the device with fixed grids, so one captured graph serves any batch. Tiles of
-// keys arrive by cp.async in two stages; products are mma.sync m16n8k16 (its 16 rows are a group's
-// query heads in decode, 16 tokens of one head in prefill); softmax is online, in fp32 and base 2.
+// keys arrive by cp.async; products are mma.sync m16n8k16 (its 16 rows are keys in decode, 16 tokens of
+// one head in prefill); softmax is online, in fp32 and base 2.
 // Invariants: a row's result depends on its own sequence alone (chunks follow from its context, and are
-// combined in their order, whoever comes last); keys beyond the context may hold anything, NaN too.
-// The work lists, q_start, context and block tables are read before grid_wait(): they come from copies
-// that end before the step's first kernel.
+// added in their order, whoever does it); keys beyond the context may hold anything, NaN too.
+// The work lists and block tables are read before grid_wait(): they come from copies that end before
+// the step's first kernel.
 #include "common.cuh"
 
 #ifndef HEAD_DIM
@@ -18,12 +18,8 @@
 #ifndef BLOCK_SIZE
 #define BLOCK_SIZE 16
 #endif
-#ifndef MAX_CHUNKS
-#define MAX_CHUNKS 64
-#endif
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head dims are multiples of 16, up to 256");
 static_assert(GROUP >= 1 && GROUP <= 16, "a group's query heads are the rows of one mma");
-static_assert(MAX_CHUNKS == 64, "combine() gives each lane two chunks");
 
 #define FULL 0xffffffffu
 #define NEG_INF __int_as_float(0xff800000)
@@ -51,6 +47,12 @@ template <int TILE> DEV i32 load_pages(const i32* table, i32 key, i32 end) {
     const i32 first = key + lane * BLOCK_SIZE;
     return lane < TILE / BLOCK_SIZE && first < end ? table[first / BLOCK_SIZE] : 0;
 }
+
+extern __shared__ __align__(128) u8 shared[];
+
+#include "decode.cuh"
+
+// ---- prefill: tiles of tokens, 16 for each warp, of one head ----
 
 // Start copying keys and values [key, key + TILE) of one KV head to k and v; zeros from `end` on. All threads
 // of the block take part.
@@ -135,267 +137,6 @@ DEV float quad_sum(float v) {
     v += __shfl_xor_sync(FULL, v, 1);
     return v + __shfl_xor_sync(FULL, v, 2);
 }
-
-extern __shared__ __align__(128) u8 shared[];
-
-// ---- decode: one row, its keys in chunks ----
-
-#define D_WARPS (WIDE ? 2 : 4)
-#define D_THREADS (D_WARPS * 32)
-#define D_TILE (D_WARPS * 16)  // keys of a tile: 16 for each warp
-#define D_KV_BYTES (D_TILE * ROW_BYTES)
-#define D_STAGE_BYTES (2 * D_KV_BYTES)
-#define D_Q_BYTES (16 * ROW_BYTES)
-#define D_SMEM (2 * D_STAGE_BYTES + 2 * D_Q_BYTES)  // attention.py: decode_smem
-#ifndef D_BLOCKS
-#define D_BLOCKS (HEAD_DIM <= 64 ? 4 : HEAD_DIM <= 128 ? 3 : 2)  // blocks that share a multiprocessor
-#endif
-
-// A tile of work: one chunk's, of one KV head.
-struct Tile {
-    i32 unit;      // item * num_kv + KV head
-    i32 row;       // of q and out
-    i32 key, end;  // the tile's first key; the end of the chunk
-    i32 part;      // chunk | num_chunks << 16
-    i32 side;      // which q buffer
-    bool opens;    // the chunk's first tile
-    DEV i32 chunk() const { return part & 0xffff; }
-    DEV i32 num_chunks() const { return part >> 16; }
-};
-
-// What finish() and combine() need to know of the launch.
-struct Outputs {
-    u16* out;       // [T, num_kv * GROUP * D]
-    float* part;    // [items, num_kv, GROUP, D]
-    float2* state;  // [items, num_kv, GROUP]: largest score (base 2), sum of weights
-    i32* tickets;   // [items, num_kv], zero between launches
-    i32 num_kv;
-};
-
-DEV void store4(u16* p, float4 v) {
-    *(uint2*)p = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
-}
-
-DEV float2 ld_cg8(const void* p) {
-    float2 v;
-    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-    return v;
-}
-
-DEV u16* out_at(const Outputs& to, const Tile& t, i32 head) {
-    return to.out + (((i64)t.row * to.num_kv + t.unit % to.num_kv) * GROUP + head) * HEAD_DIM;
-}
-
-// All chunks of the sequence, in order, into its output row. `weights` is shared memory [GROUP, MAX_CHUNKS].
-DEV void combine(const Outputs& to, const Tile& t, float* weights) {
-    const i32 lane = threadIdx.x % 32, n = t.num_chunks();
-    const i64 stride = (i64)to.num_kv * GROUP;
-    const i64 first = (i64)t.unit * GROUP - t.chunk() * stride;
-    for (i32 head = threadIdx.x / 32; head < GROUP; head += D_WARPS) {
-        float2 state[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const i32 chunk = lane + i * 32;
-            state[i] = chunk < n ? ld_cg8(to.state + first + chunk * stride + head) : make_float2(NEG_INF, 0.0f);
-        }
-        const float top = warp_max(fmaxf(state[0].x, state[1].x));
-        const float w0 = exp2_fast(state[0].x - top), w1 = exp2_fast(state[1].x - top);
-        const float by = 1.0f / warp_sum(w0 * state[0].y + w1 * state[1].y);
-        weights[head * MAX_CHUNKS + lane] = w0 * by;
-        weights[head * MAX_CHUNKS + lane + 32] = w1 * by;
-    }
-    __syncthreads();
-    for (i32 n4 = threadIdx.x; n4 < GROUP * HEAD_DIM / 4; n4 += D_THREADS) {
-        const i32 head = n4 / (HEAD_DIM / 4), dim = n4 % (HEAD_DIM / 4) * 4;
-        const float* from = to.part + (first + head) * HEAD_DIM + dim;
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (i32 c = 0; c < n; c += 8) {
-            uint4 v[8];
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-                v[j] = c + j < n ? ld_cg16(from + (c + j) * stride * HEAD_DIM) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const float w = weights[head * MAX_CHUNKS + c + j];
-                sum.x = fmaf(w, __uint_as_float(v[j].x), sum.x), sum.y = fmaf(w, __uint_as_float(v[j].y), sum.y);
-                sum.z = fmaf(w, __uint_as_float(v[j].z), sum.z), sum.w = fmaf(w, __uint_as_float(v[j].w), sum.w);
-            }
-        }
-        store4(out_at(to, t, head) + dim, sum);
-    }
-}
-
-// Where a warp's row of partial sums keeps n-tile i: neighbouring rows begin in other banks.
-DEV i32 merge_at(i32 warp, i32 row, i32 i) {
-    const i32 tile = HEAD_DIM % 32 == 0 ? i ^ (row & 3) : i;
-    return (warp * GROUP + row) * HEAD_DIM + tile * 8;
-}
-
-// The chunk is done: merge the warps (`merge`: the stage just read), then write the row, or this chunk's part
-// of it; whoever brings the last part combines them all.
-DEV void finish(const Outputs& to, const Tile& t, const float* o, const float* top, const float* sum, float scale,
-                float* merge, float2* states, i32* is_last) {
-    const i32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const float sum0 = quad_sum(sum[0]), sum1 = quad_sum(sum[1]);
-    if (lane % 4 == 0) {
-        states[warp * 16 + lane / 4] = make_float2(top[0] * scale, sum0);
-        states[warp * 16 + lane / 4 + 8] = make_float2(top[1] * scale, sum1);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const i32 row = lane / 4 + half * 8;
-        if (row < GROUP)
-#pragma unroll
-            for (int i = 0; i < VECTORS; i++)
-                *(float2*)(merge + merge_at(warp, row, i) + lane % 4 * 2) =
-                    make_float2(o[i * 4 + half * 2], o[i * 4 + half * 2 + 1]);
-    }
-    __syncthreads();
-    const bool whole = t.num_chunks() == 1;
-    const i64 place = (i64)t.unit * GROUP;
-    for (i32 n = threadIdx.x; n < GROUP * HEAD_DIM / 4; n += D_THREADS) {
-        const i32 head = n / (HEAD_DIM / 4), dim = n % (HEAD_DIM / 4) * 4;
-        float best = NEG_INF, total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < D_WARPS; w++) best = fmaxf(best, states[w * 16 + head].x);
-        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int w = 0; w < D_WARPS; w++) {
-            const float2 state = states[w * 16 + head];
-            const float by = exp2_fast(state.x - best);
-            const float4 x = *(const float4*)(merge + merge_at(w, head, dim / 8) + dim % 8);
-            total = fmaf(state.y, by, total);
-            v.x = fmaf(x.x, by, v.x), v.y = fmaf(x.y, by, v.y);
-            v.z = fmaf(x.z, by, v.z), v.w = fmaf(x.w, by, v.w);
-        }
-        if (whole) {
-            const float by = 1.0f / total;
-            store4(out_at(to, t, head) + dim, make_float4(v.x * by, v.y * by, v.z * by, v.w * by));
-        } else {
-            *(float4*)(to.part + (place + head) * HEAD_DIM + dim) = v;
-            if (dim == 0) to.state[place + head] = make_float2(best, total);
-        }
-    }
-    if (whole) return;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        i32* ticket = to.tickets + (t.unit - t.chunk() * to.num_kv);
-        const bool last = atomicAdd(ticket, 1) == t.num_chunks() - 1;
-        if (last) *ticket = 0;
-        *is_last = last;
-    }
-    __syncthreads();
-    if (*is_last) {
-        __threadfence();
-        combine(to, t, merge);
-    }
-}
-
-// q: rows of GROUP * num_kv heads, q_stride apart; caches [blocks, num_kv, BLOCK_SIZE, D]; items [n] of
-// (sequence, first key, end key, chunk | num_chunks << 16), a sequence's chunks side by side; block_table
-// [sequences, table_width]. `scale` has log2(e) in it. Any grid.
-extern "C" __global__ void __launch_bounds__(D_THREADS, D_BLOCKS)
-    decode_attention(const u16* q, i32 q_stride, const u16* k_cache, const u16* v_cache, const int4* items,
-                     const i32* num_items, const i32* q_start, const i32* block_table, i32 table_width, i32 num_kv,
-                     float scale, u16* out, float* part, float2* state, i32* tickets) {
-    __shared__ float2 states[D_WARPS * 16];
-    __shared__ i32 is_last;
-    grid_launch();
-    const u32 base = smem_addr(shared), q_base = base + 2 * D_STAGE_BYTES;
-    const i32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const Outputs to = {out, part, state, tickets, num_kv};
-    const i32 total = *num_items * num_kv;
-
-    // Rows of q beyond the group stay zero.
-    for (i32 n = threadIdx.x; n < 2 * D_Q_BYTES / 16; n += D_THREADS)
-        *(uint4*)(shared + 2 * D_STAGE_BYTES + n * 16) = make_uint4(0, 0, 0, 0);
-
-    Tile next;
-    int4 later;  // the item of the next chunk but one: loaded long before it is needed
-    i32 sequence, pages, unit = blockIdx.x;
-    const auto load_later = [&]() { later = unit < total ? items[unit / num_kv] : make_int4(0, 0, 0, 0); };
-    const auto take_later = [&]() {
-        next.unit = unit;
-        next.key = later.y;
-        next.end = later.z;
-        next.part = later.w;
-        next.side ^= 1;
-        next.opens = true;
-        sequence = later.x;
-        next.row = unit < total ? q_start[sequence] : 0;
-        unit += gridDim.x;
-        load_later();
-    };
-    const auto load_next_pages = [&]() {
-        pages = load_pages<D_TILE>(block_table + (i64)sequence * table_width, next.key, next.end);
-    };
-    const auto copy_next = [&](i32 stage) {
-        const i32 kv = next.unit % num_kv;
-        const u32 k = base + stage * D_STAGE_BYTES;
-        copy_tile<D_TILE, D_THREADS>(k, k + D_KV_BYTES, k_cache, v_cache, pages, num_kv, kv, next.key, next.end);
-        if (next.opens) {
-            const u16* from = q + (i64)next.row * q_stride + kv * GROUP * HEAD_DIM;
-            for (i32 n = threadIdx.x; n < GROUP * VECTORS; n += D_THREADS)
-                cp_async16(q_base + next.side * D_Q_BYTES + at(n / VECTORS, n % VECTORS), from + n * 8);
-        }
-        cp_async_commit();
-    };
-    const auto advance = [&]() {
-        next.key += D_TILE;
-        next.opens = false;
-        if (next.key >= next.end) take_later();
-        load_next_pages();
-    };
-
-    next.side = 0;
-    load_later();
-    take_later();
-    load_next_pages();
-    grid_wait();
-    if (next.unit >= total) return;
-    __syncthreads();  // the zeros, before q's rows
-    copy_next(0);
-    Tile tile = next;
-    advance();
-
-    float o[VECTORS * 4], top[2], sum[2];
-    for (i32 stage = 0; tile.unit < total; stage ^= 1) {
-        cp_async_wait<0>();
-        __syncthreads();  // the tile is here, and no one reads the other stage
-        const Tile following = next;
-        if (next.unit < total) {
-            copy_next(stage ^ 1);
-            advance();
-        }
-        if (tile.opens) {
-            top[0] = top[1] = NEG_INF;
-            sum[0] = sum[1] = 0.0f;
-#pragma unroll
-            for (int i = 0; i < VECTORS * 4; i++) o[i] = 0.0f;
-        }
-        const u32 k = base + stage * D_STAGE_BYTES;
-        float s[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            u32 a[4];
-            load_q(a, q_base + tile.side * D_Q_BYTES, i);
-            add_scores(s, a, k, warp * 16, i);
-        }
-        const i32 key = tile.key + warp * 16 + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (key + i / 4 * 8 + i % 2 >= tile.end) s[i] = NEG_INF;
-        soften<2>(s, o, top, sum, scale);
-        add_values(o, s, k + D_KV_BYTES, warp * 16);
-        if (tile.key + D_TILE >= tile.end)
-            finish(to, tile, o, top, sum, scale, (float*)(shared + stage * D_STAGE_BYTES), states, &is_last);
-        tile = following;
-    }
-}
-
-// ---- prefill: tiles of tokens, 16 for each warp, of one head ----
 
 #define P_MAX_WARPS (WIDE ? 4 : 8)
 #define P_SPLIT ((GROUP + P_MAX_WARPS - 1) / P_MAX_WARPS)  // blocks that share a group

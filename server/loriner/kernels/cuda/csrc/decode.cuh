@@ -1,0 +1,308 @@
+// Attention of one row over its keys in the paged cache.
+//
+// Chunks of all sequences, head by head, lie on a line, each as long as it costs; a thread block has those that begin on its equal
+// part. Each of its warps has a piece of every chunk; a chunk's sums are those of its pieces, in order, and a head's those of its chunks. A
+// block adds up a head's chunks from the first one on; where it begins in the midst of a head, it leaves each chunk's sums in
+// memory, and whoever brings a head's last ones there adds all of them. Scores are products k q^T: keys are the 16 rows of an
+// mma, query heads its 8 columns.
+#pragma once
+#include "feed.cuh"
+
+// A head of a sequence.
+struct Head {
+    i32 row, first_slot, rest;  // first_slot: that of its chunk 0
+    DEV i32 index() const { return rest & 0xffff; }
+    DEV i32 num_chunks() const { return rest >> 16; }
+    DEV i32 first() const { return index() / D_SPLIT * GROUP + index() % D_SPLIT * D_HEADS; }  // query head
+    DEV i32 count() const { return min(D_HEADS, GROUP - index() % D_SPLIT * D_HEADS); }
+};
+
+// The note of a tile.
+struct Tile {
+    i32 what;
+    Head head;
+    DEV i32 keys() const { return what & 0xff; }
+    DEV bool opens() const { return what & 0x100; }    // the warp's first of this head
+    DEV bool begins() const { return what & 0x200; }   // the piece's first
+    DEV bool ends() const { return what & 0x400; }     // the piece's last
+    DEV bool is_last() const { return what & 0x800; }  // of the part
+    DEV i32 chunk() const { return what >> 16; }
+};
+DEV Tile load_note(const Stage& stage) {
+    Tile t;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(t.what), "=r"(t.head.row), "=r"(t.head.first_slot), "=r"(t.head.rest) : "r"(stage.note()) : "memory");
+    return t;
+}
+
+// Where sums go.
+struct Outputs {
+    u16* out;       // [T, num_kv * GROUP * D]
+    float* part;    // [slots, D_HEADS, D]; a slot: a chunk of a head
+    float2* state;  // [slots, D_HEADS]: largest score (base 2), sum of weights
+    u32* tickets;   // [slots], zero between launches: chunks that are there, and << 16 how many the first slot's are
+    i32 num_kv;
+    DEV u16* row(const Head& h) const { return out + ((i64)h.row * num_kv * GROUP + h.first()) * HEAD_DIM; }
+};
+
+DEV float2 ld_cg8(const void* p) {
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+    return v;
+}
+DEV u32 transposed(u32 v) {
+    u32 r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+
+// The weights of sums so far and of those that are added, always in this order; `top` and `total` become both's.
+struct Weights {
+    float before, now;
+    DEV Weights(float& top, float& total, float2 state) {
+        const float best = fmaxf(top, state.x);
+        before = exp2_fast(top - best), now = exp2_fast(state.x - best);
+        top = best, total = __fmaf_rn(total, before, __fmul_rn(state.y, now));
+    }
+    DEV float add(float sum, float more) const { return __fmaf_rn(sum, before, __fmul_rn(more, now)); }
+};
+
+// Sums of heads 2t and 2t + 1 in lane (g, t): of dims g and g + 8 of each 16.
+struct Sums {
+    float o[STEPS + 1][4];  // behind them: top [2], total [2]
+
+    DEV float& top(i32 h) { return o[STEPS][h]; }
+    DEV float& total(i32 h) { return o[STEPS][2 + h]; }
+    // None: the next keys make `o` 0, whatever it is.
+    DEV void clear() { top(0) = top(1) = NEG_INF, total(0) = total(1) = 0.0f; }
+    DEV void zero() {
+#pragma unroll
+        for (int i = 0; i < STEPS * 4; i++) o[i / 4][i % 4] = 0.0f;
+    }
+    DEV void add(Sums& more) {
+        const Weights w[2] = {{top(0), total(0), make_float2(more.top(0), more.total(0))}, {top(1), total(1), make_float2(more.top(1), more.total(1))}};
+#pragma unroll
+        for (int i = 0; i < STEPS * 4; i++) o[i / 4][i % 4] = w[i & 1].add(o[i / 4][i % 4], more.o[i / 4][i % 4]);
+    }
+    // In shared memory, for the same lane.
+    DEV void save(u32 to) const {
+#pragma unroll
+        for (int i = 0; i <= STEPS; i++)
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + i * 512 + threadIdx.x % 32 * 16), "f"(o[i][0]), "f"(o[i][1]), "f"(o[i][2]), "f"(o[i][3]) : "memory");
+    }
+    DEV void load(u32 from) {
+#pragma unroll
+        for (int i = 0; i <= STEPS; i++)
+            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(o[i][0]), "=f"(o[i][1]), "=f"(o[i][2]), "=f"(o[i][3]) : "r"(from + i * 512 + threadIdx.x % 32 * 16) : "memory");
+    }
+    // In memory, for all.
+    DEV void leave(const Outputs& to, i64 slot, i32 heads) {
+        const i32 g = threadIdx.x % 32 / 4, first = threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            if (first + h >= heads) continue;
+            const i64 at = slot * D_HEADS + first + h;
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) to.part[at * HEAD_DIM + i * 16 + g] = o[i][h], to.part[at * HEAD_DIM + i * 16 + 8 + g] = o[i][2 + h];
+            if (g == 0) to.state[at] = make_float2(top(h), total(h));
+        }
+    }
+    DEV void store(u16* row, i32 heads) {
+        const i32 g = threadIdx.x % 32 / 4;
+        const float by0 = 1.0f / total(0), by1 = 1.0f / total(1);
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            const u32 low = transposed(pack_bf16(o[i][0] * by0, o[i][1] * by1)), high = transposed(pack_bf16(o[i][2] * by0, o[i][3] * by1));
+            u32* at = (u32*)(row + g * HEAD_DIM + i * 16) + threadIdx.x % 4;
+            if (g < heads) at[0] = low, at[4] = high;
+        }
+    }
+};
+
+// All sums of a head, of which the first slot has `first` chunks, into its rows of out: four dims in a thread.
+#define C_CHUNKS (WIDE ? 4 : 8)  // on their way
+DEV void combine(const Outputs& to, const Head& h, i32 first) {
+    const i32 slots = h.num_chunks() - first + 1, all = h.count() * (HEAD_DIM / 4);
+    u16* row = to.row(h);
+#pragma unroll 1
+    for (i32 n = threadIdx.x; n < all; n += D_THREADS) {
+        float4 sum;
+        float top, total;
+#pragma unroll 1
+        for (i32 c = 0; c < slots; c += C_CHUNKS) {
+            uint4 v[C_CHUNKS];
+            float2 state[C_CHUNKS];
+#pragma unroll
+            for (int j = 0; j < C_CHUNKS; j++) {
+                const i64 slot = (i64)h.first_slot + (c + j == 0 ? 0 : min(first + c + j, h.num_chunks()) - 1);
+                v[j] = ld_cg16(to.part + slot * (D_HEADS * HEAD_DIM) + n * 4);
+                state[j] = ld_cg8(to.state + slot * D_HEADS + n / (HEAD_DIM / 4));
+            }
+#pragma unroll
+            for (int j = 0; j < C_CHUNKS; j++) {
+                if (c + j >= slots) break;
+                const float4 more = make_float4(__uint_as_float(v[j].x), __uint_as_float(v[j].y), __uint_as_float(v[j].z), __uint_as_float(v[j].w));
+                if (c + j == 0) {
+                    sum = more, top = state[j].x, total = state[j].y;
+                    continue;
+                }
+                const Weights w(top, total, state[j]);
+                sum.x = w.add(sum.x, more.x), sum.y = w.add(sum.y, more.y), sum.z = w.add(sum.z, more.z), sum.w = w.add(sum.w, more.w);
+            }
+        }
+        const float by = 1.0f / total;
+        *(uint2*)(row + n * 4) = make_uint2(pack_bf16(sum.x * by, sum.y * by), pack_bf16(sum.z * by, sum.w * by));
+    }
+}
+
+// A warp has left so many more chunks of the head in memory. 0, or if they were the last ones, how many the first slot has.
+DEV i32 arrive(const Outputs& to, const Head& h, i32 chunks, i32 of_first_slot) {
+    u32 ticket = 0;
+    const u32 more = chunks | of_first_slot << 16;
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ticket = atomicAdd(to.tickets + h.first_slot, more) + more;
+    ticket = __shfl_sync(FULL, ticket, 0);
+    if ((ticket & 0xffff) != h.num_chunks()) return 0;
+    if (threadIdx.x % 32 == 0) to.tickets[h.first_slot] = 0;
+    __threadfence();
+    return ticket >> 16;
+}
+
+// The online softmax of heads 2t and 2t + 1 over 16 keys: s[0] and s[1] are key g's, s[2] and s[3] key g + 8's, and become
+// weights. Until a piece ends, `top` is unscaled and `total` this lane's.
+DEV void soften_keys(float (&s)[4], Sums& sums, float scale) {
+    float fade[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float best = fmaxf(s[h], s[h + 2]);
+#pragma unroll
+        for (int i = 4; i < 32; i *= 2) best = fmaxf(best, __shfl_xor_sync(FULL, best, i));
+        best = fmaxf(best, sums.top(h));
+        const float shift = best * scale;
+        fade[h] = exp2_fast(fmaf(sums.top(h), scale, -shift));
+        s[h] = exp2_fast(fmaf(s[h], scale, -shift)), s[h + 2] = exp2_fast(fmaf(s[h + 2], scale, -shift));
+        sums.top(h) = best, sums.total(h) = fmaf(sums.total(h), fade[h], s[h] + s[h + 2]);
+    }
+    if (!__any_sync(FULL, fade[0] != 1.0f || fade[1] != 1.0f)) return;
+#pragma unroll
+    for (int i = 0; i < STEPS * 4; i++) sums.o[i / 4][i % 4] = fade[i & 1] == 0.0f ? 0.0f : sums.o[i / 4][i % 4] * fade[i & 1];
+}
+DEV void finish_piece(Sums& sums, float scale) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        sums.top(h) *= scale;
+#pragma unroll
+        for (int i = 4; i < 32; i *= 2) sums.total(h) += __shfl_xor_sync(FULL, sums.total(h), i);
+    }
+}
+
+// A tile's keys and values onto `sums`.
+DEV void add_tile(Sums& sums, const u32 (&q)[STEPS][2], const Stage& stage, i32 keys, float scale) {
+    const i32 lane = threadIdx.x % 32;
+    float s[4] = {}, odd[4] = {};
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        u32 a[4];
+        ldmatrix_x4(a[0], a[1], a[2], a[3], stage.keys() + at_step(lane & 15, i, lane >> 4));
+        mma_bf16(i & 1 ? odd : s, a[0], a[1], a[2], a[3], q[i][0], q[i][1]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) s[i] = lane / 4 + i / 2 * 8 < keys ? s[i] + odd[i] : NEG_INF;
+    soften_keys(s, sums, scale);
+    const u32 low = transposed(pack_bf16(s[0], s[1])), high = transposed(pack_bf16(s[2], s[3]));
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        u32 a[4];
+        ldmatrix_x4_trans(a[0], a[1], a[2], a[3], stage.values() + at_step((lane & 7) + (lane >> 4 << 3), i, lane >> 3 & 1));
+        mma_bf16(sums.o[i], a[0], a[1], a[2], a[3], low, high);
+    }
+}
+
+// q: rows of GROUP * num_kv heads, q_stride apart; caches [blocks, num_kv, BLOCK_SIZE, D]; block_table [sequences, table_width].
+// items: their number, their cost and their chunks, in an item's place; then they. `scale` has log2(e) in it. Any grid.
+extern "C" __global__ void __launch_bounds__(D_THREADS, D_BLOCKS)
+    decode_attention(const u16* q_rows, i32 q_stride, const u16* k_cache, const u16* v_cache, const Item* items,
+                     const i32* num_items, const i32* block_table, i32 table_width, i32 num_kv, float scale,
+                     u16* out, float* part, float2* state, u32* tickets) {
+    __shared__ int4 told;  // a head of which all chunks are in memory: how many the first slot has, or 0; and which it is
+    grid_launch();
+    const i32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const i32 listed = *num_items;
+    const int4 all = *(const int4*)items;
+    const Cache cache = {q_rows, k_cache, v_cache, q_stride, items + 1, block_table, table_width, num_kv, all.x, all.y, all.z};
+    const Outputs to = {out, part, state, tickets, num_kv};
+    Feed feed;
+    if (listed) {
+        feed.begin(cache, blockIdx.x, gridDim.x, warp);
+        if (!feed.any()) return;  // others wait for the kernel ahead
+    }
+    grid_wait();
+    if (!listed) return;
+    const u32 mine = smem_addr(shared) + warp * D_WARP_BYTES, kept = mine + D_SUMS_AT;
+    Stage stage = {mine, 0}, to_fill = stage;
+    u32 q[STEPS][2];
+    Sums sums;
+    Tile t;
+    bool whole = true;      // this part has the head's first chunk: what comes before this one is warp 0's `kept`
+    i32 left = 0;           // chunks in memory that nobody knows of yet
+    bool is_ending = false;  // warp 0 is seeing to a chunk
+    const auto wait_for_warp0 = [&] {
+        __syncthreads();
+        const int4 v = told;
+        if (v.x) combine(to, {v.y, v.z, v.w}, v.x);
+    };
+#pragma unroll 1
+    for (int i = 0; i < D_STAGES - 1; i++) feed.fetch(cache, to_fill), to_fill.next();
+    do {
+        cp_async_wait<D_STAGES - 2>();
+        __syncwarp();  // the tile is here, and all are done with the one before
+        t = load_note(stage);
+        feed.fetch(cache, to_fill);
+        to_fill.next();
+        if (t.opens()) {
+            const i32 row = min(lane / 4, D_HEADS - 1);
+#pragma unroll
+            for (int i = 0; i < STEPS * 2; i++)
+                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(q[i / 2][i % 2]) : "r"(stage.q() + at(row, i) + lane % 4 * 4) : "memory");
+            whole = t.chunk() == 0, left = 0;
+        }
+        if (t.begins()) sums.clear();
+        if (t.keys()) add_tile(sums, q, stage, t.keys(), scale);
+        else sums.zero();
+        stage.next();
+        if (!t.ends()) continue;
+
+        // Warp 0 sees to the chunk, while the others go on.
+        finish_piece(sums, scale);
+        if (is_ending) wait_for_warp0();
+        is_ending = true;
+        if (warp) sums.save(kept);
+        __syncthreads();
+        if (warp) continue;
+        Sums other;
+#pragma unroll
+        for (int i = 1; i < D_WARPS; i++) {
+            other.load(kept + i * D_WARP_BYTES);
+            sums.add(other);
+        }
+        i32 first = 0;
+        const bool ends = t.chunk() + 1 == t.head.num_chunks();
+        if (!whole) {
+            sums.leave(to, t.head.first_slot + t.chunk(), t.head.count()), left++;
+        } else if (t.chunk()) {
+            other.load(kept);
+            other.add(sums);
+            sums = other;
+        }
+        if (whole && ends) {
+            sums.store(to.row(t.head), t.head.count());
+        } else if (ends || t.is_last()) {
+            if (whole) sums.leave(to, t.head.first_slot, t.head.count());
+            first = arrive(to, t.head, whole ? t.chunk() + 1 : left, whole ? t.chunk() + 1 : 0);
+        } else if (whole) {
+            sums.save(kept);
+        }
+        if (lane == 0) told = make_int4(first, t.head.row, t.head.first_slot, t.head.rest);
+    } while (!t.is_last());
+    wait_for_warp0();
+}

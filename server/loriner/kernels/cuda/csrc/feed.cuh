@@ -1,0 +1,181 @@
+// What a warp of decode's attention reads, tile after tile: a part of the line (attention.cu, decode) and the copies to shared memory.
+//
+// Knows no sums. Part of attention.cu, whose rows of shared memory it fills. Blocks of pages are looked up ahead of time.
+#pragma once
+
+#define D_WARPS (WIDE ? 2 : 4)
+#define D_THREADS (D_WARPS * 32)
+#define D_KEYS 16                                  // of a tile
+#define D_SPLIT ((GROUP + 7) / 8)                  // warps that share a KV head
+#define D_HEADS ((GROUP + D_SPLIT - 1) / D_SPLIT)  // a warp's query heads
+#define D_TILE_BYTES (D_KEYS * ROW_BYTES)
+#define D_STAGES 2
+#define D_NOTE_BYTES (D_HEADS * ROW_BYTES + 16)  // q, and what the tile is
+#define D_NOTES_AT (D_STAGES * 2 * D_TILE_BYTES)
+#define D_SUMS_AT (D_NOTES_AT + D_STAGES * D_NOTE_BYTES)
+#define D_WARP_BYTES ((D_SUMS_AT + (STEPS + 1) * 512 + 127) / 128 * 128)  // attention.py: decode_smem
+#define D_ENDING 32  // what the end of a chunk costs, in keys: attention.py, ENDING
+#ifndef D_BLOCKS
+#define D_BLOCKS (HEAD_DIM <= 64 ? 3 : HEAD_DIM <= 128 ? 2 : 1)  // blocks that share a multiprocessor
+#endif
+
+// A sequence with one row: attention.py, decode_items.
+struct Item {
+    i32 sequence, row, context, length;        // length: keys of a chunk
+    i32 start, cost, first_chunk, num_chunks;  // of each head; start, first_chunk: what all sequences before it have
+};
+DEV Item load_item(const Item* p) {
+    const int4 a = *(const int4*)p, b = *((const int4*)p + 1);
+    return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+}
+
+struct Cache {
+    const u16 *q, *k, *v;
+    i64 q_stride;
+    const Item* items;
+    const i32* table;
+    i32 table_width, num_kv, num_items, cost, num_chunks;  // cost, num_chunks: of all, for each head
+    DEV i32 heads() const { return num_kv * D_SPLIT; }
+};
+
+// One of a warp's D_STAGES tiles in shared memory.
+struct Stage {
+    u32 warp;  // where the warp's begin
+    i32 index;
+    DEV u32 keys() const { return warp + index * (2 * D_TILE_BYTES); }
+    DEV u32 values() const { return keys() + D_TILE_BYTES; }
+    DEV u32 q() const { return warp + D_NOTES_AT + index * D_NOTE_BYTES; }
+    DEV u32 note() const { return q() + D_HEADS * ROW_BYTES; }
+    DEV void next() { index = index + 1 == D_STAGES ? 0 : index + 1; }
+};
+// What a warp reads next, D_STAGES - 1 tiles ahead of what it adds up.
+struct Feed {
+    Item item, ahead;
+    i32 piece, index, head, chunk, key, end;  // end: of the piece
+    i32 position, stop;                       // on the line; the part ends there
+    i32 pages, first_page, pages_after, first_after;
+    bool opens;
+
+    // Begin a part of the line. Where chunks are few, they lie alike on it, and each part has one at most.
+    DEV void begin(const Cache& c, i32 part, i32 parts, i32 piece_) {
+        const i32 units = c.num_chunks * c.heads();
+        piece = piece_, position = stop = 0;
+        if (units <= parts) {
+            if (part >= units) return;
+            find(c, part, units, [](const Item& i) { return i.first_chunk; }, [](const Item& i) { return i.num_chunks; });
+            const i32 within = part - item.first_chunk * c.heads();
+            head = within / item.num_chunks, chunk = within % item.num_chunks, stop = 1;
+        } else {
+            const i64 total = (i64)c.cost * c.heads();
+            const i32 from = total * part / parts;
+            find(c, from, total, [](const Item& i) { return i.start; }, [](const Item& i) { return i.cost; });
+            const i32 within = from - item.start * c.heads(), full = cost();
+            head = within / item.cost, chunk = (within % item.cost + full - 1) / full;
+            if (chunk >= item.num_chunks) chunk = 0, head++;
+            if (head >= c.heads()) next_item(c);
+            position = item.start * c.heads() + head * item.cost + chunk * full;
+            stop = index < c.num_items ? total * (part + 1) / parts : position;
+            if (!any()) return;
+        }
+        open_chunk();
+        opens = true, first_page = first_after = -1;
+        find_pages(c, true);
+    }
+    DEV bool any() const { return position < stop; }
+
+    // The item that has `at`, of what `before` and `own` say that items before it and it itself have for each head. All have `total`.
+    template <class Before, class Own> DEV void find(const Cache& c, i32 at, i64 total, Before before, Own own) {
+        const i32 lane = threadIdx.x % 32;
+        for (i32 first = max((i32)((i64)at * c.num_items / total) - 16, 0);;) {
+            const Item mine = load_item(c.items + min(first + lane, c.num_items - 1));
+            const i32 start = before(mine) * c.heads();
+            if (const u32 found = __ballot_sync(FULL, start <= at && at < start + own(mine) * c.heads())) {
+                index = min(first + __ffs(found) - 1, c.num_items - 1);
+                break;
+            }
+            first = __any_sync(FULL, start > at) ? max(first - 32, 0) : first + 32;
+        }
+        item = load_item(c.items + index);
+        load_ahead(c);
+    }
+    DEV void load_ahead(const Cache& c) { ahead = load_item(c.items + min(index + 1, c.num_items - 1)); }
+    DEV void next_item(const Cache& c) {
+        head = 0, index++, item = ahead;
+        load_ahead(c);
+    }
+    // Of a chunk but the last: it is read, and ended.
+    DEV i32 cost() const { return item.length + D_ENDING; }
+    // Maybe this piece has no keys: key >= end.
+    DEV void open_chunk() {
+        const i32 first = chunk * item.length, keys = item.length / D_WARPS, last = chunk + 1 == item.num_chunks ? item.context : first + item.length;
+        key = first + piece * keys, end = piece == D_WARPS - 1 ? last : min(key + keys, last);
+    }
+
+    // Lane i has the block of page first + i.
+    static DEV i32 pages_of(const Cache& c, const Item& of, i32 first) {
+        const i32 page = first + threadIdx.x % 32;
+        return page * BLOCK_SIZE < of.context ? c.table[(i64)of.sequence * c.table_width + page] : 0;
+    }
+    // Those around the next key, and ahead of time those that are likely to come then: of this head, the next one or the next sequence.
+    DEV void find_pages(const Cache& c, bool is_other) {
+        const i32 first = key / BLOCK_SIZE & ~31;
+        if (!is_other && first == first_page) return;
+        pages = first == first_after ? pages_after : pages_of(c, item, first);
+        first_page = first, first_after = first + 32;
+        if (first_after * BLOCK_SIZE < item.context) {
+            pages_after = pages_of(c, item, first_after);
+        } else {
+            first_after = 0;
+            pages_after = head + 1 == c.heads() ? pages_of(c, ahead, 0) : first == 0 ? pages : pages_of(c, item, 0);
+        }
+    }
+
+    DEV void advance(const Cache& c) {
+        opens = false;
+        key += D_KEYS;
+        if (key >= end) {
+            position += cost();
+            if (++chunk == item.num_chunks) {
+                chunk = 0, opens = true;
+                position = item.start * c.heads() + ++head * item.cost;
+                if (head == c.heads()) next_item(c);
+            }
+            open_chunk();
+        }
+        if (key < end) find_pages(c, opens);
+        else if (opens) first_page = first_after = -1;
+    }
+
+    // Bring this tile to `stage`, with a note of what it is; then go on.
+    DEV void fetch(const Cache& c, const Stage& stage) {
+        if (any()) {
+            const i32 lane = threadIdx.x % 32, kv = head / D_SPLIT, first = key / BLOCK_SIZE - first_page, keys = max(min(end - key, D_KEYS), 0);
+            const bool begins = key == chunk * item.length + piece * (item.length / D_WARPS), ends = key + D_KEYS >= end, ends_head = chunk + 1 == item.num_chunks;
+            const i32 after = ends_head ? item.start * c.heads() + (head + 1) * item.cost : position + cost();
+            if (lane == 0)
+                asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(stage.note()),
+                             "r"(keys | opens << 8 | begins << 9 | ends << 10 | (ends && after >= stop) << 11 | chunk << 16),
+                             "r"(item.row), "r"(item.first_chunk * c.heads() + head * item.num_chunks), "r"(head | item.num_chunks << 16)
+                             : "memory");
+            const i32 page = __shfl_sync(FULL, pages, first & 31), page1 = BLOCK_SIZE < D_KEYS ? __shfl_sync(FULL, pages, first + 1 & 31) : 0;
+            const i32 first_head = head % D_SPLIT * D_HEADS, heads = min(D_HEADS, GROUP - first_head);
+            const u16* q = c.q + item.row * c.q_stride + (kv * GROUP + first_head) * HEAD_DIM;
+            constexpr int COUNT = D_KEYS * VECTORS;
+            const i64 from = ((i64)page * c.num_kv + kv) * (BLOCK_SIZE * HEAD_DIM) + (BLOCK_SIZE > D_KEYS ? key % BLOCK_SIZE : 0) * HEAD_DIM;
+            const i64 second = ((i64)page1 * c.num_kv + kv - 1) * (BLOCK_SIZE * HEAD_DIM);
+#pragma unroll
+            for (int i = 0; i < (COUNT + 31) / 32; i++) {
+                const i32 n = i * 32 + lane, row = n / VECTORS;
+                if (COUNT % 32 && n >= COUNT) continue;
+                const i64 cells = (BLOCK_SIZE < D_KEYS && row >= BLOCK_SIZE ? second : from) + n * 8;
+                const bool real = row < keys;
+                cp_async16_or_zero(stage.keys() + at(row, n % VECTORS), c.k + cells, real);
+                cp_async16_or_zero(stage.values() + at(row, n % VECTORS), c.v + cells, real);
+            }
+            if (opens)
+                for (i32 n = lane; n < heads * VECTORS; n += 32) cp_async16(stage.q() + at(n / VECTORS, n % VECTORS), q + n * 8);
+            advance(c);
+        }
+        cp_async_commit();
+    }
+};
