@@ -33,7 +33,7 @@ PROMPTS = (  # rows of this step, keys that the last one sees
     *((128, 255), (129, 1025), (40, 5000), (513, 513), (2, 1025)),
 )
 MIXED = ((1, 300), (40, 129), (1, 1), (2, 5000), (1, 5000), (0, 0), (17, 17), (1, 64), (0, 0))
-MOST_SEQUENCES, MOST_CONTEXT, MOST_ROWS = 320, 5120, 2048
+MOST_SEQUENCES, MOST_CONTEXT, MOST_ROWS = 320, 46080, 2048
 TOLERANCE = 4e-3  # bf16 out, and bf16 weights of the values
 ROTATED = 2.5e-3  # bf16 out
 EPS = 1e-6
@@ -318,6 +318,32 @@ def test_rows_among_hundreds_are_as_they_are_alone(device: Any, shape: Shape, mo
         own = slice(MOST_SEQUENCES - count, MOST_SEQUENCES)
         fewer = attend(attention, q[own], cache, plan_of(attention, cache, parts[own]))
         assert same(fewer, out[own]), count
+
+
+@pytest.mark.parametrize(
+    ("shape", "contexts"),
+    [
+        (Shape(14, 2, 80, 8), (300, 10000)),
+        (Shape(14, 2, 80, 8), (266, 10000)),
+        (Shape(32, 8, 128, 16), (600, 45000)),
+        (Shape(16, 1, 256, 16), (560, 45000)),
+    ],
+    ids=str,
+)
+def test_long_contexts_behind_short_ones_read_their_own_pages(
+    device: Any, shape: Shape, contexts: tuple[int, int]
+) -> None:
+    """Chunks of long contexts are so long that some warps begin in another group of 32 pages."""
+    attention = attention_of(device, shape)
+    cache, parts = cache_for(shape, [(1, n) for n in contexts * 8], device.torch_device)
+    q = random_q(shape, len(parts), cache.place)
+
+    out = attend(attention, q, cache, plan_of(attention, cache, parts))
+
+    assert error(out, exact(q, cache, parts)) < TOLERANCE
+    for i, part in enumerate(parts):
+        alone = attend(attention, q[i : i + 1], cache, plan_of(attention, cache, [part]))
+        assert same(alone, out[i : i + 1]), part
 
 
 def test_scores_far_apart_and_another_scale(device: Any) -> None:

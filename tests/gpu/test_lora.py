@@ -90,6 +90,27 @@ def test_slices_may_end_within_a_block_or_a_tile(kernels: Any, sizes: list[int])
         assert error(found, expected) < 2e-3, rows
 
 
+@pytest.mark.parametrize("rows", [1, 8, 16, 24, 64])
+def test_large_gated_rows_without_an_adapter_are_as_if_there_were_none(
+    kernels: Any, rows: int
+) -> None:
+    """Without adapters, blocks that do not all run at once are cut in halves."""
+    inner, inputs = 17408, 1024
+    weights = [random_nf4(inner, inputs, nested=True) for _ in range(2)]
+    operand, seats = kernels.prepare_nf4(weights, None, gated=True), Seats(1, num_groups=6)
+    seats.put(0, 2, inputs, [inner, inner], [16, 16], bias=False)
+    x = (torch.randn(rows, inputs, device="cuda") / 8).bfloat16()
+    lora = lora_of(kernels, seats, [0] * (rows - 1) + [-1])
+
+    mixed = kernels.linear_gated(x, operand, lora.operand("0.gate_up"), "silu")
+    alone = kernels.linear_gated(x, operand, None, "silu")
+
+    assert torch.equal(mixed[-1], alone[-1])
+    both = x.double() @ torch.cat([dense(weight) for weight in weights]).t()
+    gate, up = both.split(inner, dim=1)
+    assert error(alone, torch.nn.functional.silu(gate) * up) < 8e-3
+
+
 @pytest.mark.parametrize("inner", [256, 14336])
 def test_gated_outputs_of_any_ranks_equal_float64(kernels: Any, inner: int) -> None:
     """Also where A x of few rows does not fit shared memory at once, and with biases."""

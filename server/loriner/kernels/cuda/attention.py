@@ -22,7 +22,7 @@ ATTENTION, ROPE = "attention.cu", "rope.cu"
 MAX_CHUNKS = 64  # of one sequence
 ITEM_INTS, TILE_INTS = 8, 2  # int32 values of a decode item, of a prefill tile
 DECODE_STAGES, TILE_KEYS = 2, 16  # tiles that a warp has in shared memory in decode, their keys
-ENDING = 32  # what the end of a chunk costs, in keys
+COST_KEYS = 32  # keys of a unit of cost; the end of a chunk costs one
 _UNIT = 64  # keys: chunks are whole tiles for each warp of a block
 ROPE_THREADS = 128
 # Contexts up to the first number are cut into chunks of the second; longer ones, into MAX_CHUNKS.
@@ -41,7 +41,7 @@ def chunk_length(context: Ints) -> Ints:
 
 
 def count_chunks(context: Ints) -> Ints:
-    """How many chunks each context has; a last one of less than a tile goes to the one before."""
+    """How many chunks each context has; a last one of a tile at most goes to the one before."""
     counts: Ints = np.maximum(-(-(context - TILE_KEYS) // chunk_length(context)), 1)
     return counts
 
@@ -58,7 +58,7 @@ def decode_items(q_start: Ints, context: Ints) -> Ints:
     length = chunk_length(keys)
     counts = count_chunks(keys)
     last = keys - (counts - 1) * length
-    costs = (counts - 1) * length + -(-last // _UNIT) * _UNIT + counts * ENDING
+    costs = ((counts - 1) * length + -(-last // _UNIT) * _UNIT) // COST_KEYS + counts
     made = np.zeros((len(sequences) + 1, ITEM_INTS), dtype=np.int32)
     made[0, :3] = len(sequences), costs.sum(), counts.sum()
     items = made[1:]
@@ -199,9 +199,9 @@ class Attention:
         sequences in `items`; other rows of out stay as they are (arXiv 1706.03762, eq. 1).
 
         q [T, >= Hq D] bf16: the first columns of a row are read, rows may be strided; caches as in
-        `rope_store`; items [.., 8] i32 from `decode_items`, num_items [1] i32; block_table [S, W]
-        i32; out [T, Hq D] bf16. The lists and block_table must be there before the kernel ahead of
-        this one began: they are read early.
+        `rope_store`; items [.., 8] i32 from `decode_items`, num_items [1] i32: its length;
+        block_table [S, W] i32; out [T, Hq D] bf16. The lists and block_table must be there before
+        the kernel ahead of this one began: they are read early.
         """
         self._decode(
             min(self._decode_grid, len(items) * self._blocks),
@@ -237,7 +237,7 @@ class Attention:
 
 
 def decode_smem(group: int, head_dim: int) -> int:
-    """Bytes of dynamic shared memory (attention.cu: D_WARP_BYTES for each warp)."""
+    """Bytes of dynamic shared memory (feed.cuh: D_WARP_BYTES for each warp)."""
     stage = (2 * TILE_KEYS + -(-group // _split(group))) * _row_bytes(head_dim) + 16
     warp = DECODE_STAGES * stage + (head_dim // 16 + 1) * 512
     return _decode_warps(head_dim) * -(-warp // 128) * 128
@@ -260,7 +260,7 @@ def _decode_warps(head_dim: int) -> int:
 
 
 def _split(group: int) -> int:
-    """Warps that share a KV head in decode: eight query heads each, at most."""
+    """How often decode reads a KV head: for eight of its query heads at a time, at most."""
     return -(-group // 8)
 
 

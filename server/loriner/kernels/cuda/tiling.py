@@ -1,7 +1,8 @@
 """How a linear is cut over thread blocks, and how much shared memory that takes: plain numbers.
 
-The defines are `csrc/linear.cu`'s. Invariant: the cut depends on the weight's shape and the card,
-never on the number of rows, so that a row's sums are added in the same order in every batch.
+The defines are `csrc/linear.cu`'s. Invariant: how the inputs are cut depends on the weight's shape
+and the card, never on the number of rows or on adapters, so that a row's sums are added in the same
+order in every batch.
 """
 
 from __future__ import annotations
@@ -159,3 +160,11 @@ def choose(
             break
         cluster *= 2
     return Tiling(1, 4, cluster)
+
+
+def in_halves(cut: Tiling, outputs: int, num_sms: int) -> Tiling:
+    """For few rows without adapters: where blocks of 256 outputs do not all run at once, blocks of
+    half as many, two to a multiprocessor. An output's sums are the same."""
+    if cut != Tiling(4, 1, 1) or outputs <= num_sms * cut.rows:
+        return cut
+    return Tiling(2, 1, 1, min_blocks=2)

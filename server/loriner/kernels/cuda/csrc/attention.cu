@@ -19,7 +19,7 @@
 #define BLOCK_SIZE 16
 #endif
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head dims are multiples of 16, up to 256");
-static_assert(GROUP >= 1 && GROUP <= 16, "a group's query heads are the rows of one mma");
+static_assert(GROUP >= 1 && GROUP <= 16, "query heads that share a KV head");
 
 #define FULL 0xffffffffu
 #define NEG_INF __int_as_float(0xff800000)
@@ -116,8 +116,8 @@ template <int COUNT> DEV void soften(float* s, float* o, float* top, float* sum,
             best = fmaxf(best, fmaxf(s[i * 4 + half * 2], s[i * 4 + half * 2 + 1]));
         best = fmaxf(best, __shfl_xor_sync(FULL, best, 1));
         best = fmaxf(best, __shfl_xor_sync(FULL, best, 2));
-        const float shift = best == NEG_INF ? 0.0f : best * scale;  // no key yet: all weights are 0
-        const float fade = exp2_fast(fmaf(top[half], scale, -shift));
+        const float shift = best == NEG_INF ? 0.0f : __fmul_rn(best, scale);  // no key yet: all weights are 0
+        const float fade = exp2_fast(__fsub_rn(__fmul_rn(top[half], scale), shift));  // 1 where the largest stays
         float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < COUNT; i++)

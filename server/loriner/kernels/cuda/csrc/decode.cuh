@@ -8,7 +8,7 @@
 #pragma once
 #include "feed.cuh"
 
-// A head of a sequence.
+// A head of the line: up to D_HEADS query heads that share a KV head, in one sequence.
 struct Head {
     i32 row, first_slot, rest;  // first_slot: that of its chunk 0
     DEV i32 index() const { return rest & 0xffff; }
@@ -178,8 +178,8 @@ DEV void soften_keys(float (&s)[4], Sums& sums, float scale) {
 #pragma unroll
         for (int i = 4; i < 32; i *= 2) best = fmaxf(best, __shfl_xor_sync(FULL, best, i));
         best = fmaxf(best, sums.top(h));
-        const float shift = best * scale;
-        fade[h] = exp2_fast(fmaf(sums.top(h), scale, -shift));
+        const float shift = __fmul_rn(best, scale);
+        fade[h] = exp2_fast(__fsub_rn(__fmul_rn(sums.top(h), scale), shift));  // 1 where the largest stays
         s[h] = exp2_fast(fmaf(s[h], scale, -shift)), s[h + 2] = exp2_fast(fmaf(s[h + 2], scale, -shift));
         sums.top(h) = best, sums.total(h) = fmaf(sums.total(h), fade[h], s[h] + s[h + 2]);
     }
@@ -219,7 +219,8 @@ DEV void add_tile(Sums& sums, const u32 (&q)[STEPS][2], const Stage& stage, i32 
 }
 
 // q: rows of GROUP * num_kv heads, q_stride apart; caches [blocks, num_kv, BLOCK_SIZE, D]; block_table [sequences, table_width].
-// items: their number, their cost and their chunks, in an item's place; then they. `scale` has log2(e) in it. Any grid.
+// num_items: 0, or how many items are listed, with the first one: in its place are the number of the others, their cost and their
+// chunks. `scale` has log2(e) in it. Any grid.
 extern "C" __global__ void __launch_bounds__(D_THREADS, D_BLOCKS)
     decode_attention(const u16* q_rows, i32 q_stride, const u16* k_cache, const u16* v_cache, const Item* items,
                      const i32* num_items, const i32* block_table, i32 table_width, i32 num_kv, float scale,
@@ -234,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(D_THREADS, D_BLOCKS)
     Feed feed;
     if (listed) {
         feed.begin(cache, blockIdx.x, gridDim.x, warp);
-        if (!feed.any()) return;  // others wait for the kernel ahead
+        if (!feed.any()) return;  // some block has a chunk, and waits: this launch does not end before the kernel ahead
     }
     grid_wait();
     if (!listed) return;

@@ -1,4 +1,4 @@
-// What a warp of decode's attention reads, tile after tile: a part of the line (attention.cu, decode) and the copies to shared memory.
+// What a warp of decode's attention reads, tile after tile: a part of the line (see decode.cuh), and the copies to shared memory.
 //
 // Knows no sums. Part of attention.cu, whose rows of shared memory it fills. Blocks of pages are looked up ahead of time.
 #pragma once
@@ -6,15 +6,15 @@
 #define D_WARPS (WIDE ? 2 : 4)
 #define D_THREADS (D_WARPS * 32)
 #define D_KEYS 16                                  // of a tile
-#define D_SPLIT ((GROUP + 7) / 8)                  // warps that share a KV head
-#define D_HEADS ((GROUP + D_SPLIT - 1) / D_SPLIT)  // a warp's query heads
+#define D_SPLIT ((GROUP + 7) / 8)                  // heads of the line that share a KV head
+#define D_HEADS ((GROUP + D_SPLIT - 1) / D_SPLIT)  // query heads of each, at most
 #define D_TILE_BYTES (D_KEYS * ROW_BYTES)
 #define D_STAGES 2
 #define D_NOTE_BYTES (D_HEADS * ROW_BYTES + 16)  // q, and what the tile is
 #define D_NOTES_AT (D_STAGES * 2 * D_TILE_BYTES)
 #define D_SUMS_AT (D_NOTES_AT + D_STAGES * D_NOTE_BYTES)
 #define D_WARP_BYTES ((D_SUMS_AT + (STEPS + 1) * 512 + 127) / 128 * 128)  // attention.py: decode_smem
-#define D_ENDING 32  // what the end of a chunk costs, in keys: attention.py, ENDING
+#define D_COST_KEYS 32  // keys of a unit of cost; the end of a chunk costs one: attention.py, COST_KEYS
 #ifndef D_BLOCKS
 #define D_BLOCKS (HEAD_DIM <= 64 ? 3 : HEAD_DIM <= 128 ? 2 : 1)  // blocks that share a multiprocessor
 #endif
@@ -56,7 +56,8 @@ struct Feed {
     i32 pages, first_page, pages_after, first_after;
     bool opens;
 
-    // Begin a part of the line. Where chunks are few, they lie alike on it, and each part has one at most.
+    // Begin a part of the line. Where chunks are no more than parts, each part has one at most, which ends it: position and stop are
+    // then not on the line.
     DEV void begin(const Cache& c, i32 part, i32 parts, i32 piece_) {
         const i32 units = c.num_chunks * c.heads();
         piece = piece_, position = stop = 0;
@@ -103,8 +104,8 @@ struct Feed {
         head = 0, index++, item = ahead;
         load_ahead(c);
     }
-    // Of a chunk but the last: it is read, and ended.
-    DEV i32 cost() const { return item.length + D_ENDING; }
+    // Of a chunk that is not the head's last.
+    DEV i32 cost() const { return item.length / D_COST_KEYS + 1; }
     // Maybe this piece has no keys: key >= end.
     DEV void open_chunk() {
         const i32 first = chunk * item.length, keys = item.length / D_WARPS, last = chunk + 1 == item.num_chunks ? item.context : first + item.length;
@@ -120,7 +121,8 @@ struct Feed {
     DEV void find_pages(const Cache& c, bool is_other) {
         const i32 first = key / BLOCK_SIZE & ~31;
         if (!is_other && first == first_page) return;
-        pages = first == first_after ? pages_after : pages_of(c, item, first);
+        // What was looked up ahead is the next opening's if it is from page 0 on, else this head's.
+        pages = first == first_after && (!is_other || first == 0) ? pages_after : pages_of(c, item, first);
         first_page = first, first_after = first + 32;
         if (first_after * BLOCK_SIZE < item.context) {
             pages_after = pages_of(c, item, first_after);
@@ -164,9 +166,8 @@ struct Feed {
             const i64 from = ((i64)page * c.num_kv + kv) * (BLOCK_SIZE * HEAD_DIM) + (BLOCK_SIZE > D_KEYS ? key % BLOCK_SIZE : 0) * HEAD_DIM;
             const i64 second = ((i64)page1 * c.num_kv + kv - 1) * (BLOCK_SIZE * HEAD_DIM);
 #pragma unroll
-            for (int i = 0; i < (COUNT + 31) / 32; i++) {
+            for (int i = 0; i < COUNT / 32; i++) {
                 const i32 n = i * 32 + lane, row = n / VECTORS;
-                if (COUNT % 32 && n >= COUNT) continue;
                 const i64 cells = (BLOCK_SIZE < D_KEYS && row >= BLOCK_SIZE ? second : from) + n * 8;
                 const bool real = row < keys;
                 cp_async16_or_zero(stage.keys() + at(row, n % VECTORS), c.k + cells, real);
