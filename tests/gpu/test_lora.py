@@ -94,7 +94,7 @@ def test_slices_may_end_within_a_block_or_a_tile(kernels: Any, sizes: list[int])
 def test_large_gated_rows_without_an_adapter_are_as_if_there_were_none(
     kernels: Any, rows: int
 ) -> None:
-    """Without adapters, blocks that do not all run at once are cut in halves."""
+    """Of so many outputs not all thread blocks run at once."""
     inner, inputs = 17408, 1024
     weights = [random_nf4(inner, inputs, nested=True) for _ in range(2)]
     operand, seats = kernels.prepare_nf4(weights, None, gated=True), Seats(1, num_groups=6)

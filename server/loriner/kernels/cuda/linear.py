@@ -29,7 +29,6 @@ from loriner.kernels.cuda.tiling import (
     Tiling,
     choose,
     ends_of,
-    in_halves,
     num_parts,
     resident_blocks,
     ring_of,
@@ -166,11 +165,13 @@ class Linears:
         x [M, K] bf16 contiguous; y [M, N] bf16 (STORE), f32 += (ADD) or f32 (LOGITS), or
         [M, N/2] bf16 (GATED).
         """
-        rows, adapted = x.shape[0], adapters is not None
-        tiles = self._token_tiles(operand, rows)
-        cut = self._cut(operand, tiles, adapted=adapted)
-        kernel = self.kernel(operand, epilogue, tiles, is_gelu=is_gelu, adapted=adapted)
-        ends = self._ends(operand, tiles, adapted=adapted)
+        rows = x.shape[0]
+        cut = operand.tiling
+        tiles = token_tiles_of(cut, operand.kind, rows, self.device.max_smem, is_wide=self.maps)
+        kernel = self.kernel(
+            operand, epilogue, tiles, is_gelu=is_gelu, adapted=adapters is not None
+        )
+        ends = self._ends(operand, tiles, adapted=adapters is not None)
         plain = params_of(x, operand, y)
         grid = (cut.cluster, -(-rows // (tiles * 8)), operand.weight.shape[0] * TILE // cut.rows)
         if adapters is not None:
@@ -178,7 +179,7 @@ class Linears:
             grid = self._with_helpers(plain, grid, cut, ends)
         params: ctypes.Structure = plain
         if self.maps:
-            ring = self._ring(cut, operand.kind, tiles, ends)
+            ring = self._ring(operand, tiles, ends)
             params = MappedParams(tensor_map(x, ring.blocks, tiles * 8), plain)
         threads = cut.threads + (32 * ends.beside if ends else 0)
         kernel(grid, threads, params, cluster=cut.cluster)
@@ -195,26 +196,27 @@ class Linears:
         """The compiled variant for this operand."""
         use = Use(operand, epilogue, is_gelu)
         module = self.device.module(SOURCE, **self._defines(use, token_tiles, adapted=adapted))
-        cut = self._cut(operand, token_tiles, adapted=adapted)
         ends = self._ends(operand, token_tiles, adapted=adapted)
-        ring = self._ring(cut, operand.kind, token_tiles, ends)
-        smem = cut.smem(operand.kind, token_tiles, ring, ends)
+        ring = self._ring(operand, token_tiles, ends)
+        smem = operand.tiling.smem(operand.kind, token_tiles, ring, ends)
         return module.kernel("linear", smem)
 
     def variants(self, uses: Iterable[tuple[Use, Sequence[int]]]) -> list[dict[str, int | str]]:
         """The defines of all kernels that steps of so many rows launch, with adapters and without
         them, each once."""
+        smem = self.device.max_smem
         found: dict[tuple[tuple[str, int], ...], None] = {}  # in order
         for use, rows in uses:
-            for tiles in {self._token_tiles(use.operand, n) for n in rows}:
+            cut, kind = use.operand.tiling, use.operand.kind
+            for tiles in {token_tiles_of(cut, kind, n, smem, is_wide=self.maps) for n in rows}:
                 for adapted in (False, True):
                     found[tuple(self._defines(use, tiles, adapted=adapted).items())] = None
         return [dict(items) for items in found]
 
     def _defines(self, use: Use, token_tiles: int, *, adapted: bool) -> dict[str, int]:
-        cut, kind = self._cut(use.operand, token_tiles, adapted=adapted), use.operand.kind
+        cut, kind = use.operand.tiling, use.operand.kind
         ends = self._ends(use.operand, token_tiles, adapted=adapted)
-        ring = self._ring(cut, kind, token_tiles, ends)
+        ring = self._ring(use.operand, token_tiles, ends)
         deep = DEEP_TILES + (cut.input_groups == 1)
         lean = LEAN_ADAPTED if adapted else LEAN
         is_lean = cut.min_blocks == 1 and token_tiles <= LEAN_TILES
@@ -240,24 +242,14 @@ class Linears:
             "BUFFERS": ends.buffers if ends else 0,
         }
 
-    def _token_tiles(self, operand: Operand, rows: int) -> int:
-        smem = self.device.max_smem
-        return token_tiles_of(operand.tiling, operand.kind, rows, smem, is_wide=self.maps)
-
-    def _cut(self, operand: Operand, token_tiles: int, *, adapted: bool) -> Tiling:
-        """The operand's, or with the same sums one whose last blocks waste less of the card."""
-        if adapted or token_tiles > LEAN_TILES:
-            return operand.tiling
-        return in_halves(operand.tiling, operand.outputs, self.device.num_sms)
-
     def _ends(self, operand: Operand, token_tiles: int, *, adapted: bool) -> Ends | None:
         if not adapted:
             return None
         cut, smem = operand.tiling, self.device.max_smem
         return ends_of(cut, operand.kind, operand.inputs, token_tiles, smem, is_wide=self.maps)
 
-    def _ring(self, cut: Tiling, kind: int, token_tiles: int, ends: Ends | None) -> Ring:
-        ring = ring_of(cut, kind, token_tiles, self.device.max_smem, ends)
+    def _ring(self, operand: Operand, token_tiles: int, ends: Ends | None) -> Ring:
+        ring = ring_of(operand.tiling, operand.kind, token_tiles, self.device.max_smem, ends)
         assert ring is not None, "token_tiles are what fits"
         return ring
 

@@ -160,11 +160,3 @@ def choose(
             break
         cluster *= 2
     return Tiling(1, 4, cluster)
-
-
-def in_halves(cut: Tiling, outputs: int, num_sms: int) -> Tiling:
-    """For few rows without adapters: where blocks of 256 outputs do not all run at once, blocks of
-    half as many, two to a multiprocessor. An output's sums are the same."""
-    if cut != Tiling(4, 1, 1) or outputs <= num_sms * cut.rows:
-        return cut
-    return Tiling(2, 1, 1, min_blocks=2)
