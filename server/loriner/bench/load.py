@@ -10,7 +10,6 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -32,7 +31,6 @@ GAP_HEAD = ("while", "steps", "median ms", "p99 ms", "longest ms", "p99 / quiet"
 TIERS = ("seated", "host", "disk", "disk, first time")
 GROUP = 10  # loads between two quiet stretches
 SPARE_SEATS = 2
-WRITERS = 8  # threads; an adapter of rank 16 takes half a second of one
 HEADROOM = 4  # adapters on the host beyond those that are asked for
 
 
@@ -63,6 +61,7 @@ def add_command(subparsers: options.Parsers) -> None:
 def run(args: argparse.Namespace) -> int:
     options.require_device(args)
     from loriner.bench.figures import Figures
+    from loriner.bench.publishing import publish
     from loriner.bench.random_adapters import draw
     from loriner.bench.target import Target
 
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     seats = args.streams + SPARE_SEATS
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         store = open_store(Path(folder) / "store", base)
-        names = publish(store, adapters, seats + args.trials, Path(folder))
+        names = publish(store.root, base, adapters, seats + args.trials)
         need = need_of(args, base, adapters, seats)
         target = Target(base, adapters, need, args.threads, store)
         try:
@@ -104,18 +103,6 @@ def open_store(root: Path, base: RandomBase) -> Store:
     from loriner.adapters.store import Store
 
     return Store(root, base.config.modules(), base.base_digest, base_tensor=base.dense)
-
-
-def publish(store: Store, adapters: RandomAdapters, count: int, folder: Path) -> list[str]:
-    """Write and publish so many, some at once; their generations."""
-
-    def one(index: int) -> str:
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            written = adapters.write(index, Path(own) / "adapter")
-            return store.publish(written, f"random-{index}").generation
-
-    with ThreadPoolExecutor(WRITERS) as threads:
-        return list(threads.map(one, range(count)))
 
 
 def need_of(

@@ -88,7 +88,8 @@ class Checked:
 def run(args: argparse.Namespace) -> int:
     options.require_device(args)
     from loriner.bench.figures import Figures
-    from loriner.bench.load import open_store, publish
+    from loriner.bench.load import open_store
+    from loriner.bench.publishing import publish
     from loriner.bench.random_adapters import draw
     from loriner.bench.target import Target
 
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         num_bytes = check_free(folder, adapters, args.adapters)
         store = open_store(folder / "store", base)
         begun = time.perf_counter()
-        generations = publish(store, adapters, args.adapters, folder)
+        generations = publish(store.root, base, adapters, args.adapters)
         seconds = time.perf_counter() - begun
         figures.note(f"{args.adapters} adapters, {num_bytes / 1e9:.1f} GB, in {seconds:.0f} s")
         target = Target(base, adapters, need_of(args, base, adapters), args.threads, store)

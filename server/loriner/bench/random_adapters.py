@@ -36,7 +36,7 @@ class RandomAdapters:
     """Adapters of `ranks`, taken in turns: number i has ranks[i % len(ranks)]."""
 
     def __init__(self, config: ModelConfig, ranks: Sequence[int], *, seed: int = 0) -> None:
-        self.config, self.ranks = config, tuple(ranks)
+        self.config, self.ranks, self.seed = config, tuple(ranks), seed
         self._linears = config.linears()
         widest = max(max(shape) for shape in self._linears.values()) * max(ranks)
         draw = torch.Generator().manual_seed(seed)
