@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 HEAD = ("adapter was on", "requests", "first token p50 ms", "p99 ms", "longest ms")
 TIERS = ("gpu", "host", "disk")
 ROWS_A_STEP = 256  # up to here a row does not depend on its neighbours, bit for bit
-CLOSE = 0.02  # nats: one adapter is further than this from another, and from none
+SAME = 1e-5  # nats: a random adapter is further than this from another, and from none
 SPARE_BYTES = 2 << 30  # of disk, beside the adapters
 
 
@@ -163,7 +163,7 @@ def measure(
     apart = {one.index: distance(one.answer, answers[one.index]) for one in back}
     picked = range(0, count, max(1, count // max(1, args.checked)))[: args.checked]
     alone, num_like_base = check_alone(target, picked, answers, args)
-    agreeing = [value for value in (*apart.values(), *alone.values()) if value <= CLOSE]
+    agreeing = [value for value in (*apart.values(), *alone.values()) if value <= SAME]
     largest = max(agreeing, default=0.0)
     return Checked(2 * count, far(apart), far(alone), len(picked), num_like_base, largest)
 
@@ -202,7 +202,7 @@ def check_alone(
     for index, generation in zip(picked, names, strict=True):
         alone = ask_alone(target, index, generation, args)
         apart[index] = distance(alone, answers[index])
-        num_like_base += distance(alone, ask_alone(target, index, None, args)) <= CLOSE
+        num_like_base += distance(alone, ask_alone(target, index, None, args)) <= SAME
     return apart, num_like_base
 
 
@@ -232,7 +232,7 @@ def distance(one: Answer, other: Answer) -> float:
 
 def far(apart: Mapping[int, float]) -> list[int]:
     """Those that answered something else."""
-    return sorted(index for index, value in apart.items() if value > CLOSE)
+    return sorted(index for index, value in apart.items() if value > SAME)
 
 
 def ask(target: Target, index: int, generation: str | None, args: argparse.Namespace) -> Request:
