@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from loriner.model.config import ModelConfig
 
 MOST_WRITERS = 12  # processes; an adapter of rank 16 takes half a second of one
-FEW = 16  # adapters that are not worth processes of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +54,13 @@ def _opened(recipe: Recipe) -> tuple[Store, RandomAdapters]:
 def publish(root: Path, base: RandomBase, adapters: RandomAdapters, count: int) -> list[str]:
     """Write and publish adapters 0 to count - 1 in the store at `root`; their generations."""
     recipe = Recipe(root, base.config, base.base_digest, adapters.ranks, adapters.seed)
-    if count <= FEW:
-        store, _ = recipe.open()
-        try:
-            return [publish_one(store, adapters, index) for index in range(count)]
-        finally:
-            store.close()
-    writers = min(MOST_WRITERS, len(os.sched_getaffinity(0)))
+    writers = min(MOST_WRITERS, len(os.sched_getaffinity(0)), count)
     with ProcessPoolExecutor(writers, get_context("spawn")) as processes:
         return list(processes.map(partial(_publish, recipe), range(count)))
 
 
-def publish_one(store: Store, adapters: RandomAdapters, index: int) -> str:
+def _publish(recipe: Recipe, index: int) -> str:
+    store, adapters = _opened(recipe)
     with tempfile.TemporaryDirectory(dir=store.root.parent) as own:
         written = adapters.write(index, Path(own) / "adapter")
         return store.publish(written, f"random-{index}").generation
-
-
-def _publish(recipe: Recipe, index: int) -> str:
-    return publish_one(*_opened(recipe), index)

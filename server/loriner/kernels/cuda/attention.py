@@ -24,6 +24,7 @@ ITEM_INTS, TILE_INTS = 8, 2  # int32 values of a decode item, of a prefill tile
 DECODE_STAGES, TILE_KEYS = 2, 16  # tiles that a warp has in shared memory in decode, their keys
 COST_KEYS = 32  # keys of a unit of cost; the end of a chunk costs one
 _UNIT = 64  # keys: chunks are whole tiles for each warp of a block
+MOST_HEADS = 8  # query heads that decode sees to at a time
 ROPE_THREADS = 128
 # Contexts up to the first number are cut into chunks of the second; longer ones, into MAX_CHUNKS.
 _CHUNKS = ((2048, 128), (8192, 256), (32768, 512))
@@ -149,7 +150,7 @@ class Attention:
         self._lanes = 1 << (head_dim // 16 - 1).bit_length()
         self._blocks = MAX_CHUNKS * num_kv_heads * _split(group)  # that a sequence may make use of
         slots = max_chunks * num_kv_heads * _split(group)
-        rows = slots * -(-group // _split(group))
+        rows = slots * _heads(group, MOST_HEADS)
         on = device.torch_device
         self._part = torch.empty(rows * head_dim, dtype=torch.float32, device=on)
         self._state = torch.empty(rows, 2, dtype=torch.float32, device=on)
@@ -238,7 +239,7 @@ class Attention:
 
 def decode_smem(group: int, head_dim: int) -> int:
     """Bytes of dynamic shared memory (feed.cuh: D_WARP_BYTES for each warp)."""
-    stage = (2 * TILE_KEYS + -(-group // _split(group))) * _row_bytes(head_dim) + 16
+    stage = (2 * TILE_KEYS + _heads(group, MOST_HEADS)) * _row_bytes(head_dim) + 16
     warp = DECODE_STAGES * stage + (head_dim // 16 + 1) * 512
     return _decode_warps(head_dim) * -(-warp // 128) * 128
 
@@ -260,17 +261,17 @@ def _decode_warps(head_dim: int) -> int:
 
 
 def _split(group: int) -> int:
-    """How often decode reads a KV head: for eight of its query heads at a time, at most."""
-    return -(-group // 8)
+    """How often decode reads a KV head."""
+    return -(-group // MOST_HEADS)
 
 
 def _prefill_warps(head_dim: int) -> int:
     return 4 if head_dim > 128 else 8
 
 
-def _heads(group: int, warps: int) -> int:
-    """Query heads of one prefill block: a group is split evenly where it has more than `warps`."""
-    return -(-group // -(-group // warps))
+def _heads(group: int, most: int) -> int:
+    """Query heads that a block sees to: a group is split evenly where it has more than `most`."""
+    return -(-group // -(-group // most))
 
 
 def _check_shape(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> None:

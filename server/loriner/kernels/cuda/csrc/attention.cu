@@ -40,6 +40,12 @@ DEV u32 at_step(i32 row, i32 step, i32 odd) {
     return row * ROW_BYTES + (((step % 4 * 2 + odd) ^ (row & 7)) << 4) + step / 4 * 128;
 }
 
+extern __shared__ __align__(128) u8 shared[];
+
+#include "decode.cuh"
+
+// ---- prefill: tiles of tokens, 16 for each warp, of one head ----
+
 // The block ids of a tile of keys: lane i has that of page i. Pages past `end` are not looked up.
 template <int TILE> DEV i32 load_pages(const i32* table, i32 key, i32 end) {
     static_assert(TILE % BLOCK_SIZE == 0 && TILE / BLOCK_SIZE <= 32, "tiles are whole pages");
@@ -47,12 +53,6 @@ template <int TILE> DEV i32 load_pages(const i32* table, i32 key, i32 end) {
     const i32 first = key + lane * BLOCK_SIZE;
     return lane < TILE / BLOCK_SIZE && first < end ? table[first / BLOCK_SIZE] : 0;
 }
-
-extern __shared__ __align__(128) u8 shared[];
-
-#include "decode.cuh"
-
-// ---- prefill: tiles of tokens, 16 for each warp, of one head ----
 
 // Start copying keys and values [key, key + TILE) of one KV head to k and v; zeros from `end` on. All threads
 // of the block take part.

@@ -32,6 +32,12 @@ DEV uint4 ld_cg16(const void* p) {
     return v;
 }
 
+DEV float2 ld_cg8(const void* p) {
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+    return v;
+}
+
 // 16 bytes of a tensor that nobody writes, kept out of L1.
 DEV uint4 ld_once(const void* p) {
     uint4 v;
@@ -72,6 +78,13 @@ DEV void ldmatrix_x4(u32& a, u32& b, u32& c, u32& d, u32 addr) {
 DEV void ldmatrix_x4_trans(u32& a, u32& b, u32& c, u32& d, u32 addr) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(addr) : "memory");
+}
+
+// Of 8 x 8 values, two in a lane.
+DEV u32 transposed(u32 v) {
+    u32 r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
 }
 
 // 2^x, to 2 ulp; 0 below the smallest normal number.

@@ -1,4 +1,4 @@
-// Attention of one row over its keys in the paged cache.
+// Attention of one row over its keys in the paged in.
 //
 // Chunks of all sequences, head by head, lie on a line, each as long as it costs; a thread block has those that begin on its equal
 // part. Each of its warps has a piece of every chunk; a chunk's sums are those of its pieces, in order, and a head's those of its chunks. A
@@ -43,17 +43,6 @@ struct Outputs {
     i32 num_kv;
     DEV u16* row(const Head& h) const { return out + ((i64)h.row * num_kv * GROUP + h.first()) * HEAD_DIM; }
 };
-
-DEV float2 ld_cg8(const void* p) {
-    float2 v;
-    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-    return v;
-}
-DEV u32 transposed(u32 v) {
-    u32 r;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-    return r;
-}
 
 // The weights of sums so far and of those that are added, always in this order; `top` and `total` become both's.
 struct Weights {
@@ -230,11 +219,11 @@ extern "C" __global__ void __launch_bounds__(D_THREADS, D_BLOCKS)
     const i32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const i32 listed = *num_items;
     const int4 all = *(const int4*)items;
-    const Cache cache = {q_rows, k_cache, v_cache, q_stride, items + 1, block_table, table_width, num_kv, all.x, all.y, all.z};
+    const Inputs in = {q_rows, k_cache, v_cache, q_stride, items + 1, block_table, table_width, num_kv, all.x, all.y, all.z};
     const Outputs to = {out, part, state, tickets, num_kv};
     Feed feed;
     if (listed) {
-        feed.begin(cache, blockIdx.x, gridDim.x, warp);
+        feed.begin(in, blockIdx.x, gridDim.x, warp);
         if (!feed.any()) return;  // some block has a chunk, and waits: this launch does not end before the kernel ahead
     }
     grid_wait();
@@ -253,12 +242,12 @@ extern "C" __global__ void __launch_bounds__(D_THREADS, D_BLOCKS)
         if (v.x) combine(to, {v.y, v.z, v.w}, v.x);
     };
 #pragma unroll 1
-    for (int i = 0; i < D_STAGES - 1; i++) feed.fetch(cache, to_fill), to_fill.next();
+    for (int i = 0; i < D_STAGES - 1; i++) feed.fetch(in, to_fill), to_fill.next();
     do {
         cp_async_wait<D_STAGES - 2>();
         __syncwarp();  // the tile is here, and all are done with the one before
         t = load_note(stage);
-        feed.fetch(cache, to_fill);
+        feed.fetch(in, to_fill);
         to_fill.next();
         if (t.opens()) {
             const i32 row = min(lane / 4, D_HEADS - 1);

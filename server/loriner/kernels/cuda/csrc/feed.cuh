@@ -29,7 +29,8 @@ DEV Item load_item(const Item* p) {
     return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 }
 
-struct Cache {
+// What a launch reads.
+struct Inputs {
     const u16 *q, *k, *v;
     i64 q_stride;
     const Item* items;
@@ -48,6 +49,7 @@ struct Stage {
     DEV u32 note() const { return q() + D_HEADS * ROW_BYTES; }
     DEV void next() { index = index + 1 == D_STAGES ? 0 : index + 1; }
 };
+
 // What a warp reads next, D_STAGES - 1 tiles ahead of what it adds up.
 struct Feed {
     Item item, ahead;
@@ -58,7 +60,7 @@ struct Feed {
 
     // Begin a part of the line. Where chunks are no more than parts, each part has one at most, which ends it: position and stop are
     // then not on the line.
-    DEV void begin(const Cache& c, i32 part, i32 parts, i32 piece_) {
+    DEV void begin(const Inputs& c, i32 part, i32 parts, i32 piece_) {
         const i32 units = c.num_chunks * c.heads();
         piece = piece_, position = stop = 0;
         if (units <= parts) {
@@ -85,7 +87,7 @@ struct Feed {
     DEV bool any() const { return position < stop; }
 
     // The item that has `at`, of what `before` and `own` say that items before it and it itself have for each head. All have `total`.
-    template <class Before, class Own> DEV void find(const Cache& c, i32 at, i64 total, Before before, Own own) {
+    template <class Before, class Own> DEV void find(const Inputs& c, i32 at, i64 total, Before before, Own own) {
         const i32 lane = threadIdx.x % 32;
         for (i32 first = max((i32)((i64)at * c.num_items / total) - 16, 0);;) {
             const Item mine = load_item(c.items + min(first + lane, c.num_items - 1));
@@ -99,8 +101,8 @@ struct Feed {
         item = load_item(c.items + index);
         load_ahead(c);
     }
-    DEV void load_ahead(const Cache& c) { ahead = load_item(c.items + min(index + 1, c.num_items - 1)); }
-    DEV void next_item(const Cache& c) {
+    DEV void load_ahead(const Inputs& c) { ahead = load_item(c.items + min(index + 1, c.num_items - 1)); }
+    DEV void next_item(const Inputs& c) {
         head = 0, index++, item = ahead;
         load_ahead(c);
     }
@@ -113,12 +115,12 @@ struct Feed {
     }
 
     // Lane i has the block of page first + i.
-    static DEV i32 pages_of(const Cache& c, const Item& of, i32 first) {
+    static DEV i32 pages_of(const Inputs& c, const Item& of, i32 first) {
         const i32 page = first + threadIdx.x % 32;
         return page * BLOCK_SIZE < of.context ? c.table[(i64)of.sequence * c.table_width + page] : 0;
     }
     // Those around the next key, and ahead of time those that are likely to come then: of this head, the next one or the next sequence.
-    DEV void find_pages(const Cache& c, bool is_other) {
+    DEV void find_pages(const Inputs& c, bool is_other) {
         const i32 first = key / BLOCK_SIZE & ~31;
         if (!is_other && first == first_page) return;
         // What was looked up ahead is the next opening's if it is from page 0 on, else this head's.
@@ -132,7 +134,7 @@ struct Feed {
         }
     }
 
-    DEV void advance(const Cache& c) {
+    DEV void advance(const Inputs& c) {
         opens = false;
         key += D_KEYS;
         if (key >= end) {
@@ -149,7 +151,7 @@ struct Feed {
     }
 
     // Bring this tile to `stage`, with a note of what it is; then go on.
-    DEV void fetch(const Cache& c, const Stage& stage) {
+    DEV void fetch(const Inputs& c, const Stage& stage) {
         if (any()) {
             const i32 lane = threadIdx.x % 32, kv = head / D_SPLIT, first = key / BLOCK_SIZE - first_page, keys = max(min(end - key, D_KEYS), 0);
             const bool begins = key == chunk * item.length + piece * (item.length / D_WARPS), ends = key + D_KEYS >= end, ends_head = chunk + 1 == item.num_chunks;
