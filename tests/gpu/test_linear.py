@@ -38,7 +38,10 @@ def test_nf4_linear_equals_float64(kernels: Any, outputs: int, inputs: int, nest
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize(("inner", "inputs"), [(1536, 576), (1000, 2048), (14336, 4096)])
+@pytest.mark.parametrize(
+    ("inner", "inputs"),
+    [(1536, 576), (1000, 2048), (14336, 4096), (9728, 2560), (8512, 64), (8512, 320)],
+)
 def test_gated_linear_equals_float64(kernels: Any, inner: int, inputs: int, act: str) -> None:
     gate, up = (random_nf4(inner, inputs, nested=inputs == 4096) for _ in range(2))
     operand = kernels.prepare_nf4([gate, up], None, gated=True)
@@ -67,7 +70,7 @@ def test_dense_linear_equals_float64(kernels: Any, outputs: int, inputs: int) ->
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(kernels: Any) -> None:
-    for outputs, inputs in ((960, 576), (4096, 4096), (28672, 4096)):
+    for outputs, inputs in ((960, 576), (4096, 4096), (28672, 4096), (19456, 2560)):
         operand = kernels.prepare_nf4([random_nf4(outputs, inputs, nested=True)], None)
         x = torch.randn(256, inputs, device="cuda").bfloat16()
         alone = torch.cat([kernels.logits(x[i : i + 1], operand) for i in range(0, 256, 17)])

@@ -111,7 +111,7 @@ def test_large_gated_rows_without_an_adapter_are_as_if_there_were_none(
     assert error(alone, torch.nn.functional.silu(gate) * up) < 8e-3
 
 
-@pytest.mark.parametrize("inner", [256, 14336])
+@pytest.mark.parametrize("inner", [256, 9728, 14336])
 def test_gated_outputs_of_any_ranks_equal_float64(kernels: Any, inner: int) -> None:
     """Also where A x of few rows does not fit shared memory at once, and with biases."""
     inputs, ranks = 576, [(256, 256), (16, 16), (5, 16), (16, 0), (24, 8)]

@@ -229,7 +229,7 @@ def test_a_tiling_fills_the_card_as_far_as_the_shape_goes(
     outputs: int, inputs: int, card: str
 ) -> None:
     num_sms, clusters = CARDS[card]
-    cut = tiling.choose(outputs, inputs, num_sms, clusters=clusters)
+    cut = tiling.choose(outputs, inputs, num_sms, clusters=clusters, is_wide=card == "H100")
     blocks = -(-outputs // cut.rows) * cut.cluster
     assert cut.cluster == 1 or clusters
     assert cut.rows % (16 * cut.cluster) == 0, "a block of a cluster finishes whole tiles"
@@ -244,26 +244,27 @@ def test_a_tiling_fills_the_card_as_far_as_the_shape_goes(
     outputs=st.integers(1, 300_000),
     blocks=st.integers(1, 512),
     num_sms=st.integers(16, 256),
-    clusters=st.booleans(),
+    card=st.sampled_from(["A100", "B200", "H100"]),
 )
-def test_any_shape_has_a_tiling(outputs: int, blocks: int, num_sms: int, clusters: bool) -> None:
-    cut = tiling.choose(outputs, blocks * 64, num_sms, clusters=clusters)
+def test_any_shape_has_a_tiling(outputs: int, blocks: int, num_sms: int, card: str) -> None:
+    clusters, is_wide = CARDS[card][1], card == "H100"
+    cut = tiling.choose(outputs, blocks * 64, num_sms, clusters=clusters, is_wide=is_wide)
     assert cut.cluster in (1, 2, 4) and cut.rows % (16 * cut.cluster) == 0
     assert cut.cluster == 1 or blocks >= 32 * cut.cluster // 2
     for kind, tiles in itertools.product(KINDS, tiling.TOKEN_TILES):
-        ring = tiling.ring_of(cut, kind, tiles, HOPPER_SMEM)
+        ring = tiling.ring_of(cut, kind, tiles, HOPPER_SMEM, is_wide=is_wide)
         assert ring is not None and cut.smem(kind, tiles, ring) <= HOPPER_SMEM
 
 
 @pytest.mark.parametrize("tiles", [n for n in tiling.TOKEN_TILES if n <= tiling.MOST_TILES])
 def test_two_blocks_share_a_multiprocessor_where_the_code_counts_on_it(tiles: int) -> None:
-    cut = tiling.choose(128256, 4096, 132, clusters=True, is_nf4=False)
+    cut = tiling.choose(128256, 4096, 132, clusters=True, is_wide=True, is_nf4=False)
     assert cut.min_blocks == 2
     for ends in (
         None,
         tiling.ends_of(cut, tiling.KIND_BF16, 4096, tiles, HOPPER_SMEM, is_wide=True),
     ):
-        ring = tiling.ring_of(cut, tiling.KIND_BF16, tiles, HOPPER_SMEM, ends)
+        ring = tiling.ring_of(cut, tiling.KIND_BF16, tiles, HOPPER_SMEM, ends, is_wide=True)
         assert ring is not None
         assert 2 * (cut.smem(tiling.KIND_BF16, tiles, ring, ends) + 1024) <= 228 << 10
         assert tiling.STAGE_BLOCKS % ring.blocks == 0 and ring.stages >= 2
@@ -283,7 +284,7 @@ def test_multiprocessors_without_outputs_multiply_for_the_others(
     assert params.helpers == helpers
 
 
-@pytest.mark.parametrize(("inputs", "beside", "rounds"), [(8192, 0, 8), (8192, 4, 4), (512, 4, 1)])
+@pytest.mark.parametrize(("inputs", "beside", "rounds"), [(8192, 0, 8), (8192, 4, 2), (512, 4, 1)])
 def test_a_helper_makes_no_more_units_than_there_is_time_for(
     inputs: int, beside: int, rounds: int
 ) -> None:
@@ -304,10 +305,10 @@ def test_adapters_fit_the_shared_memory_of_each_card(card: str) -> None:
     """Few rows leave room for warps beside the main ones, where those multiply by four."""
     (num_sms, clusters), most, is_wide = CARDS[card], MAX_SMEM[card], card == "H100"
     for (outputs, inputs), rows in itertools.product(SHAPES, (1, 16, 17, 64, 128)):
-        cut = tiling.choose(outputs, inputs, num_sms, clusters=clusters)
+        cut = tiling.choose(outputs, inputs, num_sms, clusters=clusters, is_wide=is_wide)
         tiles = tiling.token_tiles_of(cut, tiling.KIND_NESTED, rows, most, is_wide=is_wide)
         ends = tiling.ends_of(cut, tiling.KIND_NESTED, inputs, tiles, most, is_wide=is_wide)
-        ring = tiling.ring_of(cut, tiling.KIND_NESTED, tiles, most, ends)
+        ring = tiling.ring_of(cut, tiling.KIND_NESTED, tiles, most, ends, is_wide=is_wide)
         assert ring and cut.smem(tiling.KIND_NESTED, tiles, ring, ends) <= most
         few = is_wide and cut.min_blocks == 1 and tiles <= tiling.BESIDE_TILES
         assert bool(ends.beside) == few
@@ -315,9 +316,31 @@ def test_adapters_fit_the_shared_memory_of_each_card(card: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tiles", tiling.TOKEN_TILES)
+def test_on_hopper_weights_come_through_shared_memory(tiles: int, kind: int) -> None:
+    """But for dense ones, and where groups have an x each that leaves them no room."""
+    for inputs, outputs in ((4096, 28672), (4096, 4096), (14336, 4096)):
+        cut = tiling.choose(outputs, inputs, 132, clusters=True, is_wide=True)
+        ring = tiling.ring_of(cut, kind, tiles, HOPPER_SMEM, is_wide=True)
+        full = cut.input_groups > 1 and tiles > 3
+        assert ring and bool(ring.weights) == (kind != tiling.KIND_BF16 and not full)
+        other = tiling.ring_of(cut, kind, min(tiles, 8), HOPPER_SMEM, is_wide=False)
+        assert other and not other.weights
+
+
+@pytest.mark.parametrize(
+    ("outputs", "groups"), [(28672, 4), (22016, 3), (19456, 3), (57344, 4), (16960, 3)]
+)
+def test_multiprocessors_have_as_few_outputs_as_can_be(outputs: int, groups: int) -> None:
+    cut = tiling.choose(outputs, 4096, 132, clusters=True, is_wide=True)
+    assert cut == tiling.Tiling(groups, 1, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tiles", tiling.TOKEN_TILES)
 def test_threads_copy_whole_rows_of_x(tiles: int, kind: int) -> None:
-    for cut in {tiling.choose(*shape, 132, clusters=True) for shape in SHAPES}:
-        ring = tiling.ring_of(cut, kind, tiles, HOPPER_SMEM)
+    """Where they do: on Hopper boxes are copied."""
+    for cut in {tiling.choose(*shape, 132, clusters=True, is_wide=False) for shape in SHAPES}:
+        ring = tiling.ring_of(cut, kind, tiles, HOPPER_SMEM, is_wide=False)
         assert ring is not None
         assert cut.threads % (cut.input_groups * ring.blocks * 8) == 0
 
@@ -326,14 +349,15 @@ def test_threads_copy_whole_rows_of_x(tiles: int, kind: int) -> None:
 def test_every_step_fits_the_shared_memory_of_each_card(card: str) -> None:
     (num_sms, clusters), most = CARDS[card], MAX_SMEM[card]
     for shape, kind, rows in itertools.product(SHAPES, KINDS, (1, 8, 9, 33, 64, 65, 256)):
-        cut = tiling.choose(*shape, num_sms, clusters=clusters)
         is_wide = card == "H100"
+        cut = tiling.choose(*shape, num_sms, clusters=clusters, is_wide=is_wide)
         tiles = tiling.token_tiles_of(cut, kind, rows, most, is_wide=is_wide)
-        ring = tiling.ring_of(cut, kind, tiles, most)
+        ring = tiling.ring_of(cut, kind, tiles, most, is_wide=is_wide)
         assert ring is not None and cut.smem(kind, tiles, ring) <= most, (shape, kind, rows)
         wide = is_wide and kind != tiling.KIND_BF16
         larger = [n for n in tiling.TOKEN_TILES if n > tiles and (wide or n <= tiling.MOST_TILES)]
-        assert tiles * 8 >= rows or not any(tiling.ring_of(cut, kind, n, most) for n in larger)
+        fit = [n for n in larger if tiling.ring_of(cut, kind, n, most, is_wide=is_wide)]
+        assert tiles * 8 >= rows or not fit
         assert most < HOPPER_SMEM or tiles * 8 >= min(rows, 64)
 
 

@@ -44,7 +44,7 @@ LEAN, LEAN_ADAPTED = 104, 112  # registers of a thread, where small kernels are 
 LEAN_TILES = 2  # token tiles up to which they do
 DEEP_TILES = 3  # token tiles up to which registers hold two stages of weights (or one more)
 BLOCKS_A_ROUND = 4  # of a group's inputs: in their time a helper makes a unit of A x
-MOST_ROUNDS_BESIDE = 4  # of units that a helper makes with four warps, 4 us each
+MOST_ROUNDS_BESIDE = 2  # of units that a helper makes with four warps, 4 us each
 BESIDE_REGISTERS = 96  # of a thread, where warps stand beside the main ones
 MOST_SHRUNK = 8 * 513 * MAX_STACKED_RANK  # values of A x that a launch may make
 
@@ -217,7 +217,8 @@ class Linears:
         cut, kind = use.operand.tiling, use.operand.kind
         ends = self._ends(use.operand, token_tiles, adapted=adapted)
         ring = self._ring(use.operand, token_tiles, ends)
-        deep = DEEP_TILES + (cut.input_groups == 1)
+        in_registers = kind != KIND_BF16 and not ring.weights
+        deep = DEEP_TILES + (cut.input_groups == 1) if in_registers else 0
         lean = LEAN_ADAPTED if adapted else LEAN
         is_lean = cut.min_blocks == 1 and token_tiles <= LEAN_TILES
         beside = ends.beside if ends else 0
@@ -229,7 +230,8 @@ class Linears:
             "XU": ring.blocks,
             "STAGES": ring.stages,
             "APART": int(ring.apart),
-            "DEPTH": 2 if kind != KIND_BF16 and token_tiles <= deep else 1,
+            "RING": ring.weights,
+            "DEPTH": 2 if token_tiles <= deep else 1,
             "CLUSTER": cut.cluster,
             "KIND": kind,
             "EPILOGUE": use.epilogue,
@@ -240,6 +242,7 @@ class Linears:
             "BESIDE": beside,
             "STEPS": ends.steps if ends else 0,
             "BUFFERS": ends.buffers if ends else 0,
+            "SMEM": cut.smem(kind, token_tiles, ring, ends),
         }
 
     def _ends(self, operand: Operand, token_tiles: int, *, adapted: bool) -> Ends | None:
@@ -249,7 +252,8 @@ class Linears:
         return ends_of(cut, operand.kind, operand.inputs, token_tiles, smem, is_wide=self.maps)
 
     def _ring(self, operand: Operand, token_tiles: int, ends: Ends | None) -> Ring:
-        ring = ring_of(operand.tiling, operand.kind, token_tiles, self.device.max_smem, ends)
+        cut, smem = operand.tiling, self.device.max_smem
+        ring = ring_of(cut, operand.kind, token_tiles, smem, ends, is_wide=self.maps)
         assert ring is not None, "token_tiles are what fits"
         return ring
 
@@ -281,7 +285,9 @@ class Linears:
         if inputs % BLOCK or (gated and outputs % 16):
             raise ValueError(f"a linear of {outputs} x {inputs}: inputs must be a multiple of 64.")
         sms = self.device.num_sms
-        return choose(outputs, inputs, sms, clusters=self.clusters, is_nf4=is_nf4)
+        return choose(
+            outputs, inputs, sms, clusters=self.clusters, is_wide=self.maps, is_nf4=is_nf4
+        )
 
 
 def _slices(sizes: Sequence[int]) -> tuple[int, int]:

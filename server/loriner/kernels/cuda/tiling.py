@@ -19,6 +19,8 @@ MOST_TILES = 8  # of dense weights, or without wgmma: sums and weights share reg
 MAX_STACKED_RANK = 768  # three slices of rank 256
 STAGE_BLOCKS = 4  # KU of linear.cu
 GROUP_ROWS = 4 * TILE
+WEIGHT_STAGES = 2  # in shared memory: more hold up x and scales, which come behind them
+WEIGHT_SLOT = STAGE_BLOCKS * BLOCK * TILE // 2  # bytes of such a stage
 SMEM_TABLE = 65536
 SMEM_CONTROL = 16 + 4 * 4 * 16  # epoch; two barriers of each group in each stage
 LEAST_SHRUNK = 8 * MAX_STACKED_RANK * 4  # bytes: eight rows of the most ranks
@@ -43,8 +45,12 @@ class Tiling:
         return self.row_groups * GROUP_ROWS
 
     @property
+    def warps(self) -> int:
+        return self.row_groups * self.input_groups * 4
+
+    @property
     def threads(self) -> int:
-        return self.row_groups * self.input_groups * 128
+        return self.warps * 32
 
     def sums(self, token_tiles: int) -> int:
         """Bytes of the groups' sums."""
@@ -55,9 +61,10 @@ class Tiling:
         tokens = token_tiles * 8
         table = 0 if kind == KIND_BF16 else SMEM_TABLE
         x = table + ring.stages * self.input_groups * ring.blocks * tokens * 128
+        x += ring.weights * self.warps * WEIGHT_SLOT
         sums = self.sums(token_tiles)
         front = max(x, LEAST_SHRUNK) + sums if ring.apart else max(x, sums + LEAST_SHRUNK)
-        control = tokens * 96 + SMEM_CONTROL
+        control = tokens * 96 + SMEM_CONTROL + ring.weights * self.warps * 8
         if ends is None:
             return front + control
         if not ends.beside:
@@ -86,20 +93,35 @@ class Ring(NamedTuple):
     blocks: int  # of 64 inputs of a group in one stage (XU)
     stages: int
     apart: bool  # sums have room beside it
+    weights: int = 0  # stages of each warp's weights beside it; 0: they come to registers
 
 
 _SIZES = ((4, 3), (4, 2), (2, 3), (2, 2), (1, 4), (1, 3), (1, 2))
 RINGS = tuple(Ring(*size, apart) for size in _SIZES for apart in (True, False))
+WEIGHT_RINGS = tuple(ring._replace(weights=WEIGHT_STAGES) for ring in RINGS)
+WHOLE_STAGES = tuple(ring for ring in WEIGHT_RINGS if ring.blocks == STAGE_BLOCKS)
 
 
 @cache
 def ring_of(
-    cut: Tiling, kind: int, token_tiles: int, max_smem: int, ends: Ends | None = None
+    cut: Tiling,
+    kind: int,
+    token_tiles: int,
+    max_smem: int,
+    ends: Ends | None = None,
+    *,
+    is_wide: bool,
 ) -> Ring | None:
-    """The deepest ring of x that leaves room for the next kernel's block, or that fits a block's
-    `max_smem` bytes at all."""
-    for limit in (max_smem // 2 - SMEM_RESERVED, max_smem):
-        for ring in RINGS:
+    """The deepest ring of x that fits a block's `max_smem` bytes: beside NF4 weights on their way,
+    where bulk copies bring them (`is_wide`), else one that leaves room for the next kernel's
+    block, if any does."""
+    choices = [(max_smem // 2 - SMEM_RESERVED, RINGS), (max_smem, RINGS)]
+    if is_wide and kind != KIND_BF16:
+        # groups that split the inputs have an x each: in pieces it costs what the weights gain
+        beside = WHOLE_STAGES if cut.input_groups > 1 else WEIGHT_RINGS
+        choices.insert(0, (max_smem, beside))
+    for limit, rings in choices:
+        for ring in rings:
             if cut.smem(kind, token_tiles, ring, ends) <= limit:
                 return ring
     return None
@@ -134,7 +156,7 @@ def ends_of(
     choices = [Ends(BESIDE, steps, 1, True)] if beside else []
     choices += [Ends(0, steps, 2, is_wide)] if cut.min_blocks == 1 else []
     for ends in (*choices, Ends(0, steps, 1, is_wide)):
-        if ring_of(cut, kind, token_tiles, max_smem, ends):
+        if ring_of(cut, kind, token_tiles, max_smem, ends, is_wide=is_wide):
             return ends
     raise ValueError(f"{inputs} inputs: too many for {max_smem} bytes of shared memory.")
 
@@ -143,17 +165,28 @@ def ends_of(
 def token_tiles_of(cut: Tiling, kind: int, rows: int, max_smem: int, *, is_wide: bool) -> int:
     """Tiles of 8 rows in one pass (`is_wide`: by wgmma): as many as there are rows, or as fit."""
     most = TOKEN_TILES[-1] if is_wide and kind != KIND_BF16 else MOST_TILES
-    fitting = [n for n in TOKEN_TILES if n <= most and ring_of(cut, kind, n, max_smem)]
+    fitting = [
+        n for n in TOKEN_TILES if n <= most and ring_of(cut, kind, n, max_smem, is_wide=is_wide)
+    ]
     return next((n for n in fitting if n * 8 >= rows), fitting[-1])
 
 
+def _most_groups(cut: Tiling, groups: int, num_sms: int) -> int:
+    """Row groups of the multiprocessor that has most."""
+    blocks = -(-groups // cut.row_groups)
+    return -(-blocks // num_sms) * cut.row_groups
+
+
 def choose(
-    outputs: int, inputs: int, num_sms: int, *, clusters: bool, is_nf4: bool = True
+    outputs: int, inputs: int, num_sms: int, *, clusters: bool, is_wide: bool, is_nf4: bool = True
 ) -> Tiling:
     """Enough thread blocks for all multiprocessors (measured on Hopper)."""
     groups = -(-outputs // GROUP_ROWS)
     if groups >= 2 * num_sms:
-        return Tiling(4, 1, 1) if is_nf4 and clusters else Tiling(2, 1, 1, min_blocks=2)
+        if not is_nf4 or not clusters:
+            return Tiling(2, 1, 1, min_blocks=2)
+        cuts = (Tiling(4, 1, 1), Tiling(3, 1, 1)) if is_wide else (Tiling(4, 1, 1),)
+        return min(cuts, key=lambda cut: _most_groups(cut, groups, num_sms))
     cluster = 1
     while clusters and cluster < 4 and groups * cluster * 3 <= num_sms * 2:
         if inputs // BLOCK < 32 * cluster:

@@ -92,15 +92,18 @@ DEV void multiply_step(float (&acc)[4], const uint4& low, const uint4& high, con
     mma_bf16(acc, low.z, high.z, low.w, high.w, x.z, x.w);
 }
 
-#define SHARES_AT (ENDING == SHARES ? 1 : 2)  // of a warp, at a time
+#define SHARES_EACH ((SHARES + ENDING - 1) / ENDING)  // of a warp, if so many are left
+#define SHARES_AT (SHARES_EACH == 1 ? 1 : 2)          // at a time
+static_assert(SHARES % SHARES_EACH == 0 && SHARES_EACH % SHARES_AT == 0, "a warp has all its shares of a unit or none");
 
 // A warp's shares of a unit, whose A is there when `arrived` has been called.
 template <class Arrived> DEV void multiply_unit(const Params& p, const Unit& u, i32 place, i32 warp, Arrived arrived) {
     const i32 lane = threadIdx.x & 31, first = steps_before(p, u.part, 0);
     const u8* a = smem + A_AT + place * A_BYTES + (lane >> 2) * A_STRIDE + (lane & 3) * 16;
 #pragma unroll 1
-    for (i32 i = 0; i < SHARES / ENDING; i += SHARES_AT) {
-        const i32 share = warp * (SHARES / ENDING) + i;
+    for (i32 i = 0; i < SHARES_EACH; i += SHARES_AT) {
+        const i32 share = warp * SHARES_EACH + i;
+        if (SHARES % ENDING && share >= SHARES) return arrived();
         i32 begin[SHARES_AT], count[SHARES_AT], most = 0;
 #pragma unroll
         for (int k = 0; k < SHARES_AT; k++) begin[k] = steps_before(p, u.part, share + k), count[k] = steps_before(p, u.part, share + k + 1) - begin[k], most = max(most, count[k]);

@@ -1,13 +1,12 @@
 // y = x W^T (+ bias) (+ scale B (A x)) for up to NT * 8 rows of x; W is NF4 in blocks of 64, or bf16.
 //
 // Weights are the A operand of the matrix instruction (outputs x inputs), rows of x the B operand. Weights are
-// stored in the order in which lanes want them (see packing.py) and go from memory to registers, KU
-// blocks ahead. A byte becomes a bf16 pair through a table of 256 values with a copy in each of the 32 banks:
-// one PRMT, which puts the byte into the address, and one conflict-free load for two weights. Sums are kept in
-// fp32, in units of a block's scale, and changed from one block's unit to the next's: so the matrix unit adds onto
-// them itself, and no registers hold a block's sum apart. Rows of x pass through a ring in shared memory, swizzled
-// by 128 bytes, which all warps share. On sm_90a four warps multiply 64 outputs by wgmma; elsewhere each does 16 by
-// mma.sync.
+// stored in the order in which lanes want them (see packing.py); how they come stands in weights.cuh. A byte
+// becomes a bf16 pair through a table of 256 values with a copy in each of the 32 banks: one PRMT, which puts the
+// byte into the address, and one conflict-free load for two weights. Sums are kept in fp32, in units of a block's
+// scale, and changed from one block's unit to the next's: so the matrix unit adds onto them itself, and no registers
+// hold a block's sum apart. Rows of x pass through a ring in shared memory, swizzled by 128 bytes, which all warps
+// share. On sm_90a four warps multiply 64 outputs by wgmma; elsewhere each does 16 by mma.sync.
 //
 // A thread block computes ROWS outputs over 1/CLUSTER of the inputs; WK groups of four warps split those
 // further; the blocks of a cluster add their sums through each other's shared memory in a fixed order. So a
@@ -16,11 +15,11 @@
 // What it does for adapters stands in adapters.cuh and expand.cuh.
 //
 // Defines: NT, WR x WK groups (each has 64 outputs), STAGES (of the ring of x, XU blocks of each group), DEPTH
-// (stages of weights in registers), CLUSTER, APART (sums have room beside table and ring), KIND (0 NF4 with f32
-// scales, 1 NF4 with nested scales, 2 bf16), EPILOGUE (0 bf16 store, 1 add to f32, 2 gated bf16 store, 3 f32
-// store), GELU, LORA, MIN_BLOCKS, REGISTERS (of a thread at most; 0: what MIN_BLOCKS leaves), BESIDE
-// (warps that see to adapters while the others multiply), STEPS (of 32 inputs in a part of A x, at most), BUFFERS (for A of
-// such parts).
+// (stages of weights in registers), RING (of weights in shared memory; 0: they come to registers), CLUSTER, APART
+// (sums have room beside table and rings), KIND (0 NF4 with f32 scales, 1 NF4 with nested scales, 2 bf16), EPILOGUE
+// (0 bf16 store, 1 add to f32, 2 gated bf16 store, 3 f32 store), GELU, LORA, MIN_BLOCKS, REGISTERS (of a thread at
+// most; 0: what MIN_BLOCKS leaves), BESIDE (warps that see to adapters while the others multiply), STEPS (of 32
+// inputs in a part of A x, at most), BUFFERS (for A of such parts), SMEM (bytes of shared memory).
 #include "common.cuh"
 #include "lora.cuh"
 
@@ -42,6 +41,9 @@
 #define BLOCK_BYTES (WORDS * 512)
 #define HOP (WK * KU * BLOCK_BYTES)  // from a group's stage to its next
 #define WINDOW (NF4_KIND && DEPTH == 1 ? 2 : KU)  // blocks of weights in registers in each stage
+#define SCALES_HOP (WK * KU * (KIND == 0 ? 64 : 16))  // bytes from a stage's scales to those of the next
+#define WEIGHTS_SLOT (KU * BLOCK_BYTES)
+#define WEIGHTS_RING (RING * WARPS * WEIGHTS_SLOT)
 #define TABLE (NF4_KIND ? 65536 : 0)  // 256 rows: 32 copies of a bf16 pair, then 32 of a nested scale's value
 #define X_TILE (TOKENS * 128)         // rows of x in one block
 #define X_STAGE (WK * XU * X_TILE)
@@ -49,7 +51,8 @@
 #define ENTRIES (KIND == 1 ? 512 : 256)  // of the table before it is copied to every bank
 #define OWN (ROWS / CLUSTER)  // outputs that this thread block finishes
 #define SUMS (CLUSTER * WK * OWN * TOKENS * 4)
-#define FRONT (TABLE + STAGES * X_STAGE)
+#define WEIGHTS_AT (TABLE + STAGES * X_STAGE)
+#define FRONT (WEIGHTS_AT + WEIGHTS_RING)
 #define LEAST_SHRUNK 24576  // eight rows of x of the most ranks (768)
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define SUMS_AT (APART ? MAX(FRONT, LEAST_SHRUNK) : 0)
@@ -61,9 +64,11 @@
 #define ROW_LORA (FIRST ? MAX(FRONT_END, UNITS_AT + UNITS) : FRONT_END)
 #define EPOCH_AT (ROW_LORA + TOKENS * 96)
 #define BARRIERS_AT (EPOCH_AT + 16)  // a full and a free one of each group's tile of x in each stage
+#define WEIGHTS_BARRIERS_AT (BARRIERS_AT + 256)  // of each stage of each warp
+#define CONTROL_END (WEIGHTS_BARRIERS_AT + RING * WARPS * 8)
 static_assert(STAGES * WK <= 16, "barriers have room");
 #if BESIDE
-#define UNIT_SUMS_AT (BARRIERS_AT + 256)
+#define UNIT_SUMS_AT CONTROL_END
 #define ADDED_AT UNIT_SUMS_AT  // when the units are done: what adapters add to this block's outputs
 #define ADDED (OWN * TOKENS * 4)
 #define SHRUNK_AT (ADDED_AT + ADDED)  // and A x of rows of x
@@ -72,7 +77,6 @@ static_assert(STAGES * WK <= 16, "barriers have room");
 #define UNIT_SUMS_AT UNITS_AT
 #define SHRUNK_AT (APART ? 0 : SUMS)  // A x of rows of x, when table and ring have done their work
 #define SHRUNK_BYTES (APART ? SUMS_AT : FRONT_END - SUMS)
-static_assert(!LORA || SHARES % WARPS == 0, "a warp has as many shares of a unit as any");
 #endif
 #define A_AT (UNIT_SUMS_AT + SHARES * 512)
 #define X_TOKENS (MAIN_THREADS / (WK * XU * 8))  // rows of x that the thread block copies at a time
@@ -83,6 +87,12 @@ static_assert(!LORA || SHARES % WARPS == 0, "a warp has as many shares of a unit
 #include "wgmma.cuh"
 #else
 #define WGMMA 0
+#endif
+
+#if BESIDE
+static_assert(MAX(UNIT_SUMS_AT + UNITS, SHRUNK_AT + LEAST_SHRUNK) <= SMEM, "everything has room");
+#else
+static_assert(CONTROL_END <= SMEM && SUMS_AT + SUMS <= SMEM && SHRUNK_BYTES >= LEAST_SHRUNK, "everything has room");
 #endif
 
 extern __shared__ __align__(1024) u8 smem[];
@@ -188,103 +198,7 @@ DEV void start_x(const Params& p, FeedX& f, u32 base, i32 stages) {
 }
 #endif
 
-struct Weights {
-    uint4 word[DEPTH][WINDOW][WORDS];
-    const u8* from;  // the stage to load next
-};
-
-template <int D, int U> DEV void load_block(Weights& w, const u8* from) {
-#pragma unroll
-    for (int i = 0; i < WORDS; i++) w.word[D][U % WINDOW][i] = ld_once(from + U * BLOCK_BYTES + i * 512);
-}
-
-// Block U has been decoded: ask for the one that comes next in its place.
-template <int D, int U> DEV void refill(Weights& w, bool more) {
-    if constexpr (U + WINDOW < KU) load_block<D, U + WINDOW>(w, w.from - HOP);
-    else if (more) load_block<D, U + WINDOW - KU>(w, w.from);
-}
-
-// Scales of a stage: lane l has those of the tile's output l % 16 (g, half) for two blocks, from l / 16 * 2 on.
-struct Scales {
-    float2 plain;
-    u32 index;
-    float outer, offset;
-    u32 at, outer_at;  // bytes from the first scales on, floats from the first outer ones on: less than 4 GB
-};
-
-DEV void load_scales(const Params& p, Scales& s, i32 kb) {
-    if (KIND == 0) s.plain = *(const float2*)(p.scale + s.at);
-    if (KIND == 1) {
-        s.index = *(const u16*)(p.scale + s.at);
-        s.outer = p.nested[s.outer_at + (kb >> p.nested_shift) * 16];
-    }
-}
-
-template <int D> DEV void load_stage(Weights& w) {
-    load_block<D, 0>(w, w.from), load_block<D, 1>(w, w.from);
-    if constexpr (WINDOW > 2) load_block<D, 2>(w, w.from), load_block<D, 3>(w, w.from);
-}
-
-template <int D> DEV void load_stages(Weights& w, i32 mine) {
-    if (D < mine) load_stage<D>(w);
-    w.from += HOP;
-    if constexpr (D + 1 < DEPTH) load_stages<D + 1>(w, mine);
-}
-
-DEV void load_first(const Params& p, Weights& w, Scales& s, i32 tile, i32 kb, i32 mine) {
-    const i32 lane = threadIdx.x & 31;
-    w.from = p.weight + ((i64)tile * p.KB + kb) * BLOCK_BYTES + lane * 16;
-    load_stages<0>(w, mine);
-    if (NF4_KIND) {
-        s.at = (tile * p.KB + kb) * (KIND == 0 ? 64 : 16) + ((lane & 15) * 2 + (lane >> 4)) * (KIND == 0 ? 8 : 2);
-        if (KIND == 1) {
-            const i32 spans = (p.KB + (1 << p.nested_shift) - 1) >> p.nested_shift;
-            s.outer_at = tile * spans * 16 + (lane & 15), s.offset = p.offset[tile * 16 + (lane & 15)];
-        }
-        if (mine > 0) load_scales(p, s, kb);
-    }
-}
-
-// Sums are kept in units of the block's scale, so that products are added onto them by the matrix unit itself.
-struct Units {
-    float last;        // of the second of this lane's two blocks of a stage (see Scales)
-    float changes[2];  // to them, each from the block before
-    float2 change;     // to the block that comes next, for this lane's two outputs
-};
-
-// The scale of one of this lane's blocks; never 0, that it may be divided by.
-template <int I> DEV float scale_of(const Scales& s, i32 lane) {
-    float own = I ? s.plain.y : s.plain.x;
-    if (KIND == 1)  // rounded as bitsandbytes does: product, then sum
-        own = __fadd_rn(__fmul_rn(__uint_as_float(look_up<I, 128>(s.index, column_of(lane))), s.outer), s.offset);
-    return own + LEAST_SCALE;
-}
-
-// The value of output (g, half) in the lanes that have block U's.
-template <int U> DEV float2 of_outputs(float own, i32 lane) {
-    const i32 from = (lane >> 2) * 2 + U / 2 * 16;
-    return make_float2(__shfl_sync(0xffffffffu, own, from), __shfl_sync(0xffffffffu, own, from + 1));
-}
-
-DEV float inverse(float v) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-
-// Block 0's predecessor is the last of the stage before.
-DEV void next_stage(Units& z, const Scales& s, i32 lane) {
-    const float first = scale_of<0>(s, lane), second = scale_of<1>(s, lane);
-    const float before = __shfl_xor_sync(0xffffffffu, lane < 16 ? second : z.last, 16);
-    z.changes[0] = before * inverse(first), z.changes[1] = first * inverse(second), z.last = second;
-}
-
-DEV void scale_sums(float (&acc)[NT][4], float2 by) {
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) acc[n][c] = __fmul_rn(c < 2 ? by.x : by.y, acc[n][c]);
-}
+#include "weights.cuh"
 
 #if WGMMA
 typedef u64 XTile;  // a descriptor
@@ -319,62 +233,67 @@ DEV void finish_multiply(float (&c)[NT][4]) {
 #endif
 }
 
-DEV void decode(u32 (&a)[4][4], const uint4 (&word)[WORDS], i32 lane) {
-    const u32 column = column_of(lane);
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const uint4 q = word[NF4_KIND ? 0 : k];
-        if (NF4_KIND) {
-            const u32 v = k == 0 ? q.x : k == 1 ? q.y : k == 2 ? q.z : q.w;
-            a[k][0] = look_up<0>(v, column), a[k][1] = look_up<1>(v, column), a[k][2] = look_up<2>(v, column), a[k][3] = look_up<3>(v, column);
-        } else {
-            a[k][0] = q.x, a[k][1] = q.y, a[k][2] = q.z, a[k][3] = q.w;
-        }
-    }
-}
+// What a warp multiplies, on its way.
+struct Work {
+    Weights w;
+    Scales s;  // of the next stage
+    Units z;
+    u32 a[4][4], b[4][4];  // blocks that have been decoded, in turns
+    float acc[NT][4];
+};
+
+// A stage of a warp's.
+struct Turn {
+    i32 index, depth;  // depth: of its weights, in registers
+    i32 mine;          // of so many
+    i32 kb;            // its first block
+#if RING
+    Place here, next;
+#endif
+};
 
 // Blocks U.. to END of a stage: while the matrix unit works on one, the next is decoded.
-template <int D, int U, int END>
-DEV void blocks(Weights& w, const Scales& later, Units& z, XTile x_tile, i32 lane, bool more, u32 (&now)[4][4], u32 (&next)[4][4], float (&acc)[NT][4]) {
+template <int D, int U, int END> DEV void blocks(const Params& p, Work& k, const Turn& turn, XTile x_tile, i32 lane, u32 (&now)[4][4], u32 (&next)[4][4]) {
     if constexpr (U < END) {
-        if (NF4_KIND) scale_sums(acc, z.change);
-        start_multiply(acc, now, x_tile, U % XU, lane);
+        if (NF4_KIND) scale_sums(k.acc, k.z.change);
+        start_multiply(k.acc, now, x_tile, U % XU, lane);
+#if RING
+        decode(next, k.w.word[(U + 1) % 2], lane);
+        if (U == 2 && turn.index + RING < turn.mine) fetch_weights(k.w, turn.here);
+        if (U == 2 && turn.index + 1 < turn.mine) barrier_wait(turn.next.barrier, turn.next.parity);
+        read_word(k.w, U % 2, U < 2 ? turn.here.at + (U + 2) * BLOCK_BYTES : turn.next.at + (U - 2) * BLOCK_BYTES, lane);
+        k.z.change = of_outputs<(U + 1) % KU>(k.z.changes[(U + 1) % 2], lane);
+        if constexpr (U < 3) next_units<U>(k.z, k.s, lane);
+        if (U == 1 && turn.index + 2 < turn.mine) k.s.at += SCALES_HOP, load_scales(p, k.s, turn.kb + 2 * (WK * KU));
+#else
         if constexpr (U + 1 < KU) {
-            decode(next, w.word[D][(U + 1) % WINDOW], lane);
-            refill<D, U + 1>(w, more);
+            decode(next, k.w.word[D][(U + 1) % WINDOW], lane);
+            refill<D, U + 1>(k.w, turn.index + DEPTH < turn.mine);
         }
         if (NF4_KIND) {
-            z.change = of_outputs<(U + 1) % KU>(z.changes[(U + 1) % 2], lane);
-            if (U + 2 == KU) next_stage(z, later, lane);
+            k.z.change = of_outputs<(U + 1) % KU>(k.z.changes[(U + 1) % 2], lane);
+            if (U + 2 == KU) all_next_units(k.z, k.s, lane);
         }
-        finish_multiply(acc);
-        blocks<D, U + 1, END>(w, later, z, x_tile, lane, more, next, now, acc);
+#endif
+        finish_multiply(k.acc);
+        blocks<D, U + 1, END>(p, k, turn, x_tile, lane, next, now);
     }
 }
 
 // The blocks of a stage whose x has come in at `step`.
-template <int D>
-DEV void stage_step(Weights& w, const Scales& later, Units& z, XTile x_tile, i32 lane, i32 step, bool more, u32 (&a)[4][4], u32 (&b)[4][4], float (&acc)[NT][4]) {
-    if (step == 0) {
-        decode(a, w.word[D][0], lane);
-        refill<D, 0>(w, more);
-        blocks<D, 0, XU>(w, later, z, x_tile, lane, more, a, b, acc);
-    }
-    if constexpr (XU == 2)
-        if (step == 1) blocks<D, 2, 4>(w, later, z, x_tile, lane, more, a, b, acc);
-    if constexpr (XU == 1) {
-        if (step == 1) blocks<D, 1, 2>(w, later, z, x_tile, lane, more, b, a, acc);
-        if (step == 2) blocks<D, 2, 3>(w, later, z, x_tile, lane, more, a, b, acc);
-        if (step == 3) blocks<D, 3, 4>(w, later, z, x_tile, lane, more, b, a, acc);
-    }
-}
-
-// The same for a stage whose weights are at `depth`.
-template <int D>
-DEV void stage_at(i32 depth, Weights& w, const Scales& later, Units& z, XTile x_tile, i32 lane, i32 step, bool more, u32 (&a)[4][4], u32 (&b)[4][4], float (&acc)[NT][4]) {
+template <int D, int STEP = 0> DEV void stage(const Params& p, Work& k, const Turn& turn, XTile x_tile, i32 lane, i32 step) {
+    if constexpr (STEP + 1 < X_STEPS)
+        if (step != STEP) return stage<D, STEP + 1>(p, k, turn, x_tile, lane, step);
     if constexpr (D + 1 < DEPTH)
-        if (depth != D) return stage_at<D + 1>(depth, w, later, z, x_tile, lane, step, more, a, b, acc);
-    stage_step<D>(w, later, z, x_tile, lane, step, more, a, b, acc);
+        if (turn.depth != D) return stage<D + 1, STEP>(p, k, turn, x_tile, lane, step);
+#if !RING
+    if (STEP == 0) {
+        decode(k.a, k.w.word[D][0], lane);
+        refill<D, 0>(k.w, turn.index + DEPTH < turn.mine);
+    }
+#endif
+    constexpr bool odd = STEP * XU % 2;
+    blocks<D, STEP * XU, STEP * XU + XU>(p, k, turn, x_tile, lane, odd ? k.b : k.a, odd ? k.a : k.b);
 }
 
 // Where the sums of lane (g, t) lie among those of 16 outputs for 8 rows of x: output g and g + 8 for rows 2t and 2t + 1, as the
@@ -508,15 +427,14 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     const i32 mine = max(0, (end - begin - wk + WK - 1) / WK);  // stages of this group
     const i32 stages = (end - begin + WK - 1) / WK;             // of the thread block
     i32 kb = (begin + wk) * KU;
-    Scales s;
-    Weights w;
+    Work k;
 #if FIRST
     Share of_adapters(p, warp);
     const bool works = of_adapters.any() || is_helper(p);
 #else
     const bool works = false;
 #endif
-    if (!works && warp < WARPS && !(BESIDE && is_helper(p))) load_first(p, w, s, tile, kb, mine);
+    if (!works && warp < WARPS && !(BESIDE && is_helper(p))) load_first(p, k.w, k.s, tile, kb, mine);
     if (WGMMA || !works) fill_table(p);
     if (LORA)
         for (i32 i = threadIdx.x; i < TOKENS * 6; i += THREADS) {  // beyond the last row: no adapter
@@ -536,6 +454,9 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     }
     if (BESIDE) cp_async_wait<0>();
     __syncthreads();
+#if RING
+    if (!works && warp < WARPS && !(BESIDE && is_helper(p))) load_more(k.w, mine);
+#endif
 #else
     const i32 loops = stages, feeds = stages;
     FeedX f(p, token0, begin);
@@ -561,11 +482,15 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
             if (threadIdx.x == 0 && note_epoch(p) == num_blocks()) leave(p, epoch);
             return;
         }
-        load_first(p, w, s, tile, kb, mine);
+        if (!RING) load_first(p, k.w, k.s, tile, kb, mine);
         cp_async_wait<0>();
 #if WGMMA
         async_after_generic();
         __syncthreads();
+#if RING
+        load_first(p, k.w, k.s, tile, kb, mine);
+        load_more(k.w, mine);
+#endif
 #else
         __syncthreads();
         fill_table(p);
@@ -575,16 +500,16 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     }
     if (CLUSTER > 1 && APART) cluster_arrive();  // sums may come where units were
 #endif
-    float acc[NT][4];
 #pragma unroll
-    for (int i = 0; i < NT * 4; i++) (&acc[0][0])[i] = 0.0f;
-    Units z = {};
+    for (int i = 0; i < NT * 4; i++) (&k.acc[0][0])[i] = 0.0f;
+    k.z = {};
 #if !WGMMA
     if (KIND == 1) __syncthreads();  // all warps have made their part of the table
 #endif
     if (NF4_KIND && mine > 0) {
-        next_stage(z, s, lane);
-        z.change = of_outputs<0>(z.changes[0], lane);
+        all_next_units(k.z, k.s, lane);
+        k.z.change = of_outputs<0>(k.z.changes[0], lane);
+        if (RING && mine > 1) k.s.at += SCALES_HOP, load_scales(p, k.s, kb + WK * KU);
     }
 #if WGMMA
     const XTile x_group = wgmma_descriptor((WK == 1 ? SMEM_START : base) + TABLE + wk * XU * X_TILE);
@@ -593,12 +518,24 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
 #endif
     i32 slot = 0;
     u32 phase = 0;
-    u32 a[4][4], b[4][4];
+#if RING
+    if (mine > 0) {
+        const Place first = place_of(warp, 0);
+        barrier_wait(first.barrier, 0);
+        read_word(k.w, 0, first.at, lane), read_word(k.w, 1, first.at + BLOCK_BYTES, lane);
+        decode(k.a, k.w.word[0], lane);
+    }
+#endif
 #pragma unroll 1
     for (int i = 0; i < loops; i++) {
-        const bool more = i + DEPTH < mine;
-        kb = (begin + wk + (i + 1) * WK) * KU, s.at += WK * KU * (KIND == 0 ? 64 : 16);
-        if (NF4_KIND && i + 1 < mine) load_scales(p, s, kb);
+        kb = (begin + wk + (i + 1) * WK) * KU;
+        Turn turn{i, i % DEPTH, mine, kb - WK * KU};
+#if RING
+        turn.here = place_of(warp, i), turn.next = place_of(warp, i + 1);
+#else
+        k.s.at += SCALES_HOP;
+        if (NF4_KIND && i + 1 < mine) load_scales(p, k.s, kb);
+#endif
 #pragma unroll
         for (int step = 0; step < X_STEPS; step++) {
             const bool feed = i + (step + STAGES - 1) / X_STEPS < feeds;
@@ -613,17 +550,18 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
             cp_async_commit();
             const XTile x_tile = x_group + slot * X_STAGE;
 #endif
-            if (WGMMA || i < mine)
-                stage_at<0>(i % DEPTH, w, s, z, x_tile, lane, step, more, a, b, acc);
+            if (WGMMA || i < mine) stage<0>(p, k, turn, x_tile, lane, step);
 #if WGMMA
             if (lane == 0) barrier_arrive(free_barrier(base, slot, wk));
 #endif
             slot = slot == STAGES - 1 ? 0 : slot + 1;
             phase ^= slot == 0;
         }
-        w.from += HOP;
+#if !RING
+        k.w.from += HOP;
+#endif
     }
-    if (NF4_KIND && mine > 0) scale_sums(acc, z.change), scale_sums(acc, of_outputs<0>(scale_of<0>(s, lane), lane));
+    if (NF4_KIND && mine > 0) scale_sums(k.acc, k.z.change), scale_sums(k.acc, of_outputs<0>(k.z.first, lane));
     cp_async_wait<0>();
     if (APART) {
         if (FIRST) __syncthreads();       // A x comes where table and ring were
@@ -638,7 +576,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     READ_AGAIN(block_y, "ctaid.y");
     READ_AGAIN(block_z, "ctaid.z");
     const i32 end_warp = thread >> 5, end_token0 = block_y * TOKENS;
-    give(acc, rank * WK + (end_warp >> 2) % WK, (end_warp >> 2) / WK * 4 + (end_warp & 3), thread & 31);
+    give(k.acc, rank * WK + (end_warp >> 2) % WK, (end_warp >> 2) / WK * 4 + (end_warp & 3), thread & 31);
     const Outputs own = own_outputs(p, block_z, rank);
     epilogue(p, own, Passes(own, p, end_token0), end_token0, end_warp);
 #if FIRST

@@ -31,6 +31,10 @@ DEV bool elected() {
 }
 // What was done to shared memory comes before the copies that follow.
 DEV void async_after_generic() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// `bytes` in a row, a multiple of 16, as are the addresses.
+DEV void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
 // The box at (0, row, block).
 DEV void copy_tensor(u32 to, const TensorMap* map, u32 barrier, i32 row, i32 block) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to), "l"(map),
