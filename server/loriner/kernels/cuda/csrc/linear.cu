@@ -89,6 +89,8 @@ static_assert(STAGES * WK <= 16, "barriers have room");
 #define WGMMA 0
 #endif
 
+static_assert(!RING || (NF4_KIND && WGMMA && DEPTH == 1), "bulk copies bring NF4 to Hopper");
+static_assert(!FIRST || UNITS_AT + UNITS <= ROW_LORA, "units end before what stays");
 #if BESIDE
 static_assert(MAX(UNIT_SUMS_AT + UNITS, SHRUNK_AT + LEAST_SHRUNK) <= SMEM, "everything has room");
 #else
