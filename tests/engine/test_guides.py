@@ -184,8 +184,9 @@ def test_constrained_rows_run_ahead_as_free_ones_do(lab: Lab) -> None:
 
 def test_a_choice_that_fails_ends_its_step_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = lab.engine(late=True)
-    engine.submit(make_request(request_id="free", max_tokens=8, ignore_eos=True))
     engine.submit(regex_request(lab, "[ab]{8}"))
+    engine.guides._compiler.submit(int).result()  # its grammar is compiled
+    engine.submit(make_request(request_id="free", max_tokens=8, ignore_eos=True))
     while len(engine.scheduler.running) < 2:
         engine.step()
 
