@@ -88,7 +88,7 @@ class Ends(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """How x passes through shared memory."""
+    """How x passes through shared memory, and weights beside it."""
 
     blocks: int  # of 64 inputs of a group in one stage (XU)
     stages: int

@@ -1,4 +1,4 @@
-// Attention of one row over its keys in the paged in.
+// Attention of one row over its keys in the paged cache.
 //
 // Chunks of all sequences, head by head, lie on a line, each as long as it costs; a thread block has those that begin on its equal
 // part. Each of its warps has a piece of every chunk; a chunk's sums are those of its pieces, in order, and a head's those of its chunks. A

@@ -246,11 +246,13 @@ struct Work {
 
 // A stage of a warp's.
 struct Turn {
-    i32 index, depth;  // depth: of its weights, in registers
-    i32 mine;          // of so many
-    i32 kb;            // its first block
 #if RING
+    i32 index, mine;  // of so many
+    i32 kb;           // its first block
     Place here, next;
+#else
+    i32 depth;  // of its weights, in registers
+    bool more;  // there is one to come in their place
 #endif
 };
 
@@ -270,7 +272,7 @@ template <int D, int U, int END> DEV void blocks(const Params& p, Work& k, const
 #else
         if constexpr (U + 1 < KU) {
             decode(next, k.w.word[D][(U + 1) % WINDOW], lane);
-            refill<D, U + 1>(k.w, turn.index + DEPTH < turn.mine);
+            refill<D, U + 1>(k.w, turn.more);
         }
         if (NF4_KIND) {
             k.z.change = of_outputs<(U + 1) % KU>(k.z.changes[(U + 1) % 2], lane);
@@ -286,12 +288,12 @@ template <int D, int U, int END> DEV void blocks(const Params& p, Work& k, const
 template <int D, int STEP = 0> DEV void stage(const Params& p, Work& k, const Turn& turn, XTile x_tile, i32 lane, i32 step) {
     if constexpr (STEP + 1 < X_STEPS)
         if (step != STEP) return stage<D, STEP + 1>(p, k, turn, x_tile, lane, step);
+#if !RING
     if constexpr (D + 1 < DEPTH)
         if (turn.depth != D) return stage<D + 1, STEP>(p, k, turn, x_tile, lane, step);
-#if !RING
     if (STEP == 0) {
         decode(k.a, k.w.word[D][0], lane);
-        refill<D, 0>(k.w, turn.index + DEPTH < turn.mine);
+        refill<D, 0>(k.w, turn.more);
     }
 #endif
     constexpr bool odd = STEP * XU % 2;
@@ -436,7 +438,8 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
 #else
     const bool works = false;
 #endif
-    if (!works && warp < WARPS && !(BESIDE && is_helper(p))) load_first(p, k.w, k.s, tile, kb, mine);
+    const bool multiplies = warp < WARPS && !(BESIDE && is_helper(p));
+    if (!works && multiplies) load_first(p, k.w, k.s, tile, kb, mine);
     if (WGMMA || !works) fill_table(p);
     if (LORA)
         for (i32 i = threadIdx.x; i < TOKENS * 6; i += THREADS) {  // beyond the last row: no adapter
@@ -456,9 +459,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     }
     if (BESIDE) cp_async_wait<0>();
     __syncthreads();
-#if RING
-    if (!works && warp < WARPS && !(BESIDE && is_helper(p))) load_more(k.w, mine);
-#endif
+    if (!works && multiplies) load_more(k.w, mine);
 #else
     const i32 loops = stages, feeds = stages;
     FeedX f(p, token0, begin);
@@ -489,10 +490,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
 #if WGMMA
         async_after_generic();
         __syncthreads();
-#if RING
-        load_first(p, k.w, k.s, tile, kb, mine);
-        load_more(k.w, mine);
-#endif
+        if (RING) load_first(p, k.w, k.s, tile, kb, mine), load_more(k.w, mine);
 #else
         __syncthreads();
         fill_table(p);
@@ -531,10 +529,10 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
 #pragma unroll 1
     for (int i = 0; i < loops; i++) {
         kb = (begin + wk + (i + 1) * WK) * KU;
-        Turn turn{i, i % DEPTH, mine, kb - WK * KU};
 #if RING
-        turn.here = place_of(warp, i), turn.next = place_of(warp, i + 1);
+        const Turn turn{i, mine, kb - WK * KU, place_of(warp, i), place_of(warp, i + 1)};
 #else
+        const Turn turn{i % DEPTH, i + DEPTH < mine};
         k.s.at += SCALES_HOP;
         if (NF4_KIND && i + 1 < mine) load_scales(p, k.s, kb);
 #endif
