@@ -1,9 +1,9 @@
 """Equal to PEFT: our logits against transformers + PEFT over the same NF4 folder, in fp32 on the
 CPU.
 
-Every adapter x 4 canary prompts (8 with --slow), each request alone, and all of them mixed in one
-batch in random order with chunked prefill. The oracle is teacher-forced with our tokens: when its
-argmax is our token at every position, its greedy tokens are ours.
+Every adapter x 8 canary prompts, each request alone, and all of them mixed in one batch in random
+order with chunked prefill. The oracle is teacher-forced with our tokens: when its argmax is our
+token at every position, its greedy tokens are ours.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.fakes import make_request
 ADAPTERS = Path(__file__).parents[2].parent / "shared" / "adapters"
 NUM_TOKENS = 32
 TOLERANCE = 1e-3
-NUM_PROMPTS, SLOW_PROMPTS = 4, 8
+NUM_PROMPTS = 8
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -64,12 +64,11 @@ def weights(runner: RecordingRunner) -> Mapping[str, SeatWeights]:
 
 
 @pytest.fixture(scope="module")
-def prompts(smollm2: Path, request: pytest.FixtureRequest) -> list[list[int]]:
+def prompts(smollm2: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    count = SLOW_PROMPTS if request.config.getoption("--slow") else NUM_PROMPTS
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    chats = [[{"role": "user", "content": text}] for text in CANARIES[:count]]
+    chats = [[{"role": "user", "content": text}] for text in CANARIES[:NUM_PROMPTS]]
     texts = [
         tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats
     ]
