@@ -148,12 +148,17 @@ def linear_variant(
 ) -> Variant:
     device: Any = Recorder(arch)
     linears = linear.Linears(device)
-    cut = linears._tiling(case.outputs, case.inputs, gated=case.epilogue == linear.GATED)
+    cut = cut_of(linears, case)
     operand: Any = SimpleNamespace(
         kind=case.kind, tiling=cut, outputs=case.outputs, inputs=case.inputs
     )
     linears.kernel(operand, case.epilogue, token_tiles, is_gelu=is_gelu, adapted=adapted)
     return Variant(arch, "linear.cu", tuple(sorted(device.defines.items())))
+
+
+def cut_of(linears: linear.Linears, case: Linear) -> tiling.Tiling:
+    gated, is_nf4 = case.epilogue == GATED, case.kind != KIND_BF16
+    return linears._tiling(case.outputs, case.inputs, gated=gated, is_nf4=is_nf4)
 
 
 def linear_variants(arch: str) -> dict[tuple[int, str], Variant]:
@@ -175,10 +180,10 @@ def linear_variants(arch: str) -> dict[tuple[int, str], Variant]:
 
 def fitting(arch: str, case: Linear, token_tiles: int) -> int:
     """As many token tiles, or the most that the card has room for."""
-    _, num_sms, most = CARDS[arch]
-    is_wide, clusters = arch == HOPPER, CARDS[arch][0] >= (9, 0)
-    cut = tiling.choose(case.outputs, case.inputs, num_sms, clusters=clusters, is_wide=is_wide)
-    return tiling.token_tiles_of(cut, case.kind, token_tiles * 8, most, is_wide=is_wide)
+    device: Any = Recorder(arch)
+    linears = linear.Linears(device)
+    cut, rows = cut_of(linears, case), token_tiles * 8
+    return tiling.token_tiles_of(cut, case.kind, rows, device.max_smem, is_wide=linears.maps)
 
 
 def other_variants(arch: str) -> Iterator[Variant]:
