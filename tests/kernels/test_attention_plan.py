@@ -28,8 +28,8 @@ from loriner.kernels.cuda.attention import (
 
 MOST_CONTEXT = 1 << 20
 EDGES = (
-    *(1, 16, 17, 63, 64, 65, 127, 128, 129, 144, 145, 512, 2047, 2048, 2049, 2064, 2065),
-    *(8192, 8193, 8209, 32768, 32769, MOST_CONTEXT),
+    *(1, 16, 17, 63, 64, 65, 80, 81, 127, 128, 129, 144, 145, 272, 273),
+    *(512, 2047, 2048, 2049, 2064, 2065, 8192, 8193, 8209, 32768, 32769, MOST_CONTEXT),
 )
 contexts = st.one_of(st.sampled_from(EDGES), st.integers(1, 4096), st.integers(1, MOST_CONTEXT))
 Sequence = tuple[int, int]  # rows of this step, keys that the last one sees
@@ -135,13 +135,22 @@ def test_chunks_begin_on_whole_tiles_and_grow_with_the_context(keys: list[int]) 
     length = chunk_length(context)
     assert length.dtype == np.int32
     assert (length % 64 == 0).all() and (length >= 64).all()
-    assert (np.diff(length) >= 0).all()
+    for alike in (context <= 272, context > 272):  # not cut, and cut
+        assert (np.diff(length[alike]) >= 0).all()
     assert (count_chunks(context) <= MAX_CHUNKS).all()
 
 
 def test_short_contexts_are_not_split_and_middling_ones_spread_over_the_card() -> None:
-    context = np.array([1, 128, 144, 145, 512, 2048, 8192, 32768], dtype=np.int32)
-    assert count_chunks(context).tolist() == [1, 1, 1, 2, 4, 16, 32, 64]
+    context = np.array([1, 128, 272, 273, 512, 2048, 8192, 32768], dtype=np.int32)
+    assert count_chunks(context).tolist() == [1, 1, 1, 3, 4, 16, 32, 64]
+
+
+def test_what_is_not_split_is_shared_evenly_by_the_warps() -> None:
+    for context in (64, 80, 100, 193, 272):
+        (keys,) = pieces(listed([(1, context)])[0])
+        tiles = [-(-len(part) // 16) for part in keys]
+        assert sum(map(len, keys)) == context
+        assert max(tiles) <= -(-context // 64) + 1
 
 
 @given(sequences(), st.sampled_from((16, 32, 64, 128)))

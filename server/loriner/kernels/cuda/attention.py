@@ -26,7 +26,9 @@ COST_KEYS = 32  # keys of a unit of cost; the end of a chunk costs one
 _UNIT = 64  # keys: chunks are whole tiles for each warp of a block
 MOST_HEADS = 8  # query heads that decode sees to at a time
 ROPE_THREADS = 128
-# Contexts up to the first number are cut into chunks of the second; longer ones, into MAX_CHUNKS.
+# Contexts up to the first number are cut into chunks of the second; longer ones, into MAX_CHUNKS;
+# the shortest are not cut: to add up two parts takes as long as to read so many keys.
+_WHOLE = 256 + TILE_KEYS
 _CHUNKS = ((2048, 128), (8192, 256), (32768, 512))
 
 Ints = NDArray[np.int32]
@@ -38,7 +40,8 @@ def chunk_length(context: Ints) -> Ints:
     length = -(-context // (MAX_CHUNKS * _UNIT)) * _UNIT
     for limit, keys in reversed(_CHUNKS):
         length = np.where(context <= limit, keys, length)
-    return length.astype(np.int32)
+    whole = np.maximum(-(-(context - TILE_KEYS) // _UNIT), 1) * _UNIT
+    return np.where(context <= _WHOLE, whole, length).astype(np.int32)
 
 
 def count_chunks(context: Ints) -> Ints:
@@ -197,7 +200,8 @@ class Attention:
         out: Tensor,
     ) -> None:
         """Semantics: out[t] = softmax(scale * q[t] K^T) V over all keys of t's sequence, for the
-        sequences in `items`; other rows of out stay as they are (arXiv 1706.03762, eq. 1).
+        sequences in `items`; other rows of out stay as they are (arXiv 1706.03762, eq. 1). Keys and
+        values before a row's own position are read before the launch ahead of this one ends.
 
         q [T, >= Hq D] bf16: the first columns of a row are read, rows may be strided; caches as in
         `rope_store`; items [.., 8] i32 from `decode_items`, num_items [1] i32: its length;

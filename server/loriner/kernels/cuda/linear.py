@@ -44,7 +44,7 @@ LEAN, LEAN_ADAPTED = 104, 112  # registers of a thread, where small kernels are 
 LEAN_TILES = 2  # token tiles up to which they do
 DEEP_TILES = 3  # token tiles up to which registers hold two stages of weights (or one more)
 BLOCKS_A_ROUND = 4  # of a group's inputs: in their time a helper makes a unit of A x
-MOST_ROUNDS_BESIDE = 2  # of units that a helper makes with four warps, 4 us each
+MOST_ROUNDS_BESIDE = 2  # of units that a helper makes with four warps, 2 us each
 BESIDE_REGISTERS = 96  # of a thread, where warps stand beside the main ones
 MOST_SHRUNK = 8 * 513 * MAX_STACKED_RANK  # values of A x that a launch may make
 

@@ -27,6 +27,7 @@ LEAST_SHRUNK = 8 * MAX_STACKED_RANK * 4  # bytes: eight rows of the most ranks
 PART = 2048  # inputs of A x that are summed apart from others, at most
 SHARES = 16  # of such a part
 BESIDE = 4  # warps that see to adapters while the others multiply
+PIECES = 2  # of a part, a unit each, where they do
 BESIDE_TILES = 2  # token tiles up to which registers leave room for them
 SMEM_RESERVED = 1536  # bytes of a multiprocessor that a block costs beside its own, at most
 
@@ -77,14 +78,15 @@ class Ends(NamedTuple):
     """How a kernel sees to adapters."""
 
     beside: int  # warps that do while the others multiply; 0: all do, before and after
-    steps: int  # of 32 inputs of the longest part of A x
-    buffers: int  # for A of such a part
+    steps: int  # of 32 inputs of the longest unit of A x
+    buffers: int  # for A of such a unit
     keeps_table: bool  # of the weights' values; else it is made when A x is done
 
     @property
     def units(self) -> int:
         """Bytes of shared memory."""
-        return SHARES * 512 + self.buffers * 16 * (self.steps | 1) * 64
+        shares = SHARES // (PIECES if self.beside else 1)
+        return shares * 512 + self.buffers * 16 * (self.steps | 1) * 64
 
 
 class Ring(NamedTuple):
@@ -141,9 +143,9 @@ def num_parts(inputs: int) -> int:
     return -(-inputs // PART)
 
 
-def part_steps(inputs: int) -> int:
-    """Steps of 32 inputs of the longest part."""
-    return -(-inputs // 32 // num_parts(inputs))
+def unit_steps(inputs: int, pieces: int) -> int:
+    """Steps of 32 inputs of the longest unit of A x, where parts are cut into so many."""
+    return -(-inputs // 32 // (num_parts(inputs) * pieces))
 
 
 @cache
@@ -151,9 +153,9 @@ def ends_of(
     cut: Tiling, kind: int, inputs: int, token_tiles: int, max_smem: int, *, is_wide: bool
 ) -> Ends:
     """Warps beside the main ones for few rows, where they fit; as many buffers as do."""
-    steps = part_steps(inputs)
+    steps = unit_steps(inputs, 1)
     beside = is_wide and cut.min_blocks == 1 and token_tiles <= BESIDE_TILES
-    choices = [Ends(BESIDE, steps, 1, True)] if beside else []
+    choices = [Ends(BESIDE, unit_steps(inputs, PIECES), 1, True)] if beside else []
     choices += [Ends(0, steps, 2, is_wide)] if cut.min_blocks == 1 else []
     for ends in (*choices, Ends(0, steps, 1, is_wide)):
         if ring_of(cut, kind, token_tiles, max_smem, ends, is_wide=is_wide):

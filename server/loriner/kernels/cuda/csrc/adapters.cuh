@@ -48,27 +48,38 @@ DEV void leave(const Params& p, u32 epoch) {
         for (i64 i = 0; i < p.shrunk_size; i++) p.shrunk[i] = 0;
 }
 
-// A unit: 16 ranks of up to 8 rows of an item, over one part of the inputs, which is summed in SHARES. Ranks are
-// the A operand of mma.m16n8k16, rows of x the B operand; lanes take eight consecutive inputs as their
+// What the adapters of the thread block's rows are, to shared memory; beyond the last row: none.
+DEV void load_rows(const Params& p, i32 token0, i32 thread, i32 threads) {
+    for (i32 i = thread; i < TOKENS * 6; i += threads) {
+        const bool real = i < (p.M - token0) * 6;
+        cp_async16_or_zero(smem_addr(smem) + ROW_LORA + i * 16, (const uint4*)p.rows + (real ? token0 * 6 + i : 0), real);
+    }
+    cp_async_commit();
+}
+
+// A unit: 16 ranks of up to 8 rows of an item, over a piece of the inputs: a part of them, or half of one. A part is summed in SHARES, and
+// either half of those apart. Ranks are the A operand of mma.m16n8k16, rows of x the B operand; lanes take eight consecutive inputs as their
 // fragments' sixteen, the same for both.
+#define HALF_SHARES (SHARES / 2)
 struct Unit {
     ShrinkTile tile;
-    i32 part;
+    i32 piece;
 };
+DEV i32 num_pieces(const Params& p) { return p.parts * PIECES; }
 
 // Unit `index`, where there are so many.
 DEV Unit unit_at(const Params& p, i32 index) {
-    const i32 tile = index / p.parts;
-    return {p.tiles[min(tile, p.max_tiles - 1)], index - tile * p.parts};
+    const i32 tile = index / num_pieces(p);
+    return {p.tiles[min(tile, p.max_tiles - 1)], index - tile * num_pieces(p)};
 }
-DEV i32 count_units(const Params& p) { return *p.num_tiles * p.parts; }
+DEV i32 count_units(const Params& p) { return *p.num_tiles * num_pieces(p); }
 
-// Steps of 32 inputs before share `share` of a part; before the next part, for SHARES.
-DEV i32 steps_before(const Params& p, i32 part, i32 share) { return p.K / 32 * (part * SHARES + share) / (p.parts * SHARES); }
+// Steps of 32 inputs before share `share` of a piece; before the next piece, for UNIT_SHARES.
+DEV i32 steps_before(const Params& p, i32 piece, i32 share) { return p.K / 32 * (piece * UNIT_SHARES + share) / (p.parts * SHARES); }
 
 // Ask for the A of a unit: [16, A_STRIDE] in shared memory. A warp sees to a rank at a time.
 DEV void ask_unit(const Params& p, const Unit& u, i32 place, i32 warp) {
-    const i32 lane = threadIdx.x & 31, first = steps_before(p, u.part, 0), chunks = (steps_before(p, u.part, SHARES) - first) * 4;
+    const i32 lane = threadIdx.x & 31, first = steps_before(p, u.piece, 0), chunks = (steps_before(p, u.piece, UNIT_SHARES) - first) * 4;
     const u16* a = (const u16*)u.tile.a + (i64)u.tile.rank * p.K + first * 32;
     const u32 to = smem_addr(smem) + A_AT + place * A_BYTES;
 #pragma unroll 1
@@ -92,21 +103,21 @@ DEV void multiply_step(float (&acc)[4], const uint4& low, const uint4& high, con
     mma_bf16(acc, low.z, high.z, low.w, high.w, x.z, x.w);
 }
 
-#define SHARES_EACH ((SHARES + ENDING - 1) / ENDING)  // of a warp, if so many are left
-#define SHARES_AT (SHARES_EACH == 1 ? 1 : 2)          // at a time
-static_assert(SHARES % SHARES_EACH == 0 && SHARES_EACH % SHARES_AT == 0, "a warp has all its shares of a unit or none");
+#define SHARES_EACH ((UNIT_SHARES + ENDING - 1) / ENDING)  // of a warp, if so many are left
+#define SHARES_AT (SHARES_EACH == 1 ? 1 : 2)               // at a time
+static_assert(UNIT_SHARES % SHARES_EACH == 0 && SHARES_EACH % SHARES_AT == 0, "a warp has all its shares of a unit or none");
 
 // A warp's shares of a unit, whose A is there when `arrived` has been called.
 template <class Arrived> DEV void multiply_unit(const Params& p, const Unit& u, i32 place, i32 warp, Arrived arrived) {
-    const i32 lane = threadIdx.x & 31, first = steps_before(p, u.part, 0);
+    const i32 lane = threadIdx.x & 31, first = steps_before(p, u.piece, 0);
     const u8* a = smem + A_AT + place * A_BYTES + (lane >> 2) * A_STRIDE + (lane & 3) * 16;
 #pragma unroll 1
     for (i32 i = 0; i < SHARES_EACH; i += SHARES_AT) {
         const i32 share = warp * SHARES_EACH + i;
-        if (SHARES % ENDING && share >= SHARES) return arrived();
+        if (UNIT_SHARES % ENDING && share >= UNIT_SHARES) return arrived();
         i32 begin[SHARES_AT], count[SHARES_AT], most = 0;
 #pragma unroll
-        for (int k = 0; k < SHARES_AT; k++) begin[k] = steps_before(p, u.part, share + k), count[k] = steps_before(p, u.part, share + k + 1) - begin[k], most = max(most, count[k]);
+        for (int k = 0; k < SHARES_AT; k++) begin[k] = steps_before(p, u.piece, share + k), count[k] = steps_before(p, u.piece, share + k + 1) - begin[k], most = max(most, count[k]);
         float acc[SHARES_AT][4] = {};
         i32 s = 0;
 #pragma unroll 1
@@ -132,17 +143,21 @@ template <class Arrived> DEV void multiply_unit(const Params& p, const Unit& u, 
 // Add the shares of a unit, and give them out; by 128 threads.
 DEV void publish_unit(const Params& p, const Unit& u, i32 thread, u32 epoch) {
     const float* sums = (const float*)(smem + UNIT_SUMS_AT);
-    float sum = 0.0f;
+    float half[2] = {};
 #pragma unroll
-    for (int i = 0; i < SHARES; i++) sum += sums[i * 128 + thread];
+    for (int i = 0; i < UNIT_SHARES; i++) half[i / HALF_SHARES] += sums[i * 128 + thread];
+    const float sum = PIECES == 1 ? half[0] + half[1] : half[0];
     const i32 c = thread & 3, from = thread >> 2, row = (from & 3) * 2 + (c & 1), r = (from >> 2) + (c >> 1) * 8;
-    u64* out = p.shrunk + ((i64)u.part * p.M + u.tile.row + row) * p.shrunk_stride + u.tile.rank + r;
+    u64* out = p.shrunk + ((i64)u.piece * p.M + u.tile.row + row) * p.shrunk_stride + u.tile.rank + r;
     if (row < u.tile.rows && r < u.tile.ranks) st_relaxed(out, (u64)epoch << 32 | __float_as_uint(sum));
 }
 
 #if BESIDE
 DEV void ending_sync() { asm volatile("bar.sync 1, %0;" ::"n"(BESIDE * 32) : "memory"); }
 DEV void main_sync() { asm volatile("bar.sync 2, %0;" ::"n"(MAIN_THREADS) : "memory"); }
+// What the rows' adapters are has come to shared memory: the warps beside say so, the main ones wait for it.
+DEV void rows_have_come() { asm volatile("bar.arrive 3, %0;" ::"n"(THREADS) : "memory"); }
+DEV void wait_for_rows() { asm volatile("bar.sync 3, %0;" ::"n"(THREADS) : "memory"); }
 #else
 DEV void ending_sync() { __syncthreads(); }
 DEV void main_sync() { __syncthreads(); }
@@ -159,10 +174,10 @@ struct Share {
         if (is_helper(p)) next = block, step = p.helpers, end = first;
         else next = first + block - p.helpers, step = min((i32)num_blocks() - p.helpers, p.workers), end = block - p.helpers < step ? all : 0;
         now = unit_at(p, next);
+        if (BUFFERS == 2) later = unit_at(p, next + step);
         if (next < end) ask_unit(p, now, 0, warp);
         cp_async_commit();
         if (BUFFERS == 1) return;
-        later = unit_at(p, next + step);
         if (next + step < end) ask_unit(p, later, 1, warp);
         cp_async_commit();
     }
@@ -192,53 +207,55 @@ struct Share {
     }
 };
 
-// A x of `count` rows of x from `token` on, over all parts, in shared memory: [count, stride] f32. One of the ENDING warps sees to
-// a row at a time, a lane to a rank, with AT rows and PARTS parts of them under way.
-template <int AT, int PARTS> DEV void gather_rows(const Params& p, i32 first, i32 last, i32 token0, i32 token, i32 count, i32 stride, i32 warp, u32 epoch) {
-    const i32 lane = threadIdx.x & 31;
-    const i32 part = p.M * p.shrunk_stride;  // values: less than 2^31 in all
+// A x of `count` rows of x from `token` on, over all pieces, in shared memory: [count, stride] f32. A thread sees to AT values at a time, and
+// to COUNT pieces of each.
+template <int AT, int COUNT> DEV void gather_values(const Params& p, i32 first, i32 last, i32 token0, i32 token, i32 count, i32 stride, i32 thread, u32 epoch) {
+    static_assert(COUNT % PIECES == 0, "halves of a part come together");
+    const i32 all = count * stride, of_piece = p.M * p.shrunk_stride;  // values: less than 2^31 in all
+    const u32 inverse = 0xffffffff / stride + 1;                       // by which is divided
     float* to = (float*)(smem + SHRUNK_AT);
 #pragma unroll 1
-    for (i32 row0 = warp; row0 < count; row0 += ENDING * AT) {
+    for (i32 at = thread; at < all; at += AT * ENDING * 32) {
+        u32 from[AT];
+        bool real[AT];
+        float sum[AT] = {};
+#pragma unroll
+        for (int q = 0; q < AT; q++) {
+            const i32 i = min(at + q * (ENDING * 32), all - 1), row = __umulhi(i, inverse), r = i - row * stride;
+            const RowLora* l = (const RowLora*)(smem + ROW_LORA) + (token + row) * 3;
+            const i32 begin = l[first].begin;
+            real[q] = at + q * (ENDING * 32) < all && begin + r < l[last].begin + l[last].rank;
+            from[q] = (token0 + token + row) * p.shrunk_stride + begin + r;
+        }
 #pragma unroll 1
-        for (i32 r = lane; r < stride; r += 32) {
-            i32 from[AT];
-            bool real[AT];
-            float sum[AT] = {};
+        for (i32 j = 0; j < num_pieces(p); j += COUNT) {
+            u64 v[AT][COUNT];
 #pragma unroll
-            for (int q = 0; q < AT; q++) {
-                const i32 row = min(row0 + q * ENDING, count - 1);
-                const RowLora* l = (const RowLora*)(smem + ROW_LORA) + (token + row) * 3;
-                const i32 begin = l[first].begin;
-                real[q] = row0 + q * ENDING < count && begin + r < l[last].begin + l[last].rank;
-                from[q] = (token0 + token + row) * p.shrunk_stride + begin + r;
-            }
-#pragma unroll 1
-            for (i32 j = 0; j < p.parts; j += PARTS) {
-                u64 v[AT][PARTS];
+            for (int i = 0; i < AT * COUNT; i++) v[i / COUNT][i % COUNT] = real[i / COUNT] && j + i % COUNT < num_pieces(p) ? 0 : (u64)epoch << 32;
+            bool is_there;
+            do {
+                is_there = true;
 #pragma unroll
-                for (int q = 0; q < AT; q++)
+                for (int i = 0; i < AT * COUNT; i++)
+                    if ((u32)(v[i / COUNT][i % COUNT] >> 32) != epoch) v[i / COUNT][i % COUNT] = ld_relaxed(p.shrunk + from[i / COUNT] + (j + i % COUNT) * of_piece);
 #pragma unroll
-                    for (int k = 0; k < PARTS; k++) v[q][k] = real[q] && j + k < p.parts ? ld_relaxed(p.shrunk + from[q] + (j + k) * part) : (u64)epoch << 32;
-#pragma unroll
-                for (int q = 0; q < AT; q++)
-#pragma unroll
-                    for (int k = 0; k < PARTS; k++) {
-                        while ((u32)(v[q][k] >> 32) != epoch) v[q][k] = ld_relaxed(p.shrunk + from[q] + (j + k) * part);
-                        sum[q] += __uint_as_float((u32)v[q][k]);
-                    }
-            }
+                for (int i = 0; i < AT * COUNT; i++) is_there &= (u32)(v[i / COUNT][i % COUNT] >> 32) == epoch;
+            } while (!is_there);
 #pragma unroll
             for (int q = 0; q < AT; q++)
-                if (real[q]) to[(row0 + q * ENDING) * stride + r] = sum[q];
+#pragma unroll
+                for (int k = 0; k < COUNT; k += PIECES) sum[q] += PIECES == 1 ? __uint_as_float((u32)v[q][k]) : __fadd_rn(__uint_as_float((u32)v[q][k]), __uint_as_float((u32)v[q][k + PIECES - 1]));
         }
+#pragma unroll
+        for (int q = 0; q < AT; q++)
+            if (real[q]) to[at + q * (ENDING * 32)] = sum[q];
     }
 }
 DEV void gather_shrunk(const Params& p, const Outputs& own, i32 token0, i32 token, i32 count, i32 stride, i32 warp, u32 epoch) {
-    const i32 first = own.first_slice(p), last = own.last_slice(p);
+    const i32 first = own.first_slice(p), last = own.last_slice(p), thread = warp * 32 + (threadIdx.x & 31);
     count = min(count, min(p.M - token0, TOKENS) - token);
-    if (p.parts <= 2) gather_rows<(NT > 8 ? 2 : 4), 2>(p, first, last, token0, token, count, stride, warp, epoch);
-    else gather_rows<2, 8>(p, first, last, token0, token, count, stride, warp, epoch);
+    if (p.parts <= 2) gather_values<(BESIDE || NT > 8 ? 2 : 4), 2 * PIECES>(p, first, last, token0, token, count, stride, thread, epoch);
+    else gather_values<(BESIDE ? 1 : 2), (BESIDE ? 14 : 8)>(p, first, last, token0, token, count, stride, thread, epoch);
 }
 
 #include "expand.cuh"
@@ -265,8 +282,14 @@ DEV void prefetch(const Params& p, const Outputs& own, i32 rows, i32 thread) {
 // What the warps beside the main ones do: units of A x, then what adapters add to this thread block's outputs.
 DEV void beside(const Params& p, const Outputs& own, i32 token0, i32 warp) {
     const i32 thread = threadIdx.x - MAIN_THREADS;
+    if (!is_helper(p)) load_rows(p, token0, thread, BESIDE * 32);
     Share units(p, warp);
-    if (!is_helper(p)) prefetch(p, own, min(TOKENS, p.M - token0), thread);
+    if (!is_helper(p)) {
+        cp_async_wait<1>();  // not for A
+        rows_have_come();
+        ending_sync();
+        prefetch(p, own, min(TOKENS, p.M - token0), thread);
+    }
     grid_wait();
     const u32 epoch = read_epoch(p);
     units.multiply(p, thread, epoch);

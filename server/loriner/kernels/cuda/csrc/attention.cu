@@ -5,8 +5,8 @@
 // one head in prefill); softmax is online, in fp32 and base 2.
 // Invariants: a row's result depends on its own sequence alone (chunks follow from its context, and are
 // added in their order, whoever does it); keys beyond the context may hold anything, NaN too.
-// The work lists and block tables are read before grid_wait(): they come from copies that end before
-// the step's first kernel.
+// Before grid_wait() are read: the work lists and block tables, which come from copies that end before
+// the step's first kernel; and, in decode, keys and values of earlier steps: of this one a row sees its own alone.
 #include "common.cuh"
 
 #ifndef HEAD_DIM

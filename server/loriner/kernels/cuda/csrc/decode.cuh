@@ -13,8 +13,8 @@ struct Head {
     i32 row, first_slot, rest;  // first_slot: that of its chunk 0
     DEV i32 index() const { return rest & 0xffff; }
     DEV i32 num_chunks() const { return rest >> 16; }
-    DEV i32 first() const { return index() / D_SPLIT * GROUP + index() % D_SPLIT * D_HEADS; }  // query head
-    DEV i32 count() const { return min(D_HEADS, GROUP - index() % D_SPLIT * D_HEADS); }
+    DEV i32 first() const { return first_query(index()); }
+    DEV i32 count() const { return count_queries(index()); }
 };
 
 // The note of a tile.
@@ -32,6 +32,14 @@ DEV Tile load_note(const Stage& stage) {
     Tile t;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(t.what), "=r"(t.head.row), "=r"(t.head.first_slot), "=r"(t.head.rest) : "r"(stage.note()) : "memory");
     return t;
+}
+
+// The q of a tile that came without.
+DEV void fetch_q_of_note(const Inputs& c, const Stage& stage) {
+    __syncwarp();
+    const Tile t = load_note(stage);
+    if (t.opens()) fetch_q(c, stage, t.head.row, t.head.index());
+    cp_async_commit();
 }
 
 // Where sums go.
@@ -221,15 +229,23 @@ extern "C" __global__ void __launch_bounds__(D_THREADS, D_BLOCKS)
     const int4 all = *(const int4*)items;
     const Inputs in = {q_rows, k_cache, v_cache, q_stride, items + 1, block_table, table_width, num_kv, all.x, all.y, all.z};
     const Outputs to = {out, part, state, tickets, num_kv};
+    const u32 mine = smem_addr(shared) + warp * D_WARP_BYTES, kept = mine + D_SUMS_AT;
+    Stage stage = {mine, 0};
     Feed feed;
+    i32 early = 0;  // tiles that do not wait for this step's keys
     if (listed) {
         feed.begin(in, blockIdx.x, gridDim.x, warp);
         if (!feed.any()) return;  // some block has a chunk, and waits: this launch does not end before the kernel ahead
+#pragma unroll 1
+        for (; early < D_STAGES && feed.is_old(); early++) feed.fetch<false>(in, {mine, early});
     }
     grid_wait();
     if (!listed) return;
-    const u32 mine = smem_addr(shared) + warp * D_WARP_BYTES, kept = mine + D_SUMS_AT;
-    Stage stage = {mine, 0}, to_fill = stage;
+#pragma unroll 1
+    for (i32 i = 0; i < D_STAGES; i++) {
+        if (i >= early) feed.fetch(in, {mine, i});
+        else fetch_q_of_note(in, {mine, i});
+    }
     u32 q[STEPS][2];
     Sums sums;
     Tile t;
@@ -241,14 +257,10 @@ extern "C" __global__ void __launch_bounds__(D_THREADS, D_BLOCKS)
         const int4 v = told;
         if (v.x) combine(to, {v.y, v.z, v.w}, v.x);
     };
-#pragma unroll 1
-    for (int i = 0; i < D_STAGES - 1; i++) feed.fetch(in, to_fill), to_fill.next();
     do {
-        cp_async_wait<D_STAGES - 2>();
-        __syncwarp();  // the tile is here, and all are done with the one before
+        cp_async_wait<D_STAGES - 1>();
+        __syncwarp();
         t = load_note(stage);
-        feed.fetch(in, to_fill);
-        to_fill.next();
         if (t.opens()) {
             const i32 row = min(lane / 4, D_HEADS - 1);
 #pragma unroll
@@ -259,6 +271,8 @@ extern "C" __global__ void __launch_bounds__(D_THREADS, D_BLOCKS)
         if (t.begins()) sums.clear();
         if (t.keys()) add_tile(sums, q, stage, t.keys(), scale);
         else sums.zero();
+        __syncwarp();  // all are done with the tile
+        feed.fetch(in, stage);
         stage.next();
         if (!t.ends()) continue;
 

@@ -50,7 +50,16 @@ struct Stage {
     DEV void next() { index = index + 1 == D_STAGES ? 0 : index + 1; }
 };
 
-// What a warp reads next, D_STAGES - 1 tiles ahead of what it adds up.
+// The query heads of a head of the line.
+DEV i32 first_query(i32 head) { return head / D_SPLIT * GROUP + head % D_SPLIT * D_HEADS; }
+DEV i32 count_queries(i32 head) { return min(D_HEADS, GROUP - head % D_SPLIT * D_HEADS); }
+
+DEV void fetch_q(const Inputs& c, const Stage& stage, i32 row, i32 head) {
+    const u16* q = c.q + row * c.q_stride + first_query(head) * HEAD_DIM;
+    for (i32 n = threadIdx.x % 32; n < count_queries(head) * VECTORS; n += 32) cp_async16(stage.q() + at(n / VECTORS, n % VECTORS), q + n * 8);
+}
+
+// What a warp reads next: a tile in place of each that it has added up.
 struct Feed {
     Item item, ahead;
     i32 piece, index, head, chunk, key, end;  // end: of the piece
@@ -150,8 +159,11 @@ struct Feed {
         else if (opens) first_page = first_after = -1;
     }
 
-    // Bring this tile to `stage`, with a note of what it is; then go on.
-    DEV void fetch(const Inputs& c, const Stage& stage) {
+    // All keys of this tile were there before this step.
+    DEV bool is_old() const { return any() && (key >= end || min(end, key + D_KEYS) < item.context); }
+
+    // Bring this tile to `stage`, with a note of what it is; then go on. q comes later if the kernel ahead has yet to write it.
+    template <bool WITH_Q = true> DEV void fetch(const Inputs& c, const Stage& stage) {
         if (any()) {
             const i32 lane = threadIdx.x % 32, kv = head / D_SPLIT, first = key / BLOCK_SIZE - first_page, keys = max(min(end - key, D_KEYS), 0);
             const bool begins = key == chunk * item.length + piece * (item.length / D_WARPS), ends = key + D_KEYS >= end, ends_head = chunk + 1 == item.num_chunks;
@@ -162,8 +174,6 @@ struct Feed {
                              "r"(item.row), "r"(item.first_chunk * c.heads() + head * item.num_chunks), "r"(head | item.num_chunks << 16)
                              : "memory");
             const i32 page = __shfl_sync(FULL, pages, first & 31), page1 = BLOCK_SIZE < D_KEYS ? __shfl_sync(FULL, pages, first + 1 & 31) : 0;
-            const i32 first_head = head % D_SPLIT * D_HEADS, heads = min(D_HEADS, GROUP - first_head);
-            const u16* q = c.q + item.row * c.q_stride + (kv * GROUP + first_head) * HEAD_DIM;
             constexpr int COUNT = D_KEYS * VECTORS;
             const i64 from = ((i64)page * c.num_kv + kv) * (BLOCK_SIZE * HEAD_DIM) + (BLOCK_SIZE > D_KEYS ? key % BLOCK_SIZE : 0) * HEAD_DIM;
             const i64 second = ((i64)page1 * c.num_kv + kv - 1) * (BLOCK_SIZE * HEAD_DIM);
@@ -175,8 +185,7 @@ struct Feed {
                 cp_async16_or_zero(stage.keys() + at(row, n % VECTORS), c.k + cells, real);
                 cp_async16_or_zero(stage.values() + at(row, n % VECTORS), c.v + cells, real);
             }
-            if (opens)
-                for (i32 n = lane; n < heads * VECTORS; n += 32) cp_async16(stage.q() + at(n / VECTORS, n % VECTORS), q + n * 8);
+            if (WITH_Q && opens) fetch_q(c, stage, item.row, head);
             advance(c);
         }
         cp_async_commit();

@@ -19,7 +19,7 @@
 // (sums have room beside table and rings), KIND (0 NF4 with f32 scales, 1 NF4 with nested scales, 2 bf16), EPILOGUE
 // (0 bf16 store, 1 add to f32, 2 gated bf16 store, 3 f32 store), GELU, LORA, MIN_BLOCKS, REGISTERS (of a thread at
 // most; 0: what MIN_BLOCKS leaves), BESIDE (warps that see to adapters while the others multiply), STEPS (of 32
-// inputs in a part of A x, at most), BUFFERS (for A of such parts), SMEM (bytes of shared memory).
+// inputs in a unit of A x, at most), BUFFERS (for A of such units), SMEM (bytes of shared memory).
 #include "common.cuh"
 #include "lora.cuh"
 
@@ -32,7 +32,9 @@
 #define THREADS (MAIN_THREADS + BESIDE * 32)
 #define FIRST (LORA && !BESIDE)  // adapters have units of A x before the main loop
 #define ENDING (BESIDE ? BESIDE : WARPS)  // warps that see to adapters
-#define SHARES 16  // of a unit of A x, each summed apart
+#define SHARES 16                    // of a part of A x, each summed apart
+#define PIECES (BESIDE ? 2 : 1)      // that a part is cut into, a unit each
+#define UNIT_SHARES (SHARES / PIECES)
 #define ROWS (WR * 64)
 #define TOKENS (NT * 8)
 #define NF4_KIND (KIND != 2)
@@ -59,14 +61,14 @@
 #define UNITS_AT (WGMMA ? TABLE : 0)         // units of A x, before x comes in; not on Hopper, before the table, too
 #define A_STRIDE ((STEPS | 1) * 64)          // bytes of a unit's rank: neighbours lie half of the banks apart
 #define A_BYTES (16 * A_STRIDE)
-#define UNITS (SHARES * 512 + BUFFERS * A_BYTES)
+#define UNITS (UNIT_SHARES * 512 + BUFFERS * A_BYTES)
 #define FRONT_END (APART ? SUMS_AT + SUMS : MAX(FRONT, SUMS + LEAST_SHRUNK))
 #define ROW_LORA (FIRST ? MAX(FRONT_END, UNITS_AT + UNITS) : FRONT_END)
 #define EPOCH_AT (ROW_LORA + TOKENS * 96)
 #define BARRIERS_AT (EPOCH_AT + 16)  // a full and a free one of each group's tile of x in each stage
 #define WEIGHTS_BARRIERS_AT (BARRIERS_AT + 256)  // of each stage of each warp
 #define CONTROL_END (WEIGHTS_BARRIERS_AT + RING * WARPS * 8)
-static_assert(STAGES * WK <= 16, "barriers have room");
+static_assert(STAGES * WK <= 16 && STAGES <= WR * 4, "barriers have room, and a warp each that makes them");
 #if BESIDE
 #define UNIT_SUMS_AT CONTROL_END
 #define ADDED_AT UNIT_SUMS_AT  // when the units are done: what adapters add to this block's outputs
@@ -78,7 +80,7 @@ static_assert(STAGES * WK <= 16, "barriers have room");
 #define SHRUNK_AT (APART ? 0 : SUMS)  // A x of rows of x, when table and ring have done their work
 #define SHRUNK_BYTES (APART ? SUMS_AT : FRONT_END - SUMS)
 #endif
-#define A_AT (UNIT_SUMS_AT + SHARES * 512)
+#define A_AT (UNIT_SUMS_AT + UNIT_SHARES * 512)
 #define X_TOKENS (MAIN_THREADS / (WK * XU * 8))  // rows of x that the thread block copies at a time
 #define X_ROUNDS ((TOKENS + X_TOKENS - 1) / X_TOKENS)
 
@@ -113,7 +115,7 @@ struct Params {
     const ShrinkTile* tiles;  // of A x in this linear, and how many there are: lora.cu's plan
     const i32* num_tiles;
     const RowLora* rows;   // [M, 3]
-    u64* shrunk;           // [parts, M, shrunk_stride]: A x over each part of the inputs, f32 below the epoch
+    u64* shrunk;           // [pieces, M, shrunk_stride]: A x over each piece of the inputs, f32 below the epoch
     u32* gate;             // this launch's epoch, and how many of its blocks know it
     float code[16];        // of NF4, and behind it
     float map[256];        // of nested scales
@@ -401,8 +403,8 @@ DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32
 DEV void fill_table(const Params& p) {
     if (!NF4_KIND) return;
 #pragma unroll
-    for (int i = 0; i < (ENTRIES + THREADS - 1) / THREADS; i++) {
-        const i32 e = threadIdx.x + i * THREADS;
+    for (int i = 0; i < (ENTRIES + MAIN_THREADS - 1) / MAIN_THREADS; i++) {
+        const i32 e = threadIdx.x + i * MAIN_THREADS;
         if (e < ENTRIES) {
             const u32 v = e < 256 ? pack_bf16(p.code[e & 15], p.code[e >> 4 & 15]) : __float_as_uint(p.map[e & 255]);
 #pragma unroll
@@ -426,7 +428,11 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     if (CLUSTER > 1 && APART && !FIRST) cluster_arrive();
     const i32 rank = CLUSTER == 1 ? 0 : cluster_rank();
     const i32 lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, (i32)threadIdx.x >> 5, 0), wk = (warp >> 2) % WK, wr = (warp >> 2) / WK;
-    const i32 tile = outputs_block(p, blockIdx.z) * (ROWS / 16) + (BESIDE ? wr % WR : wr) * 4 + (warp & 3), token0 = blockIdx.y * TOKENS;
+    const i32 tile = outputs_block(p, blockIdx.z) * (ROWS / 16) + wr * 4 + (warp & 3), token0 = blockIdx.y * TOKENS;
+#if BESIDE
+    if (warp >= WARPS) return beside(p, own_outputs(p, blockIdx.z, rank), token0, warp - WARPS);
+    if (is_helper(p)) return;
+#endif
     const i32 units = p.KB / KU, begin = units * rank / CLUSTER, end = units * (rank + 1) / CLUSTER;
     const i32 mine = max(0, (end - begin - wk + WK - 1) / WK);  // stages of this group
     const i32 stages = (end - begin + WK - 1) / WK;             // of the thread block
@@ -438,38 +444,25 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
 #else
     const bool works = false;
 #endif
-    const bool multiplies = warp < WARPS && !(BESIDE && is_helper(p));
-    if (!works && multiplies) load_first(p, k.w, k.s, tile, kb, mine);
+    if (FIRST) load_rows(p, token0, threadIdx.x, THREADS);
+    if (!works) load_first(p, k.w, k.s, tile, kb, mine);
     if (WGMMA || !works) fill_table(p);
-    if (LORA)
-        for (i32 i = threadIdx.x; i < TOKENS * 6; i += THREADS) {  // beyond the last row: no adapter
-            const bool real = i < (p.M - token0) * 6;
-            cp_async16_or_zero(smem_addr(smem) + ROW_LORA + i * 16, (const uint4*)p.rows + (real ? token0 * 6 + i : 0), real);
-        }
-    cp_async_commit();
+    if (!FIRST) cp_async_commit();
     const u32 base = smem_addr(smem);
 #if WGMMA
     const i32 loops = mine, feeds = wr == 0 && (warp & 3) == 0 ? mine : 0;  // stages whose x this warp fetches
 #define START_X() start_x(p, base, token0, wk, kb, feeds)
     if ((base & 0xffffff) != SMEM_START) __trap();
-    if (threadIdx.x == 0) {
-#pragma unroll
-        for (int i = 0; i < STAGES * WK; i++) barrier_init(full_barrier(base, 0, i), 1), barrier_init(free_barrier(base, 0, i), WR * 4);
+    if (warp < STAGES * WK && elected()) {  // not a lane each: the hardware takes one address of a warp at a time
+        barrier_init(full_barrier(base, 0, warp), 1), barrier_init(free_barrier(base, 0, warp), WR * 4);
         barrier_init_done();
     }
-    if (BESIDE) cp_async_wait<0>();
-    __syncthreads();
-    if (!works && multiplies) load_more(k.w, mine);
+    main_sync();
+    if (!works) load_more(k.w, mine);
 #else
     const i32 loops = stages, feeds = stages;
     FeedX f(p, token0, begin);
 #define START_X() start_x(p, f, base, feeds)
-#endif
-#if BESIDE
-    if (warp >= WARPS) {
-        return beside(p, own_outputs(p, blockIdx.z, rank), token0, warp - WARPS);
-    }
-    if (is_helper(p)) return;
 #endif
     grid_wait();
     u32 epoch = 0;
@@ -571,6 +564,9 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     } else {
         main_sync();
     }
+#if BESIDE
+    wait_for_rows();
+#endif
     u32 known = FIRST && threadIdx.x == 0 && !is_last(*(const u32*)(smem + EPOCH_AT)) ? note_epoch(p) : 0;
     READ_AGAIN(thread, "tid.x");
     READ_AGAIN(block_y, "ctaid.y");

@@ -31,8 +31,14 @@ DEV bool elected() {
 }
 // What was done to shared memory comes before the copies that follow.
 DEV void async_after_generic() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// `bytes` in a row, a multiple of 16, as are the addresses.
-DEV void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+// `bytes` in a row, a multiple of 16, as are the addresses. LEAVES_FIRST: they leave L2 before all else.
+template <bool LEAVES_FIRST> DEV void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    if constexpr (LEAVES_FIRST) {
+        u64 policy;
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+        return;
+    }
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 // The box at (0, row, block).
