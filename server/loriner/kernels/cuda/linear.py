@@ -195,11 +195,8 @@ class Linears:
     ) -> Kernel:
         """The compiled variant for this operand."""
         use = Use(operand, epilogue, is_gelu)
-        module = self.device.module(SOURCE, **self._defines(use, token_tiles, adapted=adapted))
-        ends = self._ends(operand, token_tiles, adapted=adapted)
-        ring = self._ring(operand, token_tiles, ends)
-        smem = operand.tiling.smem(operand.kind, token_tiles, ring, ends)
-        return module.kernel("linear", smem)
+        defines = self._defines(use, token_tiles, adapted=adapted)
+        return self.device.module(SOURCE, **defines).kernel("linear", defines["SMEM"])
 
     def variants(self, uses: Iterable[tuple[Use, Sequence[int]]]) -> list[dict[str, int | str]]:
         """The defines of all kernels that steps of so many rows launch, with adapters and without

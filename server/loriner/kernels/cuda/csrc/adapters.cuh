@@ -57,101 +57,6 @@ DEV void load_rows(const Params& p, i32 token0, i32 thread, i32 threads) {
     cp_async_commit();
 }
 
-// A unit: 16 ranks of up to 8 rows of an item, over a piece of the inputs: a part of them, or half of one. A part is summed in SHARES, and
-// either half of those apart. Ranks are the A operand of mma.m16n8k16, rows of x the B operand; lanes take eight consecutive inputs as their
-// fragments' sixteen, the same for both.
-#define HALF_SHARES (SHARES / 2)
-struct Unit {
-    ShrinkTile tile;
-    i32 piece;
-};
-DEV i32 num_pieces(const Params& p) { return p.parts * PIECES; }
-
-// Unit `index`, where there are so many.
-DEV Unit unit_at(const Params& p, i32 index) {
-    const i32 tile = index / num_pieces(p);
-    return {p.tiles[min(tile, p.max_tiles - 1)], index - tile * num_pieces(p)};
-}
-DEV i32 count_units(const Params& p) { return *p.num_tiles * num_pieces(p); }
-
-// Steps of 32 inputs before share `share` of a piece; before the next piece, for UNIT_SHARES.
-DEV i32 steps_before(const Params& p, i32 piece, i32 share) { return p.K / 32 * (piece * UNIT_SHARES + share) / (p.parts * SHARES); }
-
-// Ask for the A of a unit: [16, A_STRIDE] in shared memory. A warp sees to a rank at a time.
-DEV void ask_unit(const Params& p, const Unit& u, i32 place, i32 warp) {
-    const i32 lane = threadIdx.x & 31, first = steps_before(p, u.piece, 0), chunks = (steps_before(p, u.piece, UNIT_SHARES) - first) * 4;
-    const u16* a = (const u16*)u.tile.a + (i64)u.tile.rank * p.K + first * 32;
-    const u32 to = smem_addr(smem) + A_AT + place * A_BYTES;
-#pragma unroll 1
-    for (i32 r = warp; r < 16; r += ENDING)
-        for (i32 i = lane; i < chunks; i += 32) cp_async16_or_zero(to + r * A_STRIDE + i * 16, r < u.tile.ranks ? a + (i64)r * p.K + i * 8 : p.x, r < u.tile.ranks);
-}
-
-// This lane's x in `count` steps from `step` on, zeros beyond.
-DEV void load_steps(const Params& p, const Unit& u, i32 step, i32 count, uint4 (&x)[AHEAD]) {
-    const i32 g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-    const u16* from = p.x + (i64)(u.tile.row + g) * p.K + step * 32 + t * 8;
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        x[i] = make_uint4(0, 0, 0, 0);
-        if (g < u.tile.rows && i < count) x[i] = ld_cg16(from + i * 32);
-    }
-}
-
-DEV void multiply_step(float (&acc)[4], const uint4& low, const uint4& high, const uint4& x) {
-    mma_bf16(acc, low.x, high.x, low.y, high.y, x.x, x.y);
-    mma_bf16(acc, low.z, high.z, low.w, high.w, x.z, x.w);
-}
-
-#define SHARES_EACH ((UNIT_SHARES + ENDING - 1) / ENDING)  // of a warp, if so many are left
-#define SHARES_AT (SHARES_EACH == 1 ? 1 : 2)               // at a time
-static_assert(UNIT_SHARES % SHARES_EACH == 0 && SHARES_EACH % SHARES_AT == 0, "a warp has all its shares of a unit or none");
-
-// A warp's shares of a unit, whose A is there when `arrived` has been called.
-template <class Arrived> DEV void multiply_unit(const Params& p, const Unit& u, i32 place, i32 warp, Arrived arrived) {
-    const i32 lane = threadIdx.x & 31, first = steps_before(p, u.piece, 0);
-    const u8* a = smem + A_AT + place * A_BYTES + (lane >> 2) * A_STRIDE + (lane & 3) * 16;
-#pragma unroll 1
-    for (i32 i = 0; i < SHARES_EACH; i += SHARES_AT) {
-        const i32 share = warp * SHARES_EACH + i;
-        if (UNIT_SHARES % ENDING && share >= UNIT_SHARES) return arrived();
-        i32 begin[SHARES_AT], count[SHARES_AT], most = 0;
-#pragma unroll
-        for (int k = 0; k < SHARES_AT; k++) begin[k] = steps_before(p, u.piece, share + k), count[k] = steps_before(p, u.piece, share + k + 1) - begin[k], most = max(most, count[k]);
-        float acc[SHARES_AT][4] = {};
-        i32 s = 0;
-#pragma unroll 1
-        do {  // once at least: all warps have to arrive
-            uint4 x[SHARES_AT][AHEAD];
-#pragma unroll
-            for (int k = 0; k < SHARES_AT; k++) load_steps(p, u, begin[k] + s, count[k] - s, x[k]);
-            if (i + s == 0) arrived();
-#pragma unroll
-            for (int k = 0; k < SHARES_AT; k++)
-#pragma unroll
-                for (int j = 0; j < AHEAD; j++) {
-                    if (s + j >= count[k]) break;
-                    const u8* at = a + (begin[k] + s + j - first) * 64;
-                    multiply_step(acc[k], *(const uint4*)at, *(const uint4*)(at + 8 * A_STRIDE), x[k][j]);
-                }
-        } while ((s += AHEAD) < most);
-#pragma unroll
-        for (int k = 0; k < SHARES_AT; k++) *(float4*)(smem + UNIT_SUMS_AT + (share + k) * 512 + lane * 16) = make_float4(acc[k][0], acc[k][1], acc[k][2], acc[k][3]);
-    }
-}
-
-// Add the shares of a unit, and give them out; by 128 threads.
-DEV void publish_unit(const Params& p, const Unit& u, i32 thread, u32 epoch) {
-    const float* sums = (const float*)(smem + UNIT_SUMS_AT);
-    float half[2] = {};
-#pragma unroll
-    for (int i = 0; i < UNIT_SHARES; i++) half[i / HALF_SHARES] += sums[i * 128 + thread];
-    const float sum = PIECES == 1 ? half[0] + half[1] : half[0];
-    const i32 c = thread & 3, from = thread >> 2, row = (from & 3) * 2 + (c & 1), r = (from >> 2) + (c >> 1) * 8;
-    u64* out = p.shrunk + ((i64)u.piece * p.M + u.tile.row + row) * p.shrunk_stride + u.tile.rank + r;
-    if (row < u.tile.rows && r < u.tile.ranks) st_relaxed(out, (u64)epoch << 32 | __float_as_uint(sum));
-}
-
 #if BESIDE
 DEV void ending_sync() { asm volatile("bar.sync 1, %0;" ::"n"(BESIDE * 32) : "memory"); }
 DEV void main_sync() { asm volatile("bar.sync 2, %0;" ::"n"(MAIN_THREADS) : "memory"); }
@@ -163,49 +68,7 @@ DEV void ending_sync() { __syncthreads(); }
 DEV void main_sync() { __syncthreads(); }
 #endif
 
-// The units of this thread block: their A is asked for before the kernel ahead has ended, and each next one's while one is
-// multiplied. Thread blocks without outputs have the first ones, some rounds of them; the others share the rest.
-struct Share {
-    Unit now, later;
-    i32 next, step, end, warp;
-
-    DEV Share(const Params& p, i32 warp_) : warp(warp_) {
-        const i32 all = count_units(p), first = min(all, p.helpers * p.rounds), block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-        if (is_helper(p)) next = block, step = p.helpers, end = first;
-        else next = first + block - p.helpers, step = min((i32)num_blocks() - p.helpers, p.workers), end = block - p.helpers < step ? all : 0;
-        now = unit_at(p, next);
-        if (BUFFERS == 2) later = unit_at(p, next + step);
-        if (next < end) ask_unit(p, now, 0, warp);
-        cp_async_commit();
-        if (BUFFERS == 1) return;
-        if (next + step < end) ask_unit(p, later, 1, warp);
-        cp_async_commit();
-    }
-    DEV bool any() const { return next < end; }
-
-    DEV void multiply(const Params& p, i32 thread, u32 epoch) {
-#pragma unroll 1
-        for (i32 place = 0; next < end; next += step) {
-            Unit after;
-            if (BUFFERS == 2) after = unit_at(p, next + 2 * step);
-            multiply_unit(p, now, place, warp, [] {
-                cp_async_wait<BUFFERS - 1>();
-                ending_sync();
-            });
-            ending_sync();
-            if (BUFFERS == 2 && next + 2 * step < end) ask_unit(p, after, place, warp);
-            if (BUFFERS == 2) cp_async_commit();
-            if (thread < 128) publish_unit(p, now, thread, epoch);
-            if (BUFFERS == 2) {
-                now = later, later = after, place ^= 1;
-            } else {
-                now = unit_at(p, next + step);
-                if (next + step < end) ask_unit(p, now, 0, warp);
-                cp_async_commit();
-            }
-        }
-    }
-};
+#include "units.cuh"
 
 // A x of `count` rows of x from `token` on, over all pieces, in shared memory: [count, stride] f32. A thread sees to AT values at a time, and
 // to COUNT pieces of each.
@@ -229,22 +92,20 @@ template <int AT, int COUNT> DEV void gather_values(const Params& p, i32 first, 
         }
 #pragma unroll 1
         for (i32 j = 0; j < num_pieces(p); j += COUNT) {
-            u64 v[AT][COUNT];
+            u64 v[AT * COUNT];  // pieces of one value beside each other
 #pragma unroll
-            for (int i = 0; i < AT * COUNT; i++) v[i / COUNT][i % COUNT] = real[i / COUNT] && j + i % COUNT < num_pieces(p) ? 0 : (u64)epoch << 32;
+            for (int i = 0; i < AT * COUNT; i++) v[i] = real[i / COUNT] && j + i % COUNT < num_pieces(p) ? 0 : (u64)epoch << 32;
             bool is_there;
             do {
                 is_there = true;
 #pragma unroll
                 for (int i = 0; i < AT * COUNT; i++)
-                    if ((u32)(v[i / COUNT][i % COUNT] >> 32) != epoch) v[i / COUNT][i % COUNT] = ld_relaxed(p.shrunk + from[i / COUNT] + (j + i % COUNT) * of_piece);
+                    if ((u32)(v[i] >> 32) != epoch) v[i] = ld_relaxed(p.shrunk + from[i / COUNT] + (j + i % COUNT) * of_piece);
 #pragma unroll
-                for (int i = 0; i < AT * COUNT; i++) is_there &= (u32)(v[i / COUNT][i % COUNT] >> 32) == epoch;
+                for (int i = 0; i < AT * COUNT; i++) is_there &= (u32)(v[i] >> 32) == epoch;
             } while (!is_there);
 #pragma unroll
-            for (int q = 0; q < AT; q++)
-#pragma unroll
-                for (int k = 0; k < COUNT; k += PIECES) sum[q] += PIECES == 1 ? __uint_as_float((u32)v[q][k]) : __fadd_rn(__uint_as_float((u32)v[q][k]), __uint_as_float((u32)v[q][k + PIECES - 1]));
+            for (int i = 0; i < AT * COUNT; i += PIECES) sum[i / COUNT] += PIECES == 1 ? __uint_as_float((u32)v[i]) : __fadd_rn(__uint_as_float((u32)v[i]), __uint_as_float((u32)v[i + PIECES - 1]));
         }
 #pragma unroll
         for (int q = 0; q < AT; q++)
@@ -263,9 +124,7 @@ DEV void gather_shrunk(const Params& p, const Outputs& own, i32 token0, i32 toke
 #if BESIDE
 // Where that is kept for this lane's sums.
 DEV float4* added(i32 tile, i32 oct) { return (float4*)(smem + ADDED_AT) + (tile * NT + oct) * 32 + (threadIdx.x & 31); }
-#endif
 
-#if BESIDE
 // Have B of this thread block's outputs brought to L2: a thread sees to a row's slice.
 DEV void prefetch(const Params& p, const Outputs& own, i32 rows, i32 thread) {
 #pragma unroll 1

@@ -12,7 +12,7 @@
 // further; the blocks of a cluster add their sums through each other's shared memory in a fixed order. So a
 // row's result depends neither on the other rows nor on NT.
 //
-// What it does for adapters stands in adapters.cuh and expand.cuh.
+// What it does for adapters stands in adapters.cuh, units.cuh and expand.cuh.
 //
 // Defines: NT, WR x WK groups (each has 64 outputs), STAGES (of the ring of x, XU blocks of each group), DEPTH
 // (stages of weights in registers), RING (of weights in shared memory; 0: they come to registers), CLUSTER, APART
@@ -43,7 +43,8 @@
 #define BLOCK_BYTES (WORDS * 512)
 #define HOP (WK * KU * BLOCK_BYTES)  // from a group's stage to its next
 #define WINDOW (NF4_KIND && DEPTH == 1 ? 2 : KU)  // blocks of weights in registers in each stage
-#define SCALES_HOP (WK * KU * (KIND == 0 ? 64 : 16))  // bytes from a stage's scales to those of the next
+#define SCALES_BYTES (KIND == 0 ? 64 : 16)  // of a block
+#define SCALES_HOP (WK * KU * SCALES_BYTES)  // from a stage's scales to those of the next
 #define WEIGHTS_SLOT (KU * BLOCK_BYTES)
 #define WEIGHTS_RING (RING * WARPS * WEIGHTS_SLOT)
 #define TABLE (NF4_KIND ? 65536 : 0)  // 256 rows: 32 copies of a bf16 pair, then 32 of a nested scale's value
@@ -447,7 +448,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     if (FIRST) load_rows(p, token0, threadIdx.x, THREADS);
     if (!works) load_first(p, k.w, k.s, tile, kb, mine);
     if (WGMMA || !works) fill_table(p);
-    if (!FIRST) cp_async_commit();
+    if (!FIRST) cp_async_commit();  // of nothing: without it sm_86 has a register too few
     const u32 base = smem_addr(smem);
 #if WGMMA
     const i32 loops = mine, feeds = wr == 0 && (warp & 3) == 0 ? mine : 0;  // stages whose x this warp fetches

@@ -25,7 +25,7 @@ DEV void load_scales(const Params& p, Scales& s, i32 kb) {
 DEV void first_scales(const Params& p, Scales& s, i32 tile, i32 kb, i32 mine) {
     const i32 lane = threadIdx.x & 31;
     if (NF4_KIND) {
-        s.at = (tile * p.KB + kb) * (KIND == 0 ? 64 : 16) + ((lane & 15) * 2 + (lane >> 4)) * (KIND == 0 ? 8 : 2);
+        s.at = (tile * p.KB + kb) * SCALES_BYTES + ((lane & 15) * 2 + (lane >> 4)) * (KIND == 0 ? 8 : 2);
         if (KIND == 1) {
             const i32 spans = (p.KB + (1 << p.nested_shift) - 1) >> p.nested_shift;
             s.outer_at = tile * spans * 16 + (lane & 15), s.offset = p.offset[tile * 16 + (lane & 15)];
@@ -51,7 +51,7 @@ DEV Place place_of(i32 warp, i32 stage) {
 }
 
 // By a whole warp, which has read what was there. With few rows of x it is worth the while that weights leave L2 to what comes back
-// (measured: at 8 rows 1 to 2 % of a step; at 64 it costs as much).
+// (measured: at 8 rows up to 2 % of a step; at 64 it costs half a per cent).
 DEV void fetch_weights(Weights& w, const Place& to) {
     __syncwarp();
     if (elected()) {
