@@ -82,12 +82,13 @@ def test_slices_may_end_within_a_block_or_a_tile(kernels: Any, sizes: list[int])
     exact = torch.cat([dense(weight) for weight in weights])
     for seat, rank in enumerate((16, 8, 5, 32)):
         seats.put(seat, 0, inputs, sizes, [rank] * len(sizes), bias=seat == 2)
-    for rows in (1, 8, 16, 40, 128):
+    for rows in (1, 8, 16, 40, 128, 300):
         row_seats = popularity("uniform", rows, 4)
         x = torch.randn(rows, inputs, device="cuda").bfloat16()
         expected = x.double() @ exact.t() + seats.expected(x.double(), row_seats, 0, sum(sizes))
-        found = kernels.logits(x, operand, lora_of(kernels, seats, row_seats).operand("0.qkv"))
-        assert error(found, expected) < 2e-3, rows
+        lora = lora_of(kernels, seats, row_seats).operand("0.qkv")
+        assert error(kernels.logits(x, operand, lora), expected) < 2e-3, rows
+        assert error(kernels.linear(x, operand, lora), expected) < 4e-3, rows
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 24, 64])
@@ -111,7 +112,7 @@ def test_large_gated_rows_without_an_adapter_are_as_if_there_were_none(
     assert error(alone, torch.nn.functional.silu(gate) * up) < 8e-3
 
 
-@pytest.mark.parametrize("inner", [256, 9728, 14336])
+@pytest.mark.parametrize("inner", [256, 264, 9728, 14336])
 def test_gated_outputs_of_any_ranks_equal_float64(kernels: Any, inner: int) -> None:
     """Also where A x of few rows does not fit shared memory at once, and with biases."""
     inputs, ranks = 576, [(256, 256), (16, 16), (5, 16), (16, 0), (24, 8)]
@@ -120,15 +121,18 @@ def test_gated_outputs_of_any_ranks_equal_float64(kernels: Any, inner: int) -> N
     seats = Seats(len(ranks), num_groups=6)
     for seat, pair in enumerate(ranks):
         seats.put(seat, 2, inputs, [inner, inner], list(pair), bias=seat == 4)
-    for rows in (5, 16, 64):
+    for rows in (5, 16, 64, 300):
         row_seats = sorted(i % len(ranks) for i in range(rows))
         x = (torch.randn(rows, inputs, device="cuda") / 8).bfloat16()
         both = x.double() @ torch.cat([dense(weight) for weight in weights]).t()
         both += seats.expected(x.double(), row_seats, 2, 2 * inner)
         gate, up = both.split(inner, dim=1)
-        lora = lora_of(kernels, seats, row_seats)
-        found = kernels.linear_gated(x, operand, lora.operand("0.gate_up"), "silu")
+        lora = lora_of(kernels, seats, row_seats).operand("0.gate_up")
+        found = kernels.linear_gated(x, operand, lora, "silu")
         assert error(found, torch.nn.functional.silu(gate) * up) < 8e-3, rows
+        found = kernels.linear_gated(x, operand, lora, "gelu_tanh")
+        expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+        assert error(found, expected) < 8e-3, rows
 
 
 @pytest.mark.timeout(60)
@@ -164,16 +168,32 @@ def test_mixed_ranks_share_a_step(kernels: Any) -> None:
     assert error(h, x.double() @ dense(operand_weight).t() + added) < 2e-3
 
 
-def test_rows_without_an_adapter_are_as_if_there_were_none(kernels: Any) -> None:
-    weight = random_nf4(4096, 4096, nested=True)
+@pytest.mark.parametrize("rows", [40, 300])
+def test_rows_without_an_adapter_are_as_if_there_were_none(kernels: Any, rows: int) -> None:
+    """Also where cuBLAS multiplies and other kernels finish rows with adapters."""
+    weight, half = random_nf4(4096, 4096, nested=True), rows // 2
     operand, seats = kernels.prepare_nf4([weight], None), Seats(2, num_groups=6)
     seats.put(0, 1, 4096, [4096], [16], bias=False)
-    x = torch.randn(40, 4096, device="cuda").bfloat16()
-    lora = lora_of(kernels, seats, [0] * 20 + [-1] * 20)
+    x = torch.randn(rows, 4096, device="cuda").bfloat16()
+    lora = lora_of(kernels, seats, [0] * half + [-1] * half).operand("0.o")
+    mixed, alone = torch.zeros(2, rows, 4096, device="cuda")
 
-    mixed = kernels.logits(x, operand, lora.operand("0.o"))
+    kernels.linear_add(mixed, x, operand, lora)
+    kernels.linear_add(alone, x, operand)
 
-    assert torch.equal(mixed[20:], kernels.logits(x, operand)[20:])
+    assert torch.equal(mixed[half:], alone[half:])
+    assert torch.equal(kernels.linear(x, operand, lora)[half:], kernels.linear(x, operand)[half:])
+
+
+def test_many_gated_rows_without_an_adapter_are_as_if_there_were_none(kernels: Any) -> None:
+    weights = [random_nf4(576, 1024, nested=True) for _ in range(2)]
+    operand, seats = kernels.prepare_nf4(weights, None, gated=True), Seats(1, num_groups=6)
+    seats.put(0, 2, 1024, [576, 576], [16, 16], bias=False)
+    x = (torch.randn(300, 1024, device="cuda") / 8).bfloat16()
+    lora = lora_of(kernels, seats, [0] * 150 + [-1] * 150).operand("0.gate_up")
+    for act in ("silu", "gelu_tanh"):
+        mixed = kernels.linear_gated(x, operand, lora, act)
+        assert torch.equal(mixed[150:], kernels.linear_gated(x, operand, None, act)[150:]), act
 
 
 def test_a_row_does_not_depend_on_its_neighbours(kernels: Any) -> None:

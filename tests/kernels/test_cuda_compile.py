@@ -106,7 +106,7 @@ SPILLED: dict[str, dict[tuple[int, str], int]] = {
     },
     "sm_90a": {
         (1, "llama-3-8b o, adapted"): 12,
-        (16, "llama-3-8b o, adapted"): 20,
+        (16, "llama-3-8b o, adapted"): 12,
         (1, "llama-3-8b gate_up, adapted"): 4,
         (8, "llama-3-8b gate_up, adapted"): 4,
         (16, "llama-3-8b gate_up, adapted"): 8,
@@ -115,8 +115,8 @@ SPILLED: dict[str, dict[tuple[int, str], int]] = {
         (8, "llama-3-8b o"): 12,
         (8, "llama-3-8b lm_head"): 80,
         (8, "smollm2 qkv"): 12,
-        (8, "llama-3-8b o, adapted"): 40,
-        (1, "llama-3-8b gate_up, adapted"): 24,
+        (8, "llama-3-8b o, adapted"): 36,
+        (1, "llama-3-8b gate_up, adapted"): 16,
     },
 }
 SPILLED["sm_89"] = SPILLED["sm_86"]

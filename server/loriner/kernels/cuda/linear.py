@@ -46,6 +46,7 @@ DEEP_TILES = 3  # token tiles up to which registers hold two stages of weights (
 BLOCKS_A_ROUND = 4  # of a group's inputs: in their time a helper makes a unit of A x
 MOST_ROUNDS_BESIDE = 2  # of units that a helper makes with four warps, 2 us each
 BESIDE_REGISTERS = 96  # of a thread, where warps stand beside the main ones
+MOST_ADAPTED_INPUTS = 65536  # quotient() of common.cuh is exact up to there
 MOST_SHRUNK = 8 * 513 * MAX_STACKED_RANK  # values of A x that a launch may make
 
 
@@ -267,7 +268,7 @@ class Linears:
     def _add_adapters(self, params: Params, adapters: Adapters, cut: Tiling) -> None:
         parts = num_parts(params.K)
         size = parts * params.M * MAX_STACKED_RANK
-        if size > len(self._shrunk):
+        if size > len(self._shrunk) or params.K > MOST_ADAPTED_INPUTS:
             raise ValueError(f"{params.M} rows of {params.K} inputs: too many for adapters.")
         rows, tiles, num_tiles = adapters.plan
         params.rows = rows[adapters.group].data_ptr()

@@ -28,7 +28,8 @@ class ManyRows:
         self._cluster = 8 if device.capability >= (9, 0) else 1
         self.lora = device.module("lora.cu", CLUSTER=self._cluster)
         self._shrink = self.lora.kernel("lora_shrink")
-        self._expand = self.lora.kernel("lora_expand_add")
+        self._finish = {STORE: self.lora.kernel("lora_store"), ADD: self.lora.kernel("lora_add")}
+        self._finish_gated = [self.lora.kernel(f"lora_gate_{name}") for name in ("silu", "gelu")]
         norm = device.module("norm.cu")
         self._gate, self._add = norm.kernel("gate"), norm.kernel("add_rows")
         self._bias = norm.kernel("add_bias")
@@ -44,8 +45,8 @@ class ManyRows:
         tiles, blocks = operand.weight.shape[:2]
         nested = operand.nested
         module.kernel("dequantize")(
-            -(-tiles * blocks // 4),
-            128,
+            (-(-blocks // 8), -(-tiles // 4)),
+            256,
             out,
             operand.weight,
             operand.scale,
@@ -78,18 +79,26 @@ class ManyRows:
         if operand.bias is not None:
             self._bias((-(-outputs // 256), rows), 256, product, operand.bias, outputs)
         if adapters is not None:
-            self._add_adapters(product, x, operand, adapters)
-        if epilogue == GATED:
+            self._finish_adapted(y, product, x, operand, epilogue, adapters, is_gelu=is_gelu)
+        elif epilogue == GATED:
             half = outputs // 2
-            self._gate((-(-half // 512), rows), 256, y, product, half, int(is_gelu))
+            self._gate((-(-half // 2048), rows), 256, y, product, half, int(is_gelu))
         elif epilogue == ADD:
             count = rows * outputs
             self._add(-(-count // 1024), 256, y, product, count)
 
-    def _add_adapters(
-        self, product: Tensor, x: Tensor, operand: Operand, adapters: Adapters
+    def _finish_adapted(
+        self,
+        y: Tensor,
+        product: Tensor,
+        x: Tensor,
+        operand: Operand,
+        epilogue: int,
+        adapters: Adapters,
+        *,
+        is_gelu: bool,
     ) -> None:
-        (rows, inputs), outputs = x.shape, operand.outputs
+        rows, inputs = x.shape
         t = torch.empty(rows, MAX_STACKED_RANK, dtype=torch.float32, device=x.device)
         seats = (adapters.seats, adapters.group, adapters.seats.shape[1])
         self._shrink(
@@ -104,12 +113,14 @@ class ManyRows:
             t.shape[1],
             cluster=self._cluster,
         )
-        self._expand(
-            (-(-outputs // 128), -(-rows // 32)),
+        finish = self._finish_gated[is_gelu] if epilogue == GATED else self._finish[epilogue]
+        finish(
+            (-(-y.shape[1] // 128), -(-rows // 32)),
             128,
+            y,
             product,
             rows,
-            outputs,
+            operand.outputs,
             t,
             t.shape[1],
             adapters.row_seat,

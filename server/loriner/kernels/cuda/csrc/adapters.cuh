@@ -141,8 +141,9 @@ DEV void prefetch(const Params& p, const Outputs& own, i32 rows, i32 thread) {
 // What the warps beside the main ones do: units of A x, then what adapters add to this thread block's outputs.
 DEV void beside(const Params& p, const Outputs& own, i32 token0, i32 warp) {
     const i32 thread = threadIdx.x - MAIN_THREADS;
+    if (CLUSTER > 1) cluster_arrive_relaxed();
     if (!is_helper(p)) load_rows(p, token0, thread, BESIDE * 32);
-    Share units(p, warp);
+    Share units(p, count_units(p), warp);
     if (!is_helper(p)) {
         cp_async_wait<1>();  // not for A
         rows_have_come();
@@ -178,13 +179,8 @@ DEV void beside(const Params& p, const Outputs& own, i32 token0, i32 warp) {
             }
         }
     const u32 known = thread == 0 ? note_epoch(p) : 0;
-    if (CLUSTER > 1) {
-        if (APART) cluster_wait();
-        else cluster_sync();
-        cluster_sync();
-    } else {
-        __syncthreads();
-    }
+    __syncthreads();
+    if (CLUSTER > 1) cluster_wait();
     if (known == num_blocks()) leave(p, epoch);
 }
 #endif

@@ -94,6 +94,28 @@ DEV float exp2_fast(float x) {
     return y;
 }
 
+// a / b, 0 <= a < 2^21, b >= 1: exact, as (a + 1/2) / b is 1 / 2b from every whole number at least.
+DEV i32 quotient(i32 a, i32 b) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"((float)b));
+    return (i32)(((float)a + 0.5f) * inverse);
+#else
+    return a / b;  // takes fewer registers there
+#endif
+}
+
+// a / b, a >= 0, b >= 1, where the quotient is below 2^20.
+DEV i32 divided(i32 a, i32 b) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"((float)b));
+    const i32 near = (i32)((float)a * inverse), rest = a - near * b;  // one off at most
+    return near + (rest >= b) - (rest < 0);
+}
+
+DEV float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
+DEV float gelu(float v) { return 0.5f * v * (1.0f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v))); }
+
 DEV float warp_sum(float v) {
 #pragma unroll
     for (int i = 16; i; i >>= 1) v += __shfl_xor_sync(0xffffffffu, v, i);
@@ -133,6 +155,8 @@ DEV u32 cluster_rank() {
     return r;
 }
 DEV void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// That this thread has come so far; what it wrote need not be seen.
+DEV void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEV void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 DEV void cluster_sync() {
     cluster_arrive();

@@ -64,8 +64,9 @@ struct Turns {
 
     DEV Turns(const Passes& passes, i32 oct0, i32 warps, i32 warp) {
         const i32 count = min(passes.octs, passes.all - oct0);
-        tiles = max(1, min(warps / count, OWN / 16)), octs = warps / tiles, end = oct0 + count;
-        oct = oct0 + warp / tiles, tile = warp % tiles;
+        tiles = max(1, min(quotient(warps, count), OWN / 16)), octs = quotient(warps, tiles), end = oct0 + count;
+        const i32 before = quotient(warp, tiles);
+        oct = oct0 + before, tile = warp - before * tiles;
     }
 };
 

@@ -76,17 +76,17 @@ struct Feed {
             if (part >= units) return;
             find(c, part, units, [](const Item& i) { return i.first_chunk; }, [](const Item& i) { return i.num_chunks; });
             const i32 within = part - item.first_chunk * c.heads();
-            head = within / item.num_chunks, chunk = within % item.num_chunks, stop = 1;
+            head = divided(within, item.num_chunks), chunk = within - head * item.num_chunks, stop = 1;
         } else {
-            const i64 total = (i64)c.cost * c.heads();
-            const i32 from = total * part / parts;
+            const i32 total = c.cost * c.heads(), each = (u32)total / (u32)parts, more = total - each * parts;  // some parts have one more
+            const i32 from = each * part + min(part, more);
             find(c, from, total, [](const Item& i) { return i.start; }, [](const Item& i) { return i.cost; });
             const i32 within = from - item.start * c.heads(), full = cost();
-            head = within / item.cost, chunk = (within % item.cost + full - 1) / full;
+            head = divided(within, item.cost), chunk = divided(within - head * item.cost + full - 1, full);
             if (chunk >= item.num_chunks) chunk = 0, head++;
             if (head >= c.heads()) next_item(c);
             position = item.start * c.heads() + head * item.cost + chunk * full;
-            stop = index < c.num_items ? total * (part + 1) / parts : position;
+            stop = index < c.num_items ? from + each + (part < more) : position;
             if (!any()) return;
         }
         open_chunk();
@@ -96,19 +96,20 @@ struct Feed {
     DEV bool any() const { return position < stop; }
 
     // The item that has `at`, of what `before` and `own` say that items before it and it itself have for each head. All have `total`.
-    template <class Before, class Own> DEV void find(const Inputs& c, i32 at, i64 total, Before before, Own own) {
+    template <class Before, class Own> DEV void find(const Inputs& c, i32 at, i32 total, Before before, Own own) {
         const i32 lane = threadIdx.x % 32;
-        for (i32 first = max((i32)((i64)at * c.num_items / total) - 16, 0);;) {
+        for (i32 first = max((i32)__fdividef((float)at * c.num_items, total) - 16, 0);;) {
             const Item mine = load_item(c.items + min(first + lane, c.num_items - 1));
             const i32 start = before(mine) * c.heads();
             if (const u32 found = __ballot_sync(FULL, start <= at && at < start + own(mine) * c.heads())) {
-                index = min(first + __ffs(found) - 1, c.num_items - 1);
-                break;
+                const i32 of = __ffs(found) - 1;
+                index = min(first + of, c.num_items - 1), load_ahead(c);
+                item = {__shfl_sync(FULL, mine.sequence, of), __shfl_sync(FULL, mine.row, of), __shfl_sync(FULL, mine.context, of), __shfl_sync(FULL, mine.length, of),
+                        __shfl_sync(FULL, mine.start, of), __shfl_sync(FULL, mine.cost, of), __shfl_sync(FULL, mine.first_chunk, of), __shfl_sync(FULL, mine.num_chunks, of)};
+                return;
             }
             first = __any_sync(FULL, start > at) ? max(first - 32, 0) : first + 32;
         }
-        item = load_item(c.items + index);
-        load_ahead(c);
     }
     DEV void load_ahead(const Inputs& c) { ahead = load_item(c.items + min(index + 1, c.num_items - 1)); }
     DEV void next_item(const Inputs& c) {
@@ -175,15 +176,15 @@ struct Feed {
                              : "memory");
             const i32 page = __shfl_sync(FULL, pages, first & 31), page1 = BLOCK_SIZE < D_KEYS ? __shfl_sync(FULL, pages, first + 1 & 31) : 0;
             constexpr int COUNT = D_KEYS * VECTORS;
-            const i64 from = ((i64)page * c.num_kv + kv) * (BLOCK_SIZE * HEAD_DIM) + (BLOCK_SIZE > D_KEYS ? key % BLOCK_SIZE : 0) * HEAD_DIM;
-            const i64 second = ((i64)page1 * c.num_kv + kv - 1) * (BLOCK_SIZE * HEAD_DIM);
+            const i64 from = ((i64)page * c.num_kv + kv) * (BLOCK_SIZE * HEAD_DIM) + (BLOCK_SIZE > D_KEYS ? key % BLOCK_SIZE : 0) * HEAD_DIM + lane * 8;
+            const i64 second = ((i64)page1 * c.num_kv + kv - 1) * (BLOCK_SIZE * HEAD_DIM) + lane * 8;
+            const u16 *k = c.k + from, *v = c.v + from, *second_k = c.k + second, *second_v = c.v + second;
 #pragma unroll
             for (int i = 0; i < COUNT / 32; i++) {
                 const i32 n = i * 32 + lane, row = n / VECTORS;
-                const i64 cells = (BLOCK_SIZE < D_KEYS && row >= BLOCK_SIZE ? second : from) + n * 8;
-                const bool real = row < keys;
-                cp_async16_or_zero(stage.keys() + at(row, n % VECTORS), c.k + cells, real);
-                cp_async16_or_zero(stage.values() + at(row, n % VECTORS), c.v + cells, real);
+                const bool real = row < keys, later = BLOCK_SIZE < D_KEYS && row >= BLOCK_SIZE;
+                cp_async16_or_zero(stage.keys() + at(row, n % VECTORS), (later ? second_k : k) + i * 256, real);
+                cp_async16_or_zero(stage.values() + at(row, n % VECTORS), (later ? second_v : v) + i * 256, real);
             }
             if (WITH_Q && opens) fetch_q(c, stage, item.row, head);
             advance(c);

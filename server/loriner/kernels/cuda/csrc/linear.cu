@@ -20,7 +20,7 @@
 // (0 bf16 store, 1 add to f32, 2 gated bf16 store, 3 f32 store), GELU, LORA, MIN_BLOCKS, REGISTERS (of a thread at
 // most; 0: what MIN_BLOCKS leaves), BESIDE (warps that see to adapters while the others multiply), STEPS (of 32
 // inputs in a unit of A x, at most), BUFFERS (for A of such units), SMEM (bytes of shared memory).
-#include "common.cuh"
+#include "barriers.cuh"
 #include "lora.cuh"
 
 #define LEAST_SCALE 1e-20f  // what a scale of 0 becomes; to others it adds nothing
@@ -66,6 +66,7 @@
 #define FRONT_END (APART ? SUMS_AT + SUMS : MAX(FRONT, SUMS + LEAST_SHRUNK))
 #define ROW_LORA (FIRST ? MAX(FRONT_END, UNITS_AT + UNITS) : FRONT_END)
 #define EPOCH_AT (ROW_LORA + TOKENS * 96)
+#define SUMS_BARRIER_AT (EPOCH_AT + 8)  // counts sums of other blocks of the cluster
 #define BARRIERS_AT (EPOCH_AT + 16)  // a full and a free one of each group's tile of x in each stage
 #define WEIGHTS_BARRIERS_AT (BARRIERS_AT + 256)  // of each stage of each warp
 #define CONTROL_END (WEIGHTS_BARRIERS_AT + RING * WARPS * 8)
@@ -307,15 +308,26 @@ template <int D, int STEP = 0> DEV void stage(const Params& p, Work& k, const Tu
 // matrix unit leaves them. Neither lanes in order nor outputs in order meet a bank twice.
 DEV i32 sums_at(i32 g, i32 t) { return t * 128 + (g ^ t * 2) * 16; }
 
+// Ready for the sums that other blocks of the cluster give to this one. They may come when all its threads have arrived at the cluster's barrier.
+DEV void expect_sums() {
+    if (CLUSTER == 1 || threadIdx.x) return;
+    const u32 barrier = smem_addr(smem) + SUMS_BARRIER_AT;
+    barrier_init(barrier, 1), barrier_init_done();
+    barrier_expect(barrier, (CLUSTER - 1) * WK * OWN * TOKENS * 4);
+}
+
 // Give a warp's sums to the block of the cluster that finishes its 16 outputs: [source][tile of outputs][NT].
-DEV void give(const float (&acc)[NT][4], i32 source, i32 tile, i32 lane) {
-    u32 to = smem_addr(smem) + SUMS_AT + (source * (OWN / 16) + tile % (OWN / 16)) * (NT * 512) + sums_at(lane >> 2, lane & 3);
-    if (CLUSTER > 1) to = cluster_map(to, tile / (OWN / 16));
+DEV void give(const float (&acc)[NT][4], i32 rank, i32 source, i32 tile, i32 lane) {
+    const i32 target = tile / (OWN / 16);
+    const u32 to = smem_addr(smem) + SUMS_AT + (source * (OWN / 16) + tile % (OWN / 16)) * (NT * 512) + sums_at(lane >> 2, lane & 3);
+    if (CLUSTER > 1 && target != rank) {
+        const u32 there = cluster_map(to, target), barrier = cluster_map(smem_addr(smem) + SUMS_BARRIER_AT, target);
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        if (CLUSTER > 1) asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + n * 512), "f"(acc[n][0]), "f"(acc[n][1]), "f"(acc[n][2]), "f"(acc[n][3]) : "memory");
-        else asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + n * 512), "f"(acc[n][0]), "f"(acc[n][1]), "f"(acc[n][2]), "f"(acc[n][3]) : "memory");
+        for (int n = 0; n < NT; n++) store_counted(there + n * 512, acc[n], barrier);
+        return;
     }
+#pragma unroll
+    for (int n = 0; n < NT; n++) asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + n * 512), "f"(acc[n][0]), "f"(acc[n][1]), "f"(acc[n][2]), "f"(acc[n][3]) : "memory");
 }
 
 // This lane's sums of a tile of 16 outputs for eight rows of x: those of all groups and blocks, in a fixed order.
@@ -331,13 +343,7 @@ DEV void reduced(float (&sum)[4], i32 tile, i32 oct) {
 
 #include "adapters.cuh"
 
-DEV float activate(float v) {
-#if GELU
-    return 0.5f * v * (1.0f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
-#else
-    return __fdividef(v, 1.0f + __expf(-v));
-#endif
-}
+DEV float activate(float v) { return GELU ? gelu(v) : silu(v); }
 
 // A warp finishes 16 outputs for eight rows of x at a time. Lane (g, t) has outputs g and g + 8 (of gated ones the gate and the up of
 // output g) for rows 2t and 2t + 1.
@@ -351,8 +357,8 @@ DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32
         if (oct0) __syncthreads();
         if (passes.stride) gather_shrunk(p, own, token0, oct0 * 8, passes.octs * 8, passes.stride, warp, *(const u32*)(smem + EPOCH_AT));
 #endif
-        if (CLUSTER > 1 && oct0 == 0) cluster_sync();
-        else __syncthreads();
+        __syncthreads();
+        if (CLUSTER > 1 && oct0 == 0) barrier_wait_for_others(smem_addr(smem) + SUMS_BARRIER_AT);
 #pragma unroll 1
         for (i32 oct = turns.oct; oct < turns.end; oct += turns.octs) {
             const i32 row0 = token0 + oct * 8, rows = min(p.M - row0, 8);
@@ -426,7 +432,6 @@ DEV void fill_table(const Params& p) {
 
 extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     grid_launch();
-    if (CLUSTER > 1 && APART && !FIRST) cluster_arrive();
     const i32 rank = CLUSTER == 1 ? 0 : cluster_rank();
     const i32 lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, (i32)threadIdx.x >> 5, 0), wk = (warp >> 2) % WK, wr = (warp >> 2) / WK;
     const i32 tile = outputs_block(p, blockIdx.z) * (ROWS / 16) + wr * 4 + (warp & 3), token0 = blockIdx.y * TOKENS;
@@ -440,15 +445,19 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     i32 kb = (begin + wk) * KU;
     Work k;
 #if FIRST
-    Share of_adapters(p, warp);
+    const i32 all_units = count_units(p);
+    if (WGMMA) fill_table(p);  // in the meantime
+    Share of_adapters(p, all_units, warp);
     const bool works = of_adapters.any() || is_helper(p);
 #else
     const bool works = false;
 #endif
     if (FIRST) load_rows(p, token0, threadIdx.x, THREADS);
     if (!works) load_first(p, k.w, k.s, tile, kb, mine);
-    if (WGMMA || !works) fill_table(p);
+    if (WGMMA ? !FIRST : !works) fill_table(p);
     if (!FIRST) cp_async_commit();  // of nothing: without it sm_86 has a register too few
+    expect_sums();
+    if (CLUSTER > 1 && APART && !FIRST) cluster_arrive_relaxed();
     const u32 base = smem_addr(smem);
 #if WGMMA
     const i32 loops = mine, feeds = wr == 0 && (warp & 3) == 0 ? mine : 0;  // stages whose x this warp fetches
@@ -492,7 +501,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
 #endif
         START_X();
     }
-    if (CLUSTER > 1 && APART) cluster_arrive();  // sums may come where units were
+    if (CLUSTER > 1 && APART) cluster_arrive_relaxed();  // sums may come where units were
 #endif
 #pragma unroll
     for (int i = 0; i < NT * 4; i++) (&k.acc[0][0])[i] = 0.0f;
@@ -557,13 +566,10 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     }
     if (NF4_KIND && mine > 0) scale_sums(k.acc, k.z.change), scale_sums(k.acc, of_outputs<0>(k.z.first, lane));
     cp_async_wait<0>();
-    if (APART) {
-        if (FIRST) __syncthreads();       // A x comes where table and ring were
-        if (CLUSTER > 1) cluster_wait();  // every block of the cluster has begun
-    } else if (CLUSTER > 1) {
-        cluster_sync();  // every block of the cluster is done with its table and ring
-    } else {
-        main_sync();
+    if (FIRST || (CLUSTER == 1 && !APART)) main_sync();  // sums, or A x, come where table and ring were; what rows' adapters are has come
+    if (CLUSTER > 1) {
+        if (!APART) cluster_arrive_relaxed();
+        cluster_wait();  // every block has begun, and is done with its table and ring if sums come there
     }
 #if BESIDE
     wait_for_rows();
@@ -572,9 +578,9 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
     READ_AGAIN(thread, "tid.x");
     READ_AGAIN(block_y, "ctaid.y");
     READ_AGAIN(block_z, "ctaid.z");
-    const i32 end_warp = thread >> 5, end_token0 = block_y * TOKENS;
-    give(k.acc, rank * WK + (end_warp >> 2) % WK, (end_warp >> 2) / WK * 4 + (end_warp & 3), thread & 31);
-    const Outputs own = own_outputs(p, block_z, rank);
+    const i32 end_warp = thread >> 5, end_token0 = block_y * TOKENS, end_rank = CLUSTER == 1 ? 0 : cluster_rank();
+    give(k.acc, end_rank, end_rank * WK + (end_warp >> 2) % WK, (end_warp >> 2) / WK * 4 + (end_warp & 3), thread & 31);
+    const Outputs own = own_outputs(p, block_z, end_rank);
     epilogue(p, own, Passes(own, p, end_token0), end_token0, end_warp);
 #if FIRST
     if (threadIdx.x == 0) {

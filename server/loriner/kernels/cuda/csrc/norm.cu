@@ -61,19 +61,22 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(u16* x, const float* 
     }
 }
 
-DEV float silu(float v) { return v / (1.0f + __expf(-v)); }
-DEV float gelu(float v) { return 0.5f * v * (1.0f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v))); }
-
-// y [M, I] bf16 = act(g) * u, where [g | u] = x [M, 2I] bf16. Grid: (ceil(I / 512), M), 256 threads.
+// y [M, I] bf16 = act(g) * u, where [g | u] = x [M, 2I] bf16 (I a multiple of 8). Grid: (ceil(I / 2048), M), 256 threads.
 extern "C" __global__ void gate(u16* y, const u16* x, i32 I, i32 is_gelu) {
     grid_launch();
     grid_wait();
-    const i32 i = (blockIdx.x * blockDim.x + threadIdx.x) * 2;
+    const i32 i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (i >= I) return;
     const u16* row = x + (i64)blockIdx.y * 2 * I;
-    const u32 g = *(const u32*)(row + i), u = *(const u32*)(row + I + i);
-    const float a = is_gelu ? gelu(lo_to_float(g)) : silu(lo_to_float(g)), b = is_gelu ? gelu(hi_to_float(g)) : silu(hi_to_float(g));
-    *(u32*)(y + (i64)blockIdx.y * I + i) = pack_bf16(a * lo_to_float(u), b * hi_to_float(u));
+    const uint4 g = *(const uint4*)(row + i), u = *(const uint4*)(row + I + i);
+    const u32 gs[4] = {g.x, g.y, g.z, g.w}, us[4] = {u.x, u.y, u.z, u.w};
+    u32 to[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float a = lo_to_float(gs[j]), b = hi_to_float(gs[j]);
+        to[j] = pack_bf16((is_gelu ? gelu(a) : silu(a)) * lo_to_float(us[j]), (is_gelu ? gelu(b) : silu(b)) * hi_to_float(us[j]));
+    }
+    *(uint4*)(y + (i64)blockIdx.y * I + i) = make_uint4(to[0], to[1], to[2], to[3]);
 }
 
 // h [n] f32 += y [n] bf16 (n a multiple of 4). Grid: ceil(n / 1024), 256 threads.

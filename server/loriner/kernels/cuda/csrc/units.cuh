@@ -16,13 +16,17 @@ DEV i32 num_pieces(const Params& p) { return p.parts * PIECES; }
 
 // Unit `index`, where there are so many.
 DEV Unit unit_at(const Params& p, i32 index) {
-    const i32 tile = index / num_pieces(p);
+    const i32 tile = quotient(index, num_pieces(p));
     return {p.tiles[min(tile, p.max_tiles - 1)], index - tile * num_pieces(p)};
 }
-DEV i32 count_units(const Params& p) { return *p.num_tiles * num_pieces(p); }
+DEV i32 count_units(const Params& p) {
+    i32 tiles;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(tiles) : "l"(p.num_tiles));  // at once: else what is put between waits behind it
+    return tiles * num_pieces(p);
+}
 
 // Steps of 32 inputs before share `share` of a piece; before the next piece, for UNIT_SHARES.
-DEV i32 steps_before(const Params& p, i32 piece, i32 share) { return p.K / 32 * (piece * UNIT_SHARES + share) / (p.parts * SHARES); }
+DEV i32 steps_before(const Params& p, i32 piece, i32 share) { return quotient(p.K / 32 * (piece * UNIT_SHARES + share), p.parts * SHARES); }
 
 // Ask for the A of a unit: [16, A_STRIDE] in shared memory. A warp sees to a rank at a time.
 DEV void ask_unit(const Params& p, const Unit& u, i32 place, i32 warp) {
@@ -105,8 +109,9 @@ struct Share {
     Unit now, later;
     i32 next, step, end, warp;
 
-    DEV Share(const Params& p, i32 warp_) : warp(warp_) {
-        const i32 all = count_units(p), first = min(all, p.helpers * p.rounds), block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    // `all`: units of the launch.
+    DEV Share(const Params& p, i32 all, i32 warp_) : warp(warp_) {
+        const i32 first = min(all, p.helpers * p.rounds), block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
         if (is_helper(p)) next = block, step = p.helpers, end = first;
         else next = first + block - p.helpers, step = min((i32)num_blocks() - p.helpers, p.workers), end = block - p.helpers < step ? all : 0;
         now = unit_at(p, next);

@@ -1,28 +1,14 @@
-// Hopper: copies of boxes of tensors, barriers that count their bytes, and products of four warps.
+// Hopper: copies of boxes of tensors, and products of four warps.
 //
 // wgmma with A in registers and B, K-major rows of 128 swizzled bytes, in shared memory (PTX ISA, wgmma).
 // Registers of a group in flight are not touched until wgmma_wait.
 #pragma once
-#include "common.cuh"
+#include "barriers.cuh"
 
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
-DEV void barrier_init(u32 barrier, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory"); }
-DEV void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-DEV void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-DEV void barrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
-// Until the phase of this parity is complete; at once for parity 1 of a new barrier.
-DEV void barrier_wait(u32 barrier, u32 phase) {
-    u32 done;
-    do {
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-                     : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
-    } while (!done);
-}
 // One lane of a whole warp.
 DEV bool elected() {
     u32 one;
