@@ -136,11 +136,9 @@ def test_a_replayed_step_reads_its_adapter_to_the_end(gpu: Gpu) -> None:
     graph.replay()
     event.record()
     gpu.pool.note_launch(event)
-    began = time.monotonic()
     assert gpu.pool.seat("new", gpu.image(9)) == ["0"]
-    took = time.monotonic() - began
-    assert not event.query() and not gpu.pool.is_ready("new")
-    assert took < 0.01, "seating waits for nothing"
+    assert not event.query(), "seating waited for the step"
+    assert not gpu.pool.is_ready("new")
     arrive(gpu, "new")
     assert event.query()
     assert torch.equal(seen, before) and torch.equal(rows, table)

@@ -14,9 +14,9 @@ struct Outputs {
     i32 first, end;  // of a half, if gated
     i32 half;        // 0: not gated
 
-    DEV i32 slice(const Params& p, i32 n) const { return (n >= p.split0) + (n >= p.split1); }
-    DEV i32 first_slice(const Params& p) const { return slice(p, first); }
-    DEV i32 last_slice(const Params& p) const { return slice(p, end - 1 + half); }
+    DEV i32 slice(const End& p, i32 n) const { return (n >= p.split0) + (n >= p.split1); }
+    DEV i32 first_slice(const End& p) const { return slice(p, first); }
+    DEV i32 last_slice(const End& p) const { return slice(p, end - 1 + half); }
 };
 
 DEV Outputs own_outputs(const Params& p, i32 block, i32 rank) {
@@ -72,7 +72,7 @@ DEV void main_sync() { __syncthreads(); }
 
 // A x of `count` rows of x from `token` on, over all pieces, in shared memory: [count, stride] f32. A thread sees to AT values at a time, and
 // to COUNT pieces of each.
-template <int AT, int COUNT> DEV void gather_values(const Params& p, i32 first, i32 last, i32 token0, i32 token, i32 count, i32 stride, i32 thread, u32 epoch) {
+template <int AT, int COUNT> DEV void gather_values(const End& p, i32 first, i32 last, i32 token0, i32 token, i32 count, i32 stride, i32 thread, u32 epoch) {
     static_assert(COUNT % PIECES == 0, "halves of a part come together");
     const i32 all = count * stride, of_piece = p.M * p.shrunk_stride;  // values: less than 2^31 in all
     const u32 inverse = 0xffffffff / stride + 1;                       // by which is divided
@@ -91,10 +91,10 @@ template <int AT, int COUNT> DEV void gather_values(const Params& p, i32 first, 
             from[q] = (token0 + token + row) * p.shrunk_stride + begin + r;
         }
 #pragma unroll 1
-        for (i32 j = 0; j < num_pieces(p); j += COUNT) {
+        for (i32 j = 0; j < num_pieces(p.parts); j += COUNT) {
             u64 v[AT * COUNT];  // pieces of one value beside each other
 #pragma unroll
-            for (int i = 0; i < AT * COUNT; i++) v[i] = real[i / COUNT] && j + i % COUNT < num_pieces(p) ? 0 : (u64)epoch << 32;
+            for (int i = 0; i < AT * COUNT; i++) v[i] = real[i / COUNT] && j + i % COUNT < num_pieces(p.parts) ? 0 : (u64)epoch << 32;
             bool is_there;
             do {
                 is_there = true;
@@ -112,7 +112,7 @@ template <int AT, int COUNT> DEV void gather_values(const Params& p, i32 first, 
             if (real[q]) to[at + q * (ENDING * 32)] = sum[q];
     }
 }
-DEV void gather_shrunk(const Params& p, const Outputs& own, i32 token0, i32 token, i32 count, i32 stride, i32 warp, u32 epoch) {
+DEV void gather_shrunk(const End& p, const Outputs& own, i32 token0, i32 token, i32 count, i32 stride, i32 warp, u32 epoch) {
     const i32 first = own.first_slice(p), last = own.last_slice(p), thread = warp * 32 + (threadIdx.x & 31);
     count = min(count, min(p.M - token0, TOKENS) - token);
     if (p.parts <= 2) gather_values<(BESIDE || NT > 8 ? 2 : 4), 2 * PIECES>(p, first, last, token0, token, count, stride, thread, epoch);
@@ -126,7 +126,7 @@ DEV void gather_shrunk(const Params& p, const Outputs& own, i32 token0, i32 toke
 DEV float4* added(i32 tile, i32 oct) { return (float4*)(smem + ADDED_AT) + (tile * NT + oct) * 32 + (threadIdx.x & 31); }
 
 // Have B of this thread block's outputs brought to L2: a thread sees to a row's slice.
-DEV void prefetch(const Params& p, const Outputs& own, i32 rows, i32 thread) {
+DEV void prefetch(const End& p, const Outputs& own, i32 rows, i32 thread) {
 #pragma unroll 1
     for (i32 i = thread; i < rows * 3; i += BESIDE * 32) {
         const i32 slice = i % 3, start = slice == 0 || GATED ? 0 : slice == 1 ? p.split0 : p.split1;

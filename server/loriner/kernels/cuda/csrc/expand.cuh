@@ -51,7 +51,7 @@ struct Passes {
     i32 stride, octs;  // stride 0: no row here has an adapter
     i32 rows, all;     // all: eights of rows, in all passes
 
-    DEV Passes(const Outputs& own, const Params& p, i32 token0) {
+    DEV Passes(const Outputs& own, const End& p, i32 token0) {
         rows = min(TOKENS, p.M - token0), all = (rows + 7) / 8;
         stride = LORA ? most_ranks(own.first_slice(p), own.last_slice(p), rows) : 0;
         octs = stride ? min(SHRUNK_BYTES / 32 / stride, NT) : NT;
@@ -83,13 +83,13 @@ struct Adding {
     uint2 b[ROWS_AT][2];
 
     // Before A x is there.
-    DEV Adding(const Params& p, const Outputs& own, const Turns& turns, i32 oct0, i32 stride_) : stride(stride_), first(own.first_slice(p)) {
+    DEV Adding(const End& p, const Outputs& own, const Turns& turns, i32 oct0, i32 stride_) : stride(stride_), first(own.first_slice(p)) {
         const i32 start = GATED || first == 0 ? 0 : first == 1 ? p.split0 : p.split1;
         n = own.first + ((threadIdx.x & 31) >> 2) - start;
         look(p, own, turns, oct0, min(turns.oct, turns.end - 1));
     }
 
-    DEV void look(const Params& p, const Outputs& own, const Turns& turns, i32 oct0, i32 oct) {
+    DEV void look(const End& p, const Outputs& own, const Turns& turns, i32 oct0, i32 oct) {
         const i32 lane = threadIdx.x & 31, lead = GATED ? lane & 8 : 0;
         l = (const RowLora*)(smem + ROW_LORA) + oct * 24, t = (const float*)(smem + SHRUNK_AT) + (oct - oct0) * 8 * stride;
         // lanes 0 to 7 see to a row each, of gated outputs lanes 8 to 15 to the other slice
@@ -108,7 +108,7 @@ struct Adding {
     }
 
     // When A x is there, for the rows of `oct`.
-    DEV void begin(const Params& p, const Outputs& own, const Turns& turns, i32 oct0, i32 oct) {
+    DEV void begin(const End& p, const Outputs& own, const Turns& turns, i32 oct0, i32 oct) {
         if (oct != turns.oct) look(p, own, turns, oct0, oct);
         if (plain) columns = load_columns<true>(first, 0);
     }
@@ -153,7 +153,7 @@ struct Adding {
     }
 
     // Onto this lane's sums v of a tile (see sums_at), which are 0; `next` is the tile after it.
-    DEV void add(const Params& p, const Outputs& own, float (&v)[4], i32 tile, i32 next) {
+    DEV void add(const End& p, const Outputs& own, float (&v)[4], i32 tile, i32 next) {
         if (!plain) return add_slowly(p, own, v, tile);
         float even[4] = {}, odd[4] = {};
         Columns c = columns;
@@ -175,7 +175,7 @@ struct Adding {
     }
 
     // The same for any rows and outputs.
-    DEV void add_slowly(const Params& p, const Outputs& own, float (&v)[4], i32 tile) const {
+    DEV void add_slowly(const End& p, const Outputs& own, float (&v)[4], i32 tile) const {
         const i32 lane = threadIdx.x & 31, t4 = (lane & 3) * 4, from = own.first + tile * TILE_OUTPUTS, end = own.end;
         if (from >= end) return;
         const i32 last = GATED ? 0 : own.slice(p, min(from + 15, end - 1));

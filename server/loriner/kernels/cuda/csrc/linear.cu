@@ -125,6 +125,16 @@ struct Params {
     i32 M, N, K, KB, nested_shift, max_tiles, shrunk_stride, parts, workers, helpers, rounds, split0, split1;  // KB: padded to KU
 };
 
+// What the end of a thread block reads of it.
+struct End {
+    const float* bias;
+    void* y;
+    const u64* shrunk;
+    i32 M, N, shrunk_stride, parts, split0, split1;
+
+    DEV End(const Params& p) : bias(p.bias), y(p.y), shrunk(p.shrunk), M(p.M), N(p.N), shrunk_stride(p.shrunk_stride), parts(p.parts), split0(p.split0), split1(p.split1) {}
+};
+
 // Which block of ROWS outputs this is. Blocks ahead have none.
 DEV i32 outputs_block(const Params& p, i32 block) { return block - (LORA ? p.helpers : 0); }
 
@@ -347,7 +357,12 @@ DEV float activate(float v) { return GELU ? gelu(v) : silu(v); }
 
 // A warp finishes 16 outputs for eight rows of x at a time. Lane (g, t) has outputs g and g + 8 (of gated ones the gate and the up of
 // output g) for rows 2t and 2t + 1.
-DEV void epilogue(const Params& p, const Outputs& own, const Passes& passes, i32 token0, i32 warp) {
+#if FIRST && WGMMA
+__device__ __noinline__  // else its registers cost the main loop instructions: up to 7 % of them
+#else
+DEV
+#endif
+void epilogue(const End p, const Outputs own, const Passes passes, i32 token0, i32 warp) {
     const i32 lane = threadIdx.x & 31, outputs = GATED ? p.N / 2 : p.N;
 #pragma unroll 1
     for (i32 oct0 = 0; oct0 < passes.all; oct0 += passes.octs) {

@@ -12,17 +12,17 @@ struct Unit {
     ShrinkTile tile;
     i32 piece;
 };
-DEV i32 num_pieces(const Params& p) { return p.parts * PIECES; }
+DEV i32 num_pieces(i32 parts) { return parts * PIECES; }
 
 // Unit `index`, where there are so many.
 DEV Unit unit_at(const Params& p, i32 index) {
-    const i32 tile = quotient(index, num_pieces(p));
-    return {p.tiles[min(tile, p.max_tiles - 1)], index - tile * num_pieces(p)};
+    const i32 tile = quotient(index, num_pieces(p.parts));
+    return {p.tiles[min(tile, p.max_tiles - 1)], index - tile * num_pieces(p.parts)};
 }
 DEV i32 count_units(const Params& p) {
     i32 tiles;
     asm volatile("ld.global.u32 %0, [%1];" : "=r"(tiles) : "l"(p.num_tiles));  // at once: else what is put between waits behind it
-    return tiles * num_pieces(p);
+    return tiles * num_pieces(p.parts);
 }
 
 // Steps of 32 inputs before share `share` of a piece; before the next piece, for UNIT_SHARES.
