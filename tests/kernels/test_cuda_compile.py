@@ -198,6 +198,7 @@ def other_variants(arch: str) -> Iterator[Variant]:
         yield Variant(arch, "attention.cu", (*sizes, ("GROUP", group)))
         yield Variant(arch, "rope.cu", sizes)
     yield Variant(arch, "norm.cu", ())
+    yield Variant(arch, "finish.cu", ())
     yield Variant(arch, "lora.cu", (("CLUSTER", 8 if has_clusters else 1),))
     yield Variant(arch, sampling.SOURCE, (("CLUSTER", sampling.CLUSTER if has_clusters else 1),))
 

@@ -28,11 +28,11 @@ class ManyRows:
         self._cluster = 8 if device.capability >= (9, 0) else 1
         self.lora = device.module("lora.cu", CLUSTER=self._cluster)
         self._shrink = self.lora.kernel("lora_shrink")
-        self._finish = {STORE: self.lora.kernel("lora_store"), ADD: self.lora.kernel("lora_add")}
-        self._finish_gated = [self.lora.kernel(f"lora_gate_{name}") for name in ("silu", "gelu")]
-        norm = device.module("norm.cu")
-        self._gate, self._add = norm.kernel("gate"), norm.kernel("add_rows")
-        self._bias = norm.kernel("add_bias")
+        finish = device.module("finish.cu")
+        self._bias, self._add = finish.kernel("add_bias"), finish.kernel("add_rows")
+        self._gate = finish.kernel("gate")
+        self._finish = {STORE: finish.kernel("lora_store"), ADD: finish.kernel("lora_add")}
+        self._finish_gated = [finish.kernel(f"lora_gate_{name}") for name in ("silu", "gelu")]
 
     def dequantized(self, operand: Operand) -> Tensor:
         """The weight [N, K] bf16 in its own order, made anew."""

@@ -1,18 +1,19 @@
 // y = x W^T (+ bias) (+ scale B (A x)) for up to NT * 8 rows of x; W is NF4 in blocks of 64, or bf16.
 //
 // Weights are the A operand of the matrix instruction (outputs x inputs), rows of x the B operand. Weights are
-// stored in the order in which lanes want them (see packing.py); how they come stands in weights.cuh. A byte
-// becomes a bf16 pair through a table of 256 values with a copy in each of the 32 banks: one PRMT, which puts the
-// byte into the address, and one conflict-free load for two weights. Sums are kept in fp32, in units of a block's
-// scale, and changed from one block's unit to the next's: so the matrix unit adds onto them itself, and no registers
-// hold a block's sum apart. Rows of x pass through a ring in shared memory, swizzled by 128 bytes, which all warps
-// share. On sm_90a four warps multiply 64 outputs by wgmma; elsewhere each does 16 by mma.sync.
+// stored in the order in which lanes want them (see packing.py). A byte becomes a bf16 pair through a table of 256
+// values with a copy in each of the 32 banks: one PRMT, which puts the byte into the address, and one conflict-free
+// load for two weights. Sums are kept in fp32, in units of a block's scale, and changed from one block's unit to the
+// next's: so the matrix unit adds onto them itself, and no registers hold a block's sum apart. Rows of x pass through
+// a ring in shared memory, swizzled by 128 bytes, which all warps share. On sm_90a four warps multiply 64 outputs by
+// wgmma; elsewhere each does 16 by mma.sync.
 //
 // A thread block computes ROWS outputs over 1/CLUSTER of the inputs; WK groups of four warps split those
 // further; the blocks of a cluster add their sums through each other's shared memory in a fixed order. So a
 // row's result depends neither on the other rows nor on NT.
 //
-// What it does for adapters stands in adapters.cuh, units.cuh and expand.cuh.
+// How rows and weights come, and how they are multiplied, stands in rows.cuh, weights.cuh and products.cuh; what is
+// done for adapters in adapters.cuh, units.cuh and expand.cuh; what lies where in layout.cuh.
 //
 // Defines: NT, WR x WK groups (each has 64 outputs), STAGES (of the ring of x, XU blocks of each group), DEPTH
 // (stages of weights in registers), RING (of weights in shared memory; 0: they come to registers), CLUSTER, APART
@@ -20,88 +21,7 @@
 // (0 bf16 store, 1 add to f32, 2 gated bf16 store, 3 f32 store), GELU, LORA, MIN_BLOCKS, REGISTERS (of a thread at
 // most; 0: what MIN_BLOCKS leaves), BESIDE (warps that see to adapters while the others multiply), STEPS (of 32
 // inputs in a unit of A x, at most), BUFFERS (for A of such units), SMEM (bytes of shared memory).
-#include "barriers.cuh"
-#include "lora.cuh"
-
-#define LEAST_SCALE 1e-20f  // what a scale of 0 becomes; to others it adds nothing
-#define AHEAD 4  // steps of 32 inputs of A x that a warp has in flight
-#define KU 4  // blocks of 64 inputs in a group's stage
-#define GROUPS (WR * WK)
-#define WARPS (GROUPS * 4)
-#define MAIN_THREADS (WARPS * 32)
-#define THREADS (MAIN_THREADS + BESIDE * 32)
-#define FIRST (LORA && !BESIDE)  // adapters have units of A x before the main loop
-#define ENDING (BESIDE ? BESIDE : WARPS)  // warps that see to adapters
-#define SHARES 16                    // of a part of A x, each summed apart
-#define PIECES (BESIDE ? 2 : 1)      // that a part is cut into, a unit each
-#define UNIT_SHARES (SHARES / PIECES)
-#define ROWS (WR * 64)
-#define TOKENS (NT * 8)
-#define NF4_KIND (KIND != 2)
-#define GATED (EPILOGUE == 2)
-#define WORDS (NF4_KIND ? 1 : 4)  // 16-byte words of a lane in a block
-#define BLOCK_BYTES (WORDS * 512)
-#define HOP (WK * KU * BLOCK_BYTES)  // from a group's stage to its next
-#define WINDOW (NF4_KIND && DEPTH == 1 ? 2 : KU)  // blocks of weights in registers in each stage
-#define SCALES_BYTES (KIND == 0 ? 64 : 16)  // of a block
-#define SCALES_HOP (WK * KU * SCALES_BYTES)  // from a stage's scales to those of the next
-#define WEIGHTS_SLOT (KU * BLOCK_BYTES)
-#define WEIGHTS_RING (RING * WARPS * WEIGHTS_SLOT)
-#define TABLE (NF4_KIND ? 65536 : 0)  // 256 rows: 32 copies of a bf16 pair, then 32 of a nested scale's value
-#define X_TILE (TOKENS * 128)         // rows of x in one block
-#define X_STAGE (WK * XU * X_TILE)
-#define X_STEPS (KU / XU)
-#define ENTRIES (KIND == 1 ? 512 : 256)  // of the table before it is copied to every bank
-#define OWN (ROWS / CLUSTER)  // outputs that this thread block finishes
-#define SUMS (CLUSTER * WK * OWN * TOKENS * 4)
-#define WEIGHTS_AT (TABLE + STAGES * X_STAGE)
-#define FRONT (WEIGHTS_AT + WEIGHTS_RING)
-#define LEAST_SHRUNK 24576  // eight rows of x of the most ranks (768)
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define SUMS_AT (APART ? MAX(FRONT, LEAST_SHRUNK) : 0)
-#define UNITS_AT (WGMMA ? TABLE : 0)         // units of A x, before x comes in; not on Hopper, before the table, too
-#define A_STRIDE ((STEPS | 1) * 64)          // bytes of a unit's rank: neighbours lie half of the banks apart
-#define A_BYTES (16 * A_STRIDE)
-#define UNITS (UNIT_SHARES * 512 + BUFFERS * A_BYTES)
-#define FRONT_END (APART ? SUMS_AT + SUMS : MAX(FRONT, SUMS + LEAST_SHRUNK))
-#define ROW_LORA (FIRST ? MAX(FRONT_END, UNITS_AT + UNITS) : FRONT_END)
-#define EPOCH_AT (ROW_LORA + TOKENS * 96)
-#define SUMS_BARRIER_AT (EPOCH_AT + 8)  // counts sums of other blocks of the cluster
-#define BARRIERS_AT (EPOCH_AT + 16)  // a full and a free one of each group's tile of x in each stage
-#define WEIGHTS_BARRIERS_AT (BARRIERS_AT + 256)  // of each stage of each warp
-#define CONTROL_END (WEIGHTS_BARRIERS_AT + RING * WARPS * 8)
-static_assert(STAGES * WK <= 16 && STAGES <= WR * 4, "barriers have room, and a warp each that makes them");
-#if BESIDE
-#define UNIT_SUMS_AT CONTROL_END
-#define ADDED_AT UNIT_SUMS_AT  // when the units are done: what adapters add to this block's outputs
-#define ADDED (OWN * TOKENS * 4)
-#define SHRUNK_AT (ADDED_AT + ADDED)  // and A x of rows of x
-#define SHRUNK_BYTES MAX(UNITS - ADDED, LEAST_SHRUNK)
-#else
-#define UNIT_SUMS_AT UNITS_AT
-#define SHRUNK_AT (APART ? 0 : SUMS)  // A x of rows of x, when table and ring have done their work
-#define SHRUNK_BYTES (APART ? SUMS_AT : FRONT_END - SUMS)
-#endif
-#define A_AT (UNIT_SUMS_AT + UNIT_SHARES * 512)
-#define X_TOKENS (MAIN_THREADS / (WK * XU * 8))  // rows of x that the thread block copies at a time
-#define X_ROUNDS ((TOKENS + X_TOKENS - 1) / X_TOKENS)
-
-#if __CUDA_ARCH_FEAT_SM90_ALL
-#define WGMMA 1
-#include "wgmma.cuh"
-#else
-#define WGMMA 0
-#endif
-
-static_assert(!RING || (NF4_KIND && WGMMA && DEPTH == 1), "bulk copies bring NF4 to Hopper");
-static_assert(!FIRST || UNITS_AT + UNITS <= ROW_LORA, "units end before what stays");
-#if BESIDE
-static_assert(MAX(UNIT_SUMS_AT + UNITS, SHRUNK_AT + LEAST_SHRUNK) <= SMEM, "everything has room");
-#else
-static_assert(CONTROL_END <= SMEM && SUMS_AT + SUMS <= SMEM && SHRUNK_BYTES >= LEAST_SHRUNK, "everything has room");
-#endif
-
-extern __shared__ __align__(1024) u8 smem[];
+#include "layout.cuh"
 
 struct Params {
 #if WGMMA
@@ -138,181 +58,9 @@ struct End {
 // Which block of ROWS outputs this is. Blocks ahead have none.
 DEV i32 outputs_block(const Params& p, i32 block) { return block - (LORA ? p.helpers : 0); }
 
-// Word I of a lane's column in the table: the byte I of `v` becomes the row. On Hopper dynamic shared memory begins at
-// 1024 (the kernel checks it), so that the address needs no addition: `column` has the high bits.
-#if WGMMA
-#define SMEM_START 1024
-DEV u32 column_of(i32 lane) { return (smem_addr(smem) & 0xff000000) | lane * 4; }
-template <int I, int OFFSET = 0> DEV u32 look_up(u32 v, u32 column) {
-    u32 word;
-    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(__byte_perm(v, column, 0x7604 | I << 4)), "n"(SMEM_START + OFFSET));
-    return word;
-}
-#else
-DEV u32 column_of(i32 lane) { return lane * 4; }
-template <int I, int OFFSET = 0> DEV u32 look_up(u32 v, u32 column) { return *(const u32*)(smem + OFFSET + __byte_perm(v, column, 0x5504 | I << 4)); }
-#endif
-
-// The ring of x: [STAGES][WK * XU][TOKENS] rows of 128 bytes, 16-byte chunk c of row r in place of chunk c ^ (r % 8).
-// On Hopper each group has a ring of its own: its first warp fills a slot when all have freed it.
-#if WGMMA
-DEV u32 full_barrier(u32 base, i32 slot, i32 group) { return base + BARRIERS_AT + (slot * WK + group) * 16; }
-DEV u32 free_barrier(u32 base, i32 slot, i32 group) { return full_barrier(base, slot, group) + 8; }
-
-// By one warp of the group: the x of step `ahead` from the one whose first block is kb.
-DEV void fetch_x(const Params& p, u32 base, i32 token0, i32 group, i32 slot, u32 parity, i32 kb, i32 ahead) {
-    const u32 full = full_barrier(base, slot, group);
-    barrier_wait(free_barrier(base, slot, group), parity);
-    if (!elected()) return;
-    barrier_expect(full, XU * X_TILE);
-    copy_tensor(base + TABLE + slot * X_STAGE + group * (XU * X_TILE), &p.x_map, full, token0, kb + ahead / X_STEPS * (WK * KU) + ahead % X_STEPS * XU);
-}
-
-// A group's first slots, of `stages` at most.
-DEV void start_x(const Params& p, u32 base, i32 token0, i32 group, i32 kb, i32 stages) {
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; i++)
-        if (i / X_STEPS < stages) fetch_x(p, base, token0, group, i, 1, kb, i);
-}
-#else
-struct FeedX {
-    const u16* from;  // of block 0
-    u32 to;
-    i32 jump, rows, kb, slot, step;
-
-    DEV FeedX(const Params& p, i32 token0, i32 begin) : slot(0), step(0) {
-        const i32 token = threadIdx.x / (WK * XU * 8), chunk = threadIdx.x % (WK * XU * 8);
-        kb = (begin + chunk / 8 / XU) * KU + chunk / 8 % XU;
-        from = p.x + (i64)(token0 + token) * p.K + (chunk & 7) * 8;
-        jump = X_TOKENS * p.K, rows = min(p.M - token0, TOKENS) - token;
-        to = TABLE + (chunk / 8) * X_TILE + token * 128 + (((chunk & 7) ^ (token & 7)) << 4);
-    }
-};
-
-DEV void copy_x(const Params& p, const FeedX& f, u32 base) {
-    const bool valid = f.kb * 64 < p.K;
-#pragma unroll
-    for (int i = 0; i < X_ROUNDS; i++)
-        if (i * X_TOKENS < f.rows)
-            cp_async16_or_zero(base + f.slot * X_STAGE + i * X_TOKENS * 128 + (f.to ^ (i * X_TOKENS % 8 * 16)),
-                               valid ? f.from + f.kb * 64 + (i64)i * f.jump : p.x, valid);
-}
-
-DEV void load_x(const Params& p, FeedX& f, u32 base) {
-    copy_x(p, f, base);
-    f.step = f.step == X_STEPS - 1 ? 0 : f.step + 1;
-    f.kb += f.step ? XU : WK * KU - (X_STEPS - 1) * XU;
-    f.slot = f.slot == STAGES - 1 ? 0 : f.slot + 1;
-}
-
-DEV void start_x(const Params& p, FeedX& f, u32 base, i32 stages) {
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i / X_STEPS < stages) load_x(p, f, base);
-        cp_async_commit();
-    }
-}
-#endif
-
+#include "rows.cuh"
 #include "weights.cuh"
-
-#if WGMMA
-typedef u64 XTile;  // a descriptor
-#else
-typedef u32 XTile;  // an address
-#endif
-
-// c += A B over one block: a has the four k16 fragments, x_tile [TOKENS, 64] is in shared memory. Until
-// `finish_multiply` c and a belong to the matrix unit.
-DEV void start_multiply(float (&c)[NT][4], const u32 (&a)[4][4], XTile x_tile, i32 u, i32 lane) {
-#if WGMMA
-    wgmma_fence(c);
-#pragma unroll
-    for (int k = 0; k < 4; k++) wgmma<NT>(c, a[k], x_tile + (u * (X_TILE / 16) + k * 2));
-    wgmma_commit();
-#else
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            u32 b0, b1, b2, b3;
-            ldmatrix_x4(b0, b1, b2, b3, x_tile + u * X_TILE + n * 1024 + (lane & 7) * 128 + (((half * 4 + (lane >> 3)) ^ (lane & 7)) << 4));
-            mma_bf16(c[n], a[half * 2][0], a[half * 2][1], a[half * 2][2], a[half * 2][3], b0, b1);
-            mma_bf16(c[n], a[half * 2 + 1][0], a[half * 2 + 1][1], a[half * 2 + 1][2], a[half * 2 + 1][3], b2, b3);
-        }
-#endif
-}
-DEV void finish_multiply(float (&c)[NT][4]) {
-#if WGMMA
-    wgmma_wait();
-    wgmma_fence_registers(c);
-#endif
-}
-
-// What a warp multiplies, on its way.
-struct Work {
-    Weights w;
-    Scales s;  // of the next stage
-    Units z;
-    u32 a[4][4], b[4][4];  // blocks that have been decoded, in turns
-    float acc[NT][4];
-};
-
-// A stage of a warp's.
-struct Turn {
-#if RING
-    i32 index, mine;  // of so many
-    i32 kb;           // its first block
-    Place here, next;
-#else
-    i32 depth;  // of its weights, in registers
-    bool more;  // there is one to come in their place
-#endif
-};
-
-// Blocks U.. to END of a stage: while the matrix unit works on one, the next is decoded.
-template <int D, int U, int END> DEV void blocks(const Params& p, Work& k, const Turn& turn, XTile x_tile, i32 lane, u32 (&now)[4][4], u32 (&next)[4][4]) {
-    if constexpr (U < END) {
-        if (NF4_KIND) scale_sums(k.acc, k.z.change);
-        start_multiply(k.acc, now, x_tile, U % XU, lane);
-#if RING
-        decode(next, k.w.word[(U + 1) % 2], lane);
-        if (U == 2 && turn.index + RING < turn.mine) fetch_weights(k.w, turn.here);
-        if (U == 2 && turn.index + 1 < turn.mine) barrier_wait(turn.next.barrier, turn.next.parity);
-        read_word(k.w, U % 2, U < 2 ? turn.here.at + (U + 2) * BLOCK_BYTES : turn.next.at + (U - 2) * BLOCK_BYTES, lane);
-        k.z.change = of_outputs<(U + 1) % KU>(k.z.changes[(U + 1) % 2], lane);
-        if constexpr (U < 3) next_units<U>(k.z, k.s, lane);
-        if (U == 1 && turn.index + 2 < turn.mine) k.s.at += SCALES_HOP, load_scales(p, k.s, turn.kb + 2 * (WK * KU));
-#else
-        if constexpr (U + 1 < KU) {
-            decode(next, k.w.word[D][(U + 1) % WINDOW], lane);
-            refill<D, U + 1>(k.w, turn.more);
-        }
-        if (NF4_KIND) {
-            k.z.change = of_outputs<(U + 1) % KU>(k.z.changes[(U + 1) % 2], lane);
-            if (U + 2 == KU) all_next_units(k.z, k.s, lane);
-        }
-#endif
-        finish_multiply(k.acc);
-        blocks<D, U + 1, END>(p, k, turn, x_tile, lane, next, now);
-    }
-}
-
-// The blocks of a stage whose x has come in at `step`.
-template <int D, int STEP = 0> DEV void stage(const Params& p, Work& k, const Turn& turn, XTile x_tile, i32 lane, i32 step) {
-    if constexpr (STEP + 1 < X_STEPS)
-        if (step != STEP) return stage<D, STEP + 1>(p, k, turn, x_tile, lane, step);
-#if !RING
-    if constexpr (D + 1 < DEPTH)
-        if (turn.depth != D) return stage<D + 1, STEP>(p, k, turn, x_tile, lane, step);
-    if (STEP == 0) {
-        decode(k.a, k.w.word[D][0], lane);
-        refill<D, 0>(k.w, turn.more);
-    }
-#endif
-    constexpr bool odd = STEP * XU % 2;
-    blocks<D, STEP * XU, STEP * XU + XU>(p, k, turn, x_tile, lane, odd ? k.b : k.a, odd ? k.a : k.b);
-}
+#include "products.cuh"
 
 // Where the sums of lane (g, t) lie among those of 16 outputs for 8 rows of x: output g and g + 8 for rows 2t and 2t + 1, as the
 // matrix unit leaves them. Neither lanes in order nor outputs in order meet a bank twice.

@@ -6,6 +6,21 @@
 // barrier of its own (RING). Knows nothing of x but how many sums a warp has.
 #pragma once
 
+// Word I of a lane's column in the table: the byte I of `v` becomes the row. On Hopper dynamic shared memory begins at
+// 1024 (the kernel checks it), so that the address needs no addition: `column` has the high bits.
+#if WGMMA
+#define SMEM_START 1024
+DEV u32 column_of(i32 lane) { return (smem_addr(smem) & 0xff000000) | lane * 4; }
+template <int I, int OFFSET = 0> DEV u32 look_up(u32 v, u32 column) {
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(__byte_perm(v, column, 0x7604 | I << 4)), "n"(SMEM_START + OFFSET));
+    return word;
+}
+#else
+DEV u32 column_of(i32 lane) { return lane * 4; }
+template <int I, int OFFSET = 0> DEV u32 look_up(u32 v, u32 column) { return *(const u32*)(smem + OFFSET + __byte_perm(v, column, 0x5504 | I << 4)); }
+#endif
+
 // Scales of a stage: lane l has those of the tile's output l % 16 (g, half) for two blocks, from l / 16 * 2 on.
 struct Scales {
     float2 plain;
