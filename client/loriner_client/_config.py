@@ -15,7 +15,8 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Of calls that the server did not begin; a stream is never tried again after its first part.
+    """Of calls that the server did not begin, or gave up as it stopped; a stream is never tried
+    again after its first part.
 
     Only what is safe to repeat: inference, look-ups, pins, evictions.
     """

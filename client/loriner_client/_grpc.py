@@ -234,7 +234,9 @@ def _policy(retry: Retry) -> dict[str, Any]:
         "initialBackoff": f"{retry.first_s}s",
         "maxBackoff": f"{retry.longest_s}s",
         "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"],
+        # CANCELLED, unless by the caller, is what a server that stops says to calls that it has not
+        # begun: grpc issue 41785
+        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
     }
 
 
