@@ -31,8 +31,12 @@ class ManyRows:
         finish = device.module("finish.cu")
         self._bias, self._add = finish.kernel("add_bias"), finish.kernel("add_rows")
         self._gate = finish.kernel("gate")
-        self._finish = {STORE: finish.kernel("lora_store"), ADD: finish.kernel("lora_add")}
-        self._finish_gated = [finish.kernel(f"lora_gate_{name}") for name in ("silu", "gelu")]
+        self._finish = {  # by epilogue and is_gelu
+            (STORE, False): finish.kernel("lora_store"),
+            (ADD, False): finish.kernel("lora_add"),
+            (GATED, False): finish.kernel("lora_gate_silu"),
+            (GATED, True): finish.kernel("lora_gate_gelu"),
+        }
 
     def dequantized(self, operand: Operand) -> Tensor:
         """The weight [N, K] bf16 in its own order, made anew."""
@@ -113,8 +117,7 @@ class ManyRows:
             t.shape[1],
             cluster=self._cluster,
         )
-        finish = self._finish_gated[is_gelu] if epilogue == GATED else self._finish[epilogue]
-        finish(
+        self._finish[epilogue, is_gelu](
             (-(-y.shape[1] // 128), -(-rows // 32)),
             128,
             y,

@@ -115,6 +115,7 @@ DEV i32 divided(i32 a, i32 b) {
 
 DEV float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
 DEV float gelu(float v) { return 0.5f * v * (1.0f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v))); }
+DEV float activate(float v, bool is_gelu) { return is_gelu ? gelu(v) : silu(v); }
 
 DEV float warp_sum(float v) {
 #pragma unroll

@@ -110,7 +110,7 @@ struct Product {
         const float v = bf16_to_float(*from) + share;
         if (END == STORE) *from = float_to_bf16(v);
         if (END == ADD) ((float*)y)[row * N + n] += v;
-        if (IS_GATED(END)) ((u16*)y)[row * (N / 2) + n] = float_to_bf16((END == GELU ? gelu(v) : silu(v)) * (bf16_to_float(from[N / 2]) + up));
+        if (IS_GATED(END)) ((u16*)y)[row * (N / 2) + n] = float_to_bf16(activate(v, END == GELU) * (bf16_to_float(from[N / 2]) + up));
     }
 
     // Eight consecutive outputs of a row.
@@ -128,7 +128,7 @@ struct Product {
         if (IS_GATED(END)) {
             float z[8];
 #pragma unroll
-            for (int i = 0; i < 8; i++) z[i] = (END == GELU ? gelu(at(v, i) + share[i]) : silu(at(v, i) + share[i])) * (at(u, i) + up[i]);
+            for (int i = 0; i < 8; i++) z[i] = activate(at(v, i) + share[i], END == GELU) * (at(u, i) + up[i]);
             *(uint4*)((u16*)y + row * (N / 2) + n) = make_uint4(pack_bf16(z[0], z[1]), pack_bf16(z[2], z[3]), pack_bf16(z[4], z[5]), pack_bf16(z[6], z[7]));
         }
     }
@@ -202,10 +202,11 @@ template <int END> DEV void finish(const Product& p, const float* t, i32 stride,
 
 // y += the adapters' share, for products x [M, N] bf16 that another kernel made. y is x itself, f32 [M, N] to which x is added too, or bf16
 // [M, N / 2], the gated product of x's halves. Grid: (ceil(outputs of y / 128), ceil(M / 32)), 128 threads.
-#define FINISH(name, END)                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(128) name(void* y, u16* x, i32 M, i32 N, const float* t, i32 stride, const i32* row_seat, const u8* seats, \
-                                                           i32 group, i32 num_groups, i32 split0, i32 split1) {                                              \
-        finish<END>({y, x, M, N}, t, stride, {row_seat, seats, group, num_groups, split0, split1});                                                  \
+#define FINISH(name, END)                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(128) name(void* y, u16* x, i32 M, i32 N, const float* t, i32 stride,            \
+                                                           const i32* row_seat, const u8* seats, i32 group, i32 num_groups,     \
+                                                           i32 split0, i32 split1) {                                             \
+        finish<END>({y, x, M, N}, t, stride, {row_seat, seats, group, num_groups, split0, split1});                              \
     }
 FINISH(lora_store, STORE)
 FINISH(lora_add, ADD)

@@ -5,8 +5,6 @@
 #include "barriers.cuh"
 #include "lora.cuh"
 
-#define LEAST_SCALE 1e-20f  // what a scale of 0 becomes; to others it adds nothing
-#define AHEAD 4  // steps of 32 inputs of A x that a warp has in flight
 #define KU 4  // blocks of 64 inputs in a group's stage
 #define GROUPS (WR * WK)
 #define WARPS (GROUPS * 4)
@@ -65,8 +63,6 @@ static_assert(STAGES * WK <= 16 && STAGES <= WR * 4, "barriers have room, and a 
 #define SHRUNK_BYTES (APART ? SUMS_AT : FRONT_END - SUMS)
 #endif
 #define A_AT (UNIT_SUMS_AT + UNIT_SHARES * 512)
-#define X_TOKENS (MAIN_THREADS / (WK * XU * 8))  // rows of x that the thread block copies at a time
-#define X_ROUNDS ((TOKENS + X_TOKENS - 1) / X_TOKENS)
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
 #define WGMMA 1

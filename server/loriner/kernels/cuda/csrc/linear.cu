@@ -101,8 +101,6 @@ DEV void reduced(float (&sum)[4], i32 tile, i32 oct) {
 
 #include "adapters.cuh"
 
-DEV float activate(float v) { return GELU ? gelu(v) : silu(v); }
-
 // A warp finishes 16 outputs for eight rows of x at a time. Lane (g, t) has outputs g and g + 8 (of gated ones the gate and the up of
 // output g) for rows 2t and 2t + 1.
 #if FIRST && WGMMA
@@ -159,7 +157,7 @@ void epilogue(const End p, const Outputs own, const Passes passes, i32 token0, i
                 for (int j = 0; j < (GATED ? 2 : 4); j++) {
                     if (t + (j & 1) >= rows || n + j / 2 * 8 >= outputs) continue;
                     const i64 at = to + (j & 1) * outputs + j / 2 * 8;
-                    if (GATED) ((u16*)p.y)[at] = float_to_bf16(activate(sum[j]) * sum[j + 2]);
+                    if (GATED) ((u16*)p.y)[at] = float_to_bf16(activate(sum[j], GELU) * sum[j + 2]);
                     if (EPILOGUE == 0) ((u16*)p.y)[at] = float_to_bf16(sum[j]);
                     if (EPILOGUE == 1) ((float*)p.y)[at] = old[j] + sum[j];
                     if (EPILOGUE == 3) ((float*)p.y)[at] = sum[j];

@@ -25,6 +25,8 @@ DEV void start_x(const Params& p, u32 base, i32 token0, i32 group, i32 kb, i32 s
         if (i / X_STEPS < stages) fetch_x(p, base, token0, group, i, 1, kb, i);
 }
 #else
+#define X_TOKENS (MAIN_THREADS / (WK * XU * 8))  // rows of x that the thread block copies at a time
+#define X_ROUNDS ((TOKENS + X_TOKENS - 1) / X_TOKENS)
 struct FeedX {
     const u16* from;  // of block 0
     u32 to;

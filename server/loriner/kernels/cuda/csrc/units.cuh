@@ -8,6 +8,7 @@
 // either half of those apart. Ranks are the A operand of mma.m16n8k16, rows of x the B operand; lanes take eight consecutive inputs as their
 // fragments' sixteen, the same for both.
 #define HALF_SHARES (SHARES / 2)
+#define AHEAD 4  // steps of 32 inputs of A x that a warp has in flight
 struct Unit {
     ShrinkTile tile;
     i32 piece;

@@ -145,6 +145,8 @@ struct Units {
     float2 change;        // to the block that comes next, for this lane's two outputs
 };
 
+#define LEAST_SCALE 1e-20f  // what a scale of 0 becomes; to others it adds nothing
+
 // The scale of one of this lane's blocks; never 0, that it may be divided by.
 template <int I> DEV float scale_of(const Scales& s, i32 lane) {
     float own = I ? s.plain.y : s.plain.x;
