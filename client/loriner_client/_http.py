@@ -36,6 +36,7 @@ from loriner_client._upload import Upload
 A = TypeVar("A")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 RETRYABLE = "loriner_retryable"  # of a request: safe to repeat
+LOST = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)  # without an answer
 
 
 class HttpTransport:
@@ -118,17 +119,23 @@ class AsyncHttpTransport:
 
 
 class _Patient(httpx.BaseTransport):
-    """Asks again when the server did not begin: 503, before any of the answer was read."""
+    """Asks again, before any of the answer was read, when the server did not begin (503), or closed
+    the connection as a stopping one does."""
 
     def __init__(self, wire: httpx.BaseTransport, retry: Retry) -> None:
         self._wire, self._retry = wire, retry
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         for pause_s in self._retry.pauses():
-            response = self._wire.handle_request(request)
-            if not _is_to_be_asked_again(request, response):
-                return response
-            response.close()
+            try:
+                response = self._wire.handle_request(request)
+            except LOST:
+                if not _is_repeatable(request):
+                    raise
+            else:
+                if not _is_to_be_asked_again(request, response):
+                    return response
+                response.close()
             time.sleep(pause_s)
         return self._wire.handle_request(request)
 
@@ -142,10 +149,15 @@ class _AsyncPatient(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         for pause_s in self._retry.pauses():
-            response = await self._wire.handle_async_request(request)
-            if not _is_to_be_asked_again(request, response):
-                return response
-            await response.aclose()
+            try:
+                response = await self._wire.handle_async_request(request)
+            except LOST:
+                if not _is_repeatable(request):
+                    raise
+            else:
+                if not _is_to_be_asked_again(request, response):
+                    return response
+                await response.aclose()
             await asyncio.sleep(pause_s)
         return await self._wire.handle_async_request(request)
 
@@ -153,9 +165,13 @@ class _AsyncPatient(httpx.AsyncBaseTransport):
         await self._wire.aclose()
 
 
+def _is_repeatable(request: httpx.Request) -> bool:
+    return bool(request.extensions.get(RETRYABLE))
+
+
 def _is_to_be_asked_again(request: httpx.Request, response: httpx.Response) -> bool:
     is_final = response.headers.get("x-should-retry") == "false"
-    return response.status_code == 503 and not is_final and bool(request.extensions.get(RETRYABLE))
+    return response.status_code == 503 and not is_final and _is_repeatable(request)
 
 
 class _Deadline:
