@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loriner.adapters.adapter import Adapter
 from loriner.adapters.gpu_pool import DeviceSeats, Pairs, Ticket
-from loriner.adapters.image import ALIGNMENT, ENTRY, ImageLayout, SeatImage, view
+from loriner.adapters.image import ALIGNMENT, ENTRY, ImageLayout, SeatImage, tiled, view
 from loriner.adapters.pool import Layout, Placement
 
 FUSED = {
@@ -123,7 +123,7 @@ class Reader:
             if ends[i] == start:
                 slices.append(torch.zeros(num_out, dtype=torch.float64))
                 continue
-            b = self._read(entry["b"][i], (num_out, ends[i] - start), torch.bfloat16)
+            b = self._read_b(entry, i, (num_out, ends[i] - start))
             y = b.double() @ (a[start : ends[i]].double() @ x.double())
             if entry["bias"][i]:
                 y += self._read(entry["bias"][i], (num_out,), torch.float32).double()
@@ -133,11 +133,19 @@ class Reader:
     def embedding(self, token: int, vocab: int, hidden: int) -> Tensor:
         entry, rank = self._entry("embed"), self.ranks("embed")[0]
         a = self._read(entry["a"], (vocab, rank), torch.bfloat16)
-        b = self._read(entry["b"][0], (hidden, rank), torch.bfloat16)
+        b = self._read_b(entry, 0, (hidden, rank))
         return float(entry["scale"][0]) * (b.double() @ a[token].double())
 
     def _entry(self, group: str) -> Any:
         return self._entries[self._layout.groups.index(group)]
+
+    def _read_b(self, entry: Any, index: int, shape: tuple[int, int]) -> Tensor:
+        stored = self._read(entry["b"][index], shape, torch.bfloat16)
+        if not entry["tiled"] >> index & 1:
+            return stored
+        b = torch.empty_like(stored)
+        tiled(b).copy_(stored.view(tiled(b).shape))
+        return b
 
     def _read(self, address: np.uint64, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         offset = int(address) - self._memory.data_ptr()

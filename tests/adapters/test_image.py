@@ -9,7 +9,7 @@ import torch
 
 from loriner.adapters import formats
 from loriner.adapters.adapter import Adapter, LoraWeight
-from loriner.adapters.image import ALIGNMENT, ENTRY, ImageLayout, pack_image, plan
+from loriner.adapters.image import ALIGNMENT, ENTRY, ImageLayout, pack_image, plan, view
 from loriner.errors import InvalidAdapterError
 from tests.adapters.fake_device import FUSED, Reader, expected, layout_of, slab, tensors
 from tests.adapters.samples import PEFT_FOLDERS, SHARED, SMOLLM2, TINY
@@ -125,6 +125,34 @@ def test_tensors_are_aligned_chunks_are_pages_and_nothing_overlaps() -> None:
         start, end = chunks[chunk]
         inside = image.plan.offsets[group][image.plan.offsets[group] >= 0]
         assert ((inside >= start) & (inside < end)).all()
+
+
+@pytest.mark.parametrize("rank", [4, 16, 24, 64])
+def test_b_is_in_tiles_where_its_sizes_allow_it(rank: int) -> None:
+    """What lane (g, t) wants for outputs g and g + 8 and ranks 4t to 4t + 3 is 16 bytes."""
+    b = torch.randn(48, rank).bfloat16()
+    image = pack_image(
+        Adapter.of({"lm_head": LoraWeight(torch.ones(rank, 16), b, None, 1.0)}), LAYOUT
+    )
+    stored = view(image.bytes, image.plan.places["lm_head", "b"]).flatten()
+    lanes = stored.view(48 // 16, rank // 4, 8, 2, 2, 2)
+    for g in range(8):
+        for t in range(rank // 4):
+            wanted = b[g : g + 9 : 8, 4 * t : 4 * t + 4].view(2, 2, 2).transpose(0, 1)
+            assert torch.equal(lanes[0, t, g], wanted), (g, t)
+    assert torch.equal(lanes[2, 0, 3, 1, 0], b[35, 2:4])
+    assert image.plan.tiled[LAYOUT.groups.index("lm_head")] == 1
+
+
+def test_b_of_other_sizes_stays_as_it_is() -> None:
+    """The seat's bits say so by slice."""
+    q, k, v = lora(8, 16, 16), lora(8, 16, 8), lora(6, 16, 8)
+    parts = {f"model.layers.0.self_attn.{n}_proj": w for n, w in zip("qkv", (q, k, v), strict=True)}
+    image = pack_image(Adapter.of(parts), LAYOUT)
+    assert image.plan.tiled[LAYOUT.groups.index("0.qkv")] == 0b001
+    for name, weight in list(parts.items())[1:]:
+        stored = view(image.bytes, image.plan.places[name, "b"])
+        assert torch.equal(stored, weight.b.bfloat16()), name
 
 
 @pytest.mark.parametrize(

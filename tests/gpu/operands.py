@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loriner.adapters.image import can_tile, tiled
 from loriner.kernels.operands import NestedScales, Nf4
 from loriner.model.nf4 import dynamic_map, nf4_code
 
@@ -58,10 +59,12 @@ class Seats:
             rank = ranks[i] if i < len(ranks) else 0
             if rank:
                 b = (torch.randn(sizes[i], rank, device="cuda") / 8).bfloat16()
+                stored = tiled(b).contiguous() if can_tile(*b.shape) else b
+                entry[80:84].view(torch.int32)[0] |= can_tile(*b.shape) << i
                 offset = torch.randn(sizes[i], device="cuda") if bias else torch.zeros(sizes[i])
                 scale = 0.5 + i
-                self.keep += [b, offset]
-                entry[8 + 8 * i : 16 + 8 * i].view(torch.int64)[0] = b.data_ptr()
+                self.keep += [stored, offset]
+                entry[8 + 8 * i : 16 + 8 * i].view(torch.int64)[0] = stored.data_ptr()
                 if bias:
                     entry[32 + 8 * i : 40 + 8 * i].view(torch.int64)[0] = offset.data_ptr()
                 entry[56 + 4 * i : 60 + 4 * i].view(torch.float32)[0] = scale

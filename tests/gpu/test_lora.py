@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from loriner.adapters.adapter import Adapter, LoraWeight
+from loriner.adapters.image import ImageLayout, pack_image
 from loriner.kernels.cuda.backend import SeatLora
+from tests.adapters.fake_device import FUSED, layout_of
 from tests.gpu.conftest import RANKS, ROWS
 from tests.gpu.operands import POISON, Seats, dense, error, items_of, random_nf4
 
@@ -133,6 +136,27 @@ def test_gated_outputs_of_any_ranks_equal_float64(kernels: Any, inner: int) -> N
         found = kernels.linear_gated(x, operand, lora, "gelu_tanh")
         expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
         assert error(found, expected) < 8e-3, rows
+
+
+@pytest.mark.parametrize("ranks", [(0, 16), (16, 0), (0, 64), (48, 16)])
+def test_gated_outputs_may_be_adapted_on_one_side(kernels: Any, ranks: tuple[int, int]) -> None:
+    """By one adapter, and by one for each row."""
+    inner, inputs, num_seats = 9728, 576, 64
+    weights = [random_nf4(inner, inputs, nested=False) for _ in range(2)]
+    operand = kernels.prepare_nf4(weights, None, gated=True)
+    exact = torch.cat([dense(weight) for weight in weights])
+    seats = Seats(num_seats, num_groups=6)
+    for seat in range(num_seats):
+        seats.put(seat, 2, inputs, [inner, inner], list(ranks), bias=False)
+    for rows in (1, 8, 16, 64):
+        for row_seats in ([0] * rows, list(range(rows))):
+            x = (torch.randn(rows, inputs, device="cuda") / 8).bfloat16()
+            both = x.double() @ exact.t()
+            both += seats.expected(x.double(), row_seats, 2, 2 * inner)
+            gate, up = both.split(inner, dim=1)
+            lora = lora_of(kernels, seats, row_seats).operand("0.gate_up")
+            found = kernels.linear_gated(x, operand, lora, "silu")
+            assert error(found, torch.nn.functional.silu(gate) * up) < 8e-3, rows
 
 
 @pytest.mark.timeout(60)
@@ -312,3 +336,53 @@ def test_the_embedding_is_adapted(kernels: Any) -> None:
     expected = table[tokens.long()].double()
     expected[2:4] += 0.5 * a[tokens[2:4].long()].double() @ b.double().t()
     assert error(h, expected) < 1e-6
+
+
+def test_images_are_read_as_they_are_written(kernels: Any) -> None:
+    """Of ranks and outputs that go into tiles, and of others, with biases and an embedding."""
+    hidden, sizes, vocab = 576, [576, 192, 200], 96
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    widths = dict.fromkeys((name for part in FUSED.values() for name in part), (hidden, hidden))
+    shapes = {f"model.layers.0.{name}": shape for name, shape in widths.items()}
+    shapes |= {name: (size, hidden) for name, size in zip(names, sizes, strict=True)}
+    layout = ImageLayout(layout_of(shapes))
+    weights = [random_nf4(size, hidden, nested=False) for size in sizes]
+    operand = kernels.prepare_nf4(weights, None)
+    base = torch.cat([dense(weight) for weight in weights])
+    for ranks in ((16, 16, 16), (4, 64, 8), (6, 12, 1), (32, 5, 256)):
+        made = {
+            name: LoraWeight(
+                torch.randn(rank, hidden), torch.randn(size, rank) / 8, bias, 0.5 + rank / 16
+            )
+            for name, rank, size in zip(names, ranks, sizes, strict=True)
+            for bias in [torch.randn(size) if rank == 12 else None]
+        }
+        embedding = LoraWeight(
+            torch.randn(ranks[0], vocab), torch.randn(hidden, ranks[0]), None, 2.0
+        )
+        image = pack_image(Adapter.of(made | {"model.embed_tokens": embedding}), layout)
+        memory = image.bytes.cuda()
+        addresses = [memory.data_ptr() + start for start, _ in image.plan.chunks]
+        table = torch.from_numpy(image.plan.entries(addresses))[None].cuda()
+        for rows in (3, 16, 64, 300):
+            row_seats = [0] * (rows - 1) + [-1]
+            lora = kernels.seat_lora(table, *items_of(row_seats))
+            x = torch.randn(rows, hidden, device="cuda").bfloat16()
+            expected = x.double() @ base.t()
+            expected[:-1] += torch.cat([_delta(w, x[:-1].double()) for w in made.values()], dim=1)
+            assert error(kernels.logits(x, operand, lora.operand("0.qkv")), expected) < 2e-3, rows
+
+        tokens = torch.tensor([0, 5, vocab - 1, 7], device="cuda", dtype=torch.int32)
+        h = torch.zeros(4, hidden, device="cuda")
+        lora = kernels.seat_lora(table, *items_of([0, 0, 0, -1]))
+        kernels.lora_embed_add(h, tokens, lora.embeddings)
+        one_hot = torch.nn.functional.one_hot(tokens[:3].long(), vocab).double()
+        assert error(h[:3], _delta(embedding, one_hot)) < 1e-3
+        assert not h[3].any()
+
+
+def _delta(weight: LoraWeight, x: torch.Tensor) -> torch.Tensor:
+    """What an adapter of bf16 weights adds to rows x [M, K] f64 of one linear."""
+    a, b = (t.bfloat16().double().cuda() for t in (weight.a, weight.b))
+    y = x @ a.t() @ b.t()
+    return weight.scaling * (y if weight.bias is None else y + weight.bias.double().cuda())

@@ -1,8 +1,9 @@
 """One generation as the GPU reads it: a single stretch of bytes, and where each tensor stands.
 
-A in bf16, the slices of a fused linear stacked by rank; B in bf16 as [n, r]; biases in f32; scales
-aside. Knows no device and no file. Invariant: an image holds exactly the tensors of its adapter,
-each at its exact rank and on a 256-byte boundary, all finite.
+A in bf16, the slices of a fused linear stacked by rank; B in bf16, in tiles (`tiled`) where its
+sizes allow it, else as [n, r]; biases in f32; scales aside. Knows no device and no file. Invariant:
+an image holds exactly the tensors of its adapter, each at its exact rank and on a 256-byte
+boundary, all finite.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -35,9 +38,11 @@ ENTRY = np.dtype(  # the entry of one fused linear in the seat table, as kernels
         ("bias", "<u8", MAX_SLICES),
         ("scale", "<f4", MAX_SLICES),
         ("rank_end", "<i4", MAX_SLICES),
-        ("spare", "<u4", 4),
+        ("tiled", "<u4"),  # bit i: B of slice i is
+        ("spare", "<u4", 3),
     ]
 )
+TILE, TILE_RANKS = 16, 4  # outputs and ranks of a tile of B
 _LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
 _LAST_GROUPS = ("lm_head", EMBEDDING)
 
@@ -52,13 +57,21 @@ class Module(NamedTuple):
     scaling: float
 
 
+class Order(Enum):
+    """How a tensor lies in an image."""
+
+    OWN = auto()  # as the adapter's
+    TRANSPOSED = auto()
+    TILED = auto()
+
+
 class Place(NamedTuple):
     """One tensor in an image."""
 
     offset: int  # bytes
-    shape: tuple[int, ...]  # as stored in the image
+    shape: tuple[int, ...]  # the adapter's own, or [r, n] transposed
     dtype: torch.dtype
-    transposed: bool = False  # against the adapter's own tensor
+    order: Order = Order.OWN
 
     @property
     def num_bytes(self) -> int:
@@ -103,6 +116,7 @@ class ImagePlan:
     offsets: NDArray[np.int64]  # [G, 7]: a, b of each slice, bias of each slice; bytes or NONE
     scales: NDArray[np.float32]  # [G, 3]
     rank_ends: NDArray[np.int32]  # [G, 3], cumulative
+    tiled: NDArray[np.uint32]  # [G], bit i: B of slice i
     chunks: tuple[tuple[int, int], ...]  # (start, end) in bytes, whole pages, covering the image
     chunk_of: NDArray[np.int64]  # [G]
     chunk_pages: tuple[int, ...]
@@ -118,6 +132,7 @@ class ImagePlan:
         table["b"] = pointers[:, _B:_BIAS]
         table["bias"] = pointers[:, _BIAS:]
         table["scale"], table["rank_end"] = self.scales, self.rank_ends
+        table["tiled"] = self.tiled
         return table.view(np.uint8).reshape(len(table), ENTRY.itemsize)
 
 
@@ -141,6 +156,7 @@ def plan(modules: Mapping[str, Module], layout: ImageLayout) -> ImagePlan:
         made.offsets,
         made.scales,
         made.rank_ends,
+        made.tiled,
         tuple(made.chunks),
         made.chunk_of,
         tuple((end - start) // layout.page_bytes for start, end in made.chunks),
@@ -157,6 +173,7 @@ class _Planning:
         self.offsets = np.full((num_groups, 1 + 2 * MAX_SLICES), NONE, np.int64)
         self.scales = np.zeros((num_groups, MAX_SLICES), np.float32)
         self.rank_ends = np.zeros((num_groups, MAX_SLICES), np.int32)
+        self.tiled = np.zeros(num_groups, np.uint32)
         self.chunks: list[tuple[int, int]] = []
         self.chunk_of = np.zeros(num_groups, np.int64)
         self._chunk_start = 0
@@ -173,9 +190,12 @@ class _Planning:
             self.rank_ends[group, part:] = rank
             self.scales[group, part] = module.scaling
             shape = (module.num_out, module.rank)
-            self._add(group, _B + part, name, "b", shape, torch.bfloat16)
+            order = Order.TILED if can_tile(*shape) else Order.OWN
+            self.tiled[group] |= (order is Order.TILED) << part
+            self._add(group, _B + part, (name, "b"), Place(0, shape, torch.bfloat16, order))
             if module.has_bias:
-                self._add(group, _BIAS + part, name, "bias", shape[:1], torch.float32)
+                place = Place(0, shape[:1], torch.float32)
+                self._add(group, _BIAS + part, (name, "bias"), place)
 
     def close_chunk(self) -> None:
         self.position = _round_up(self.position, self.layout.page_bytes)
@@ -186,25 +206,18 @@ class _Planning:
     def _add_a(self, group: int, members: Sequence[tuple[int, str, Module]]) -> None:
         """The A of all slices, one on the other without gaps: they are read as one."""
         self.offsets[group, _A] = end = self.position
-        transposed = group == self.layout.embedding
+        order = Order.TRANSPOSED if group == self.layout.embedding else Order.OWN
         for _, name, module in members:
             shape = (module.rank, module.num_in)
-            place = Place(end, shape[::-1] if transposed else shape, torch.bfloat16, transposed)
+            stored = shape[::-1] if order is Order.TRANSPOSED else shape
+            place = Place(end, stored, torch.bfloat16, order)
             self.places[name, "a"] = place
             end += place.num_bytes
         self.position = _round_up(end, ALIGNMENT)
 
-    def _add(
-        self,
-        group: int,
-        column: int,
-        module: str,
-        role: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-    ) -> None:
-        place = Place(self.position, shape, dtype)
-        self.places[module, role] = place
+    def _add(self, group: int, column: int, key: tuple[str, str], place: Place) -> None:
+        """Put (module, role) where the image ends."""
+        self.places[key] = place._replace(offset=self.position)
         self.offsets[group, column] = self.position
         self.position = _round_up(self.position + place.num_bytes, ALIGNMENT)
 
@@ -252,15 +265,52 @@ class SeatImage:
         self.buffer.free()
 
 
+def can_tile(num_out: int, rank: int) -> bool:
+    """Whether B of this shape goes into tiles."""
+    return num_out % TILE == 0 and rank % TILE_RANKS == 0
+
+
+def tiled(b: Tensor) -> Tensor:
+    """B [n, r] in tiles, [n / 16, r / 4, 8, 2, 2, 2], as a view.
+
+    Output n and rank r stand at [n // 16, r // 4, n % 8, r // 2 % 2, n // 8 % 2, r % 2]: what a
+    lane of the matrix instruction wants of 16 outputs and 16 ranks is then 16 neighbouring bytes.
+    """
+    n, rank = b.shape
+    parts = b.view(n // TILE, 2, TILE // 2, rank // TILE_RANKS, 2, 2)
+    return parts.permute(0, 3, 2, 4, 1, 5)
+
+
+@cache
+def _order_in_tile(rank: int) -> NDArray[np.int64]:
+    """Which pair of ranks of 16 outputs [16, rank / 2] comes where in their tiles."""
+    pairs = tiled(torch.arange(TILE * rank).view(TILE, rank)).reshape(-1, 2)[:, 0] // 2
+    found: NDArray[np.int64] = pairs.numpy()
+    return found
+
+
+def _pairs(b: Tensor, order: NDArray[np.int64]) -> NDArray[np.int32]:
+    """B [n, r] bf16 as pairs of ranks by 16 outputs, [n / 16, 8 r]; not copied if contiguous."""
+    return b.contiguous().view(torch.int16).numpy().view(np.int32).reshape(-1, len(order))
+
+
 def view(data: Tensor, place: Place) -> Tensor:
-    """The tensor at `place` of an image's bytes."""
+    """What stands at `place` of an image's bytes, in its shape but its own order."""
     end = place.offset + place.num_bytes
     return data[place.offset : end].view(place.dtype).view(place.shape)
 
 
 def write(data: Tensor, place: Place, tensor: Tensor) -> None:
     """Convert an adapter's tensor to its place in an image's bytes."""
-    view(data, place).copy_(tensor.t() if place.transposed else tensor)
+    target = view(data, place)
+    if place.order is Order.TRANSPOSED:
+        target.copy_(tensor.t())
+    elif place.order is Order.TILED:
+        order = _order_in_tile(place.shape[1])
+        # not by torch: called on many threads, it would start more for each
+        np.take(_pairs(tensor.to(place.dtype), order), order, 1, _pairs(target, order), "clip")
+    else:
+        target.copy_(tensor)
 
 
 def modules_of(adapter: Adapter) -> dict[str, Module]:

@@ -70,13 +70,16 @@ DEV void main_sync() { __syncthreads(); }
 
 #include "units.cuh"
 
-// A x of `count` rows of x from `token` on, over all pieces, in shared memory: [count, stride] f32. A thread sees to AT values at a time, and
-// to COUNT pieces of each.
+// v as a sum of two bf16: the rounded one in the low half, what is left of v in the high one.
+DEV u32 split(float v) { return pack_bf16(v, v - lo_to_float(pack_bf16(v, 0.0f))); }
+
+// A x of `count` rows of x from `token` on, over all pieces, in shared memory: [count, stride], as split() makes it. A thread sees to AT
+// values at a time, and to COUNT pieces of each.
 template <int AT, int COUNT> DEV void gather_values(const End& p, i32 first, i32 last, i32 token0, i32 token, i32 count, i32 stride, i32 thread, u32 epoch) {
     static_assert(COUNT % PIECES == 0, "halves of a part come together");
     const i32 all = count * stride, of_piece = p.M * p.shrunk_stride;  // values: less than 2^31 in all
     const u32 inverse = 0xffffffff / stride + 1;                       // by which is divided
-    float* to = (float*)(smem + SHRUNK_AT);
+    u32* to = (u32*)(smem + SHRUNK_AT);
 #pragma unroll 1
     for (i32 at = thread; at < all; at += AT * ENDING * 32) {
         u32 from[AT];
@@ -109,7 +112,7 @@ template <int AT, int COUNT> DEV void gather_values(const End& p, i32 first, i32
         }
 #pragma unroll
         for (int q = 0; q < AT; q++)
-            if (real[q]) to[at + q * (ENDING * 32)] = sum[q];
+            if (real[q]) to[at + q * (ENDING * 32)] = split(sum[q]);
     }
 }
 DEV void gather_shrunk(const End& p, const Outputs& own, i32 token0, i32 token, i32 count, i32 stride, i32 warp, u32 epoch) {
@@ -163,7 +166,7 @@ DEV void beside(const Params& p, const Outputs& own, i32 token0, i32 warp) {
 #pragma unroll 1
         for (i32 oct0 = 0; oct0 < passes.all; oct0 += passes.octs) {
             const Turns turns(passes, oct0, BESIDE, warp);
-            Adding adding(p, own, turns, oct0, passes.stride);
+            Adding adding(p, own, passes, turns, oct0);
             ending_sync();
             gather_shrunk(p, own, token0, oct0 * 8, passes.octs * 8, passes.stride, warp, epoch);
             ending_sync();
@@ -171,10 +174,12 @@ DEV void beside(const Params& p, const Outputs& own, i32 token0, i32 warp) {
             for (i32 oct = turns.oct; oct < turns.end; oct += turns.octs) {
                 adding.begin(p, own, turns, oct0, oct);
 #pragma unroll 1
-                for (i32 tile = turns.tile; tile < OWN / 16; tile += turns.tiles) {
-                    float v[4] = {};
-                    adding.add(p, own, v, tile, tile + turns.tiles);
-                    *added(tile, oct) = make_float4(v[0], v[1], v[2], v[3]);
+                for (i32 strip = turns.strip; strip < STRIPS; strip += turns.strips) {
+                    float share[TILES][4];
+                    adding.add(p, own, share, strip, strip + turns.strips);
+#pragma unroll
+                    for (int i = 0; i < TILES; i++)
+                        if (strip * TILES + i < OWN / 16) *added(strip * TILES + i, oct) = make_float4(share[i][0], share[i][1], share[i][2], share[i][3]);
                 }
             }
         }

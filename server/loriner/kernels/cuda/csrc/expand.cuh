@@ -3,36 +3,21 @@
 // Part of adapters.cuh, whose outputs it adds to. Knows no units of A x and nobody who waits.
 #pragma once
 
-// B (A x) on the matrix unit, for 16 outputs and eight rows of x at a time. Outputs are the A operand of mma.m16n8k16, ranks its k; lanes
-// take four consecutive ranks as their fragments', the same for both operands. Row j has columns j / 2 * 2 and the next one of its
-// products, whose other columns are 0: even rows are added onto one accumulator, odd rows onto another, each from the B of its own
-// adapter. A x is a sum of two bf16, which are the two columns; of gated outputs, whose gate and up have an A x each, those have the
-// columns, and there are two products. So a row's sums depend on nothing but the row, as long as B is finite: an adapter of which
-// something is not is refused when it comes in.
-#define ROWS_AT (NT > 8 ? 2 : 4)  // rows whose B is asked for at a time
+// B (A x) on the matrix unit: a strip is 16 outputs of a slice (of each of both, if gated) for eight rows of x. Outputs are the A operand of
+// mma.m16n8k16, 16 ranks at a time its k; lanes take four consecutive ranks as their fragments', the same for both operands. A x is a sum of
+// two bf16: row j has columns j / 2 * 2 and the next one of its products for those, and the other columns are 0. Even rows are added onto one
+// accumulator, odd rows onto another, each from the B of its own adapter. So a row's sums depend on nothing but the row, as long as B is
+// finite: an adapter of which something is not is refused when it comes in.
 #define TILE_OUTPUTS (GATED ? 8 : 16)
+#define TILES (LORA && GATED ? 2 : 1)  // of sums, in a strip; strips of both slices end two
+#define STRIPS ((OWN / 16 + TILES - 1) / TILES)
+#define ROWS_AHEAD (!WGMMA ? 2 : BESIDE || EPILOGUE == 1 || NT > 8 ? 4 : 8)  // whose B is on its way
+#define NUM_SLICES (GATED ? 2 : 1)  // that a strip is of
 
-struct Columns {
-    u32 high[2][2];  // of even and odd rows: ranks 4t and 4t + 1, and the two behind
-    u32 low[2][2];   // gated alone
-};
+typedef u32 Columns[2][2];  // of even and odd rows: ranks 4t and 4t + 1, and the two behind
 
-// Rows of parity Q, of those that this lane's columns are if `mine`.
-template <int Q> DEV void multiply_columns(float (&acc)[4], const uint2 (&b)[2], const Columns& c, bool mine) {
-    mma_bf16(acc, b[0].x, b[1].x, b[0].y, b[1].y, mine ? c.high[Q][0] : 0, mine ? c.high[Q][1] : 0);
-    if (GATED) mma_bf16(acc, b[0].x, b[1].x, b[0].y, b[1].y, mine ? c.low[Q][0] : 0, mine ? c.low[Q][1] : 0);
-}
-template <int N> DEV void multiply_rows(float (&even)[4], float (&odd)[4], const uint2 (&b)[N][2], i32 from, const Columns& c) {
-    const i32 mine = (threadIdx.x & 31) >> 3;
-#pragma unroll
-    for (int j = 0; j < N; j += 2) multiply_columns<0>(even, b[j], c, mine == (from + j) / 2), multiply_columns<1>(odd, b[j + 1], c, mine == (from + j) / 2);
-}
-
-// This lane's sum i of a tile (see sums_at), out of both accumulators.
-DEV float sum_of(const float (&even)[4], const float (&odd)[4], int i) {
-    if (GATED) return i == 0 ? even[0] : i == 1 ? odd[0] : i == 2 ? even[3] : odd[3];
-    return i & 1 ? __fadd_rn(odd[i / 2 * 2], odd[i / 2 * 2 + 1]) : __fadd_rn(even[i / 2 * 2], even[i / 2 * 2 + 1]);
-}
+// A row's product, onto the accumulator of its parity.
+DEV void multiply_row(float (&acc)[4], const uint4& b, const u32 (&c)[2], bool mine) { mma_bf16(acc, b.x, b.y, b.z, b.w, mine ? c[0] : 0, mine ? c[1] : 0); }
 
 // Most ranks of a row of x in this thread block's slices, to a multiple of 4.
 DEV i32 most_ranks(i32 first, i32 last, i32 tokens) {
@@ -58,166 +43,210 @@ struct Passes {
     }
 };
 
-// Whose turn it is: each warp has eight rows of x, and some of the tiles of outputs.
+// Whose turn it is: each warp has eight rows of x, and some of the strips of outputs.
 struct Turns {
-    i32 oct, octs, end, tile, tiles;
+    i32 oct, octs, end, strip, strips;
 
     DEV Turns(const Passes& passes, i32 oct0, i32 warps, i32 warp) {
         const i32 count = min(passes.octs, passes.all - oct0);
-        tiles = max(1, min(quotient(warps, count), OWN / 16)), octs = quotient(warps, tiles), end = oct0 + count;
-        const i32 before = quotient(warp, tiles);
-        oct = oct0 + before, tile = warp - before * tiles;
+        strips = max(1, min(quotient(warps, count), STRIPS)), octs = quotient(warps, strips), end = oct0 + count;
+        const i32 before = quotient(warp, strips);
+        oct = oct0 + before, strip = warp - before * strips;
     }
+    DEV i32 next(i32 tile) const { return TILES == 1 ? tile + strips : tile % 2 ? tile - 1 + strips * 2 : tile + 1; }
 };
 
-// What adapters add to eight rows of x. Plain are rows whose ranks are multiples of 4 and who have no bias, where all of this thread
-// block's outputs are there and in one slice (in both, if gated): then B of the next tile is asked for ahead, ROWS_AT rows of it.
+// Where A x of this lane's rows g / 2 * 2 and the next one stands in shared memory, and their ranks, of one slice.
+struct Factors {
+    u32 from[2];  // its address, of rank 4t
+    i32 rank[2];
+};
+
+// What adapters add to eight rows of x. Plain are rows whose B is in tiles and who have no bias, where all of this thread block's outputs
+// are there and in one slice (in both, if gated), and its first is a multiple of 16 there: then B of all eight rows is asked for ahead,
+// across strips, none for ranks that a row has not.
 struct Adding {
-    const RowLora* l;  // of the first row: its slices
-    const float* t;    // its A x
-    i32 stride, first, most;  // the thread block's first slice; ranks
-    bool same, plain;         // all rows have one adapter
-    i32 n;                    // output g of tile 0, in its slice
-    float scale[GATED ? 4 : 2];
-    Columns columns;  // of the first 16 ranks
-    uint2 b[ROWS_AT][2];
+    const RowLora* l;       // of the first row: its slices
+    u32 t;                  // where its A x stands
+    i32 stride, first, n;   // the thread block's first slice, and its first output there
+    bool same, plain;       // all rows have one adapter: then B is that of the first alone, one of b for each slice
+    i32 steps[NUM_SLICES];  // of 16 ranks, of the row that has most
+    uint4 b[ROWS_AHEAD];    // of the next rows; what is left of others in it does no harm, as it is finite
 
     // Before A x is there.
-    DEV Adding(const End& p, const Outputs& own, const Turns& turns, i32 oct0, i32 stride_) : stride(stride_), first(own.first_slice(p)) {
-        const i32 start = GATED || first == 0 ? 0 : first == 1 ? p.split0 : p.split1;
-        n = own.first + ((threadIdx.x & 31) >> 2) - start;
-        look(p, own, turns, oct0, min(turns.oct, turns.end - 1));
+    DEV Adding(const End& p, const Outputs& own, const Passes& passes, const Turns& turns, i32 oct0) : stride(passes.stride), first(GATED ? 0 : own.first_slice(p)) {
+        n = own.first - (GATED || first == 0 ? 0 : first == 1 ? p.split0 : p.split1);
+#pragma unroll
+        for (int j = 0; j < ROWS_AHEAD; j++) b[j] = make_uint4(0, 0, 0, 0);
+        if (stride && turns.oct < turns.end) look(p, own, turns, oct0, turns.oct);
     }
 
+    // What the rows of `oct` are.
     DEV void look(const End& p, const Outputs& own, const Turns& turns, i32 oct0, i32 oct) {
         const i32 lane = threadIdx.x & 31, lead = GATED ? lane & 8 : 0;
-        l = (const RowLora*)(smem + ROW_LORA) + oct * 24, t = (const float*)(smem + SHRUNK_AT) + (oct - oct0) * 8 * stride;
+        l = (const RowLora*)(smem + ROW_LORA) + oct * 24, t = smem_addr(smem) + SHRUNK_AT + (oct - oct0) * 8 * stride * 4;
         // lanes 0 to 7 see to a row each, of gated outputs lanes 8 to 15 to the other slice
         const RowLora own_row = l[(lane & 7) * 3 + (GATED ? lane >> 3 & 1 : first)];
         const i32 begin = own_row.begin - l[(lane & 7) * 3 + first].begin, lead_rank = __shfl_sync(0xffffffffu, own_row.rank, lead);
         const u64 lead_b = __shfl_sync(0xffffffffu, (u64)own_row.b, lead);
-        most = __reduce_max_sync(0xffffffffu, own_row.rank);
         same = __all_sync(0xffffffffu, (u64)own_row.b == lead_b && own_row.rank == lead_rank);
-        plain = __all_sync(0xffffffffu, ((own_row.rank | begin) & 3) == 0 && own_row.bias == nullptr) && own.end - own.first == OWN / 16 * TILE_OUTPUTS && (GATED || first == own.last_slice(p));
+        plain = __all_sync(0xffffffffu, own_row.rank == 0 || (own_row.tiled && (begin & 3) == 0 && own_row.bias == nullptr)) && n % 16 == 0 && own.end - own.first == STRIPS * 16 && (GATED || first == own.last_slice(p));
 #pragma unroll
-        for (int i = 0; i < (GATED ? 4 : 2); i++) {
-            const RowLora& row = l[((lane & 3) * 2 + (i & 1)) * 3 + (GATED ? i / 2 : first)];
-            scale[i] = row.rank ? row.scale : 0.0f;
-        }
-        if (plain) ask(b, 0, turns.tile, 0);
+        for (int s = 0; s < NUM_SLICES; s++) steps[s] = (__reduce_max_sync(0xffffffffu, GATED && (lane >> 3 & 1) != s ? 0 : own_row.rank) + 15) / 16;
+        if (plain) ask_first(turns.strip);
     }
 
     // When A x is there, for the rows of `oct`.
     DEV void begin(const End& p, const Outputs& own, const Turns& turns, i32 oct0, i32 oct) {
-        if (oct != turns.oct) look(p, own, turns, oct0, oct);
-        if (plain) columns = load_columns<true>(first, 0);
+        if (stride && oct != turns.oct) look(p, own, turns, oct0, oct);
     }
 
-    // Plain: ranks r0 + 4t to r0 + 4t + 3 of N rows from `from` on, or of the one adapter.
-    template <int N> DEV void ask(uint2 (&to)[N][2], i32 from, i32 tile, i32 r0) const {
-        const u32 r = r0 + (threadIdx.x & 3) * 4, at = n + tile * TILE_OUTPUTS;
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            if (j && same) break;
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const uint4 head = *(const uint4*)(l + (from + j) * 3 + (GATED ? h : first));
-                const u16* rows = (const u16*)((u64)head.y << 32 | head.x);
-                to[j][h] = make_uint2(0, 0);
-                if (r < head.w) to[j][h] = __ldg((const uint2*)(rows + ((at + (GATED ? 0 : h * 8)) * head.w + r)));
-            }
-        }
-    }
-
-    // This lane's columns of A x in a slice at ranks r0 + 4t to r0 + 4t + 3.
-    template <bool PLAIN> DEV Columns load_columns(i32 slice, i32 r0) const {
-        const i32 g = (threadIdx.x & 31) >> 2, r = r0 + (threadIdx.x & 3) * 4;
-        Columns c;
+    DEV Factors factors_of(i32 slice) const {
+        const i32 lane = threadIdx.x & 31;
+        Factors f;
 #pragma unroll
         for (int q = 0; q < 2; q++) {
-            const i32 row = g / 2 * 2 + q;
-            const RowLora* own_row = l + row * 3 + (GATED ? g & 1 : slice);
-            const i32 rank = own_row->rank;
-            float4 v = make_float4(0, 0, 0, 0);
-            if (r < rank) {
-                const float* from = t + row * stride + own_row->begin - l[row * 3 + first].begin + r;
-                if (PLAIN) v = *(const float4*)from;
-                else v = make_float4(from[0], r + 1 < rank ? from[1] : 0, r + 2 < rank ? from[2] : 0, r + 3 < rank ? from[3] : 0);
-            }
-            const u32 x = pack_bf16(v.x, v.y), y = pack_bf16(v.z, v.w);
-            const u32 low_x = pack_bf16(v.x - lo_to_float(x), v.y - hi_to_float(x)), low_y = pack_bf16(v.z - lo_to_float(y), v.w - hi_to_float(y));
-            c.high[q][0] = GATED || g % 2 == 0 ? x : low_x, c.high[q][1] = GATED || g % 2 == 0 ? y : low_y;
-            c.low[q][0] = low_x, c.low[q][1] = low_y;
+            const i32 row = lane >> 3 << 1 | q;
+            const RowLora* own_row = l + row * 3;
+            f.from[q] = t + (row * stride + own_row[slice].begin - own_row[first].begin + (lane & 3) * 4) * 4, f.rank[q] = own_row[slice].rank;
         }
-        return c;
+        return f;
     }
 
-    // Onto this lane's sums v of a tile (see sums_at), which are 0; `next` is the tile after it.
-    DEV void add(const End& p, const Outputs& own, float (&v)[4], i32 tile, i32 next) {
-        if (!plain) return add_slowly(p, own, v, tile);
-        float even[4] = {}, odd[4] = {};
-        Columns c = columns;
-#pragma unroll 1
-        for (i32 r = 0; r < most; r += 16) {
-            if (r) c = load_columns<true>(first, r);
-            if (same) {
-                multiply_columns<0>(even, b[0], c, true), multiply_columns<1>(odd, b[0], c, true);
+    // Plain: have B of row j come, for ranks 16k + 4t to 16k + 4t + 3.
+    DEV void ask(uint4& to, int j, i32 slice, i32 strip, i32 k) const {
+        const uint4 head = *(const uint4*)(l + j * 3 + (GATED ? slice : first));
+        const u16* rows = (const u16*)((u64)head.y << 32 | head.x);
+        const u32 lane = threadIdx.x & 31, r = k * 16 + (lane & 3) * 4;
+        if (r < head.w) to = __ldg((const uint4*)(rows + ((n + strip * 16) * head.w + k * 256 + (lane & 3) * 64 + (lane >> 2) * 8)));
+    }
+    // The first step of a strip.
+    DEV void ask_first(i32 strip) {
+        if (strip >= STRIPS) return;
+        if (same) {
+#pragma unroll
+            for (int s = 0; s < NUM_SLICES; s++) ask(b[s], 0, s, strip, 0);
+        } else {
+            ask_rows(0, GATED && steps[0] == 0, strip, 0);
+        }
+    }
+    DEV void ask_rows(int first_row, i32 slice, i32 strip, i32 k) {
+#pragma unroll
+        for (int j = 0; j < ROWS_AHEAD; j++) ask(b[j], first_row + j, slice, strip, k);
+    }
+
+    // This lane's columns at ranks 16k + 4t to 16k + 4t + 3.
+    template <bool PLAIN> DEV void load_columns(Columns& c, const Factors& f, i32 k) const {
+        const i32 r = k * 16 + (threadIdx.x & 3) * 4, halves = threadIdx.x & 4 ? 0x7632 : 0x5410;
+#pragma unroll
+        for (int q = 0; q < 2; q++) {
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (r < f.rank[q]) {
+                const u32 from = f.from[q] + k * 64;
+                if (PLAIN) v = ld_shared16(from);
+                else v = make_uint4(ld_shared(from), r + 1 < f.rank[q] ? ld_shared(from + 4) : 0, r + 2 < f.rank[q] ? ld_shared(from + 8) : 0, r + 3 < f.rank[q] ? ld_shared(from + 12) : 0);
+            }
+            c[q][0] = __byte_perm(v.x, v.y, halves), c[q][1] = __byte_perm(v.z, v.w, halves);
+        }
+    }
+
+    // A strip's part of one slice: this lane's outputs g and g + 8 for rows 2t and 2t + 1.
+    static DEV void end_strip(float (&v)[4], const float (&even)[4], const float (&odd)[4]) {
+        v[0] = __fadd_rn(even[0], even[1]), v[1] = __fadd_rn(odd[0], odd[1]), v[2] = __fadd_rn(even[2], even[3]), v[3] = __fadd_rn(odd[2], odd[3]);
+    }
+
+    // This lane's share of the sums (see sums_at) of a strip's tiles; `next` is the strip after it.
+    DEV void add(const End& p, const Outputs& own, float (&share)[TILES][4], i32 strip, i32 next) {
+        const i32 pair = (threadIdx.x & 31) >> 3;
+#pragma unroll
+        for (int s = 0; s < NUM_SLICES; s++) {
+            float v[4] = {};
+            if (!plain) {
+                add_slowly(p, own, v, s, strip);
             } else {
-                multiply_rows(even, odd, b, 0, c);
+                float even[4] = {}, odd[4] = {};
+                const Factors f = factors_of(GATED ? s : first);
+                const RowLora* own_rows = l + (threadIdx.x & 3) * 6 + (GATED ? s : first);  // 2t and the next
+                const float scale[2] = {own_rows[0].scale, own_rows[3].scale};
+#pragma unroll 1
+                for (i32 k = 0; k < steps[s]; k++) {
+                    Columns c;
+                    load_columns<true>(c, f, k);
+                    const bool more = k + 1 < steps[s];
+                    if (same) {
+                        multiply_row(even, b[s], c[0], true), multiply_row(odd, b[s], c[1], true);
+                        if (more || next < STRIPS) ask(b[s], 0, s, more ? strip : next, more ? k + 1 : 0);
+                        continue;
+                    }
+                    const bool turn = GATED && s == 0 && steps[NUM_SLICES - 1];  // where the next step is
+                    const i32 next_slice = more ? s : turn ? 1 : GATED && steps[0] == 0, next_strip = more || turn ? strip : next;
 #pragma unroll
-                for (int from = ROWS_AT; from < 8; from += ROWS_AT) ask(b, from, tile, r), multiply_rows(even, odd, b, from, c);
+                    for (int i = 0; i < 8; i += ROWS_AHEAD) {
+#pragma unroll
+                        for (int j = 0; j < ROWS_AHEAD; j++) multiply_row(j % 2 ? odd : even, b[j], c[j % 2], pair == (i + j) / 2);
+                        if (i + ROWS_AHEAD < 8) ask_rows(i + ROWS_AHEAD, s, strip, k);
+                        else if (next_strip < STRIPS) ask_rows(0, next_slice, next_strip, more ? k + 1 : 0);
+                    }
+                }
+                end_strip(v, even, odd);
+#pragma unroll
+                for (int i = 0; i < 4; i++) v[i] = __fmul_rn(scale[i & 1], v[i]);
             }
-            const bool is_last = r + 16 >= most;
-            if (!is_last || next < OWN / 16) ask(b, 0, is_last ? next : tile, is_last ? 0 : r + 16);
-        }
+            if (GATED) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = __fmul_rn(scale[GATED ? i : i & 1], sum_of(even, odd, i));
+                for (int i = 0; i < 4; i++) share[i / 2][s * 2 + (i & 1)] = v[i];
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; i++) share[0][i] = v[i];
+            }
+        }
     }
 
-    // The same for any rows and outputs.
-    DEV void add_slowly(const End& p, const Outputs& own, float (&v)[4], i32 tile) const {
-        const i32 lane = threadIdx.x & 31, t4 = (lane & 3) * 4, from = own.first + tile * TILE_OUTPUTS, end = own.end;
+    // Slice s of gated outputs, or all of others, for any rows and outputs.
+    DEV void add_slowly(const End& p, const Outputs& own, float (&v)[4], i32 s, i32 strip) const {
+        const i32 lane = threadIdx.x & 31, from = own.first + strip * 16, end = own.end;
         if (from >= end) return;
-        const i32 last = GATED ? 0 : own.slice(p, min(from + 15, end - 1));
+        const i32 first_slice = GATED ? s : own.slice(p, from), last = GATED ? s : own.slice(p, min(from + 15, end - 1));
 #pragma unroll 1
-        for (i32 slice = GATED ? 0 : own.slice(p, from); slice <= last; slice++) {
-            const i32 start = slice == 0 ? 0 : slice == 1 ? p.split0 : p.split1, slice_end = min(end, GATED ? end : slice == 0 ? p.split0 : slice == 1 ? p.split1 : p.N);
-            i32 at[2];  // outputs g and g + 8 (gated: g of both) in the slice, -1: not there
+        for (i32 slice = first_slice; slice <= last; slice++) {
+            const i32 start = GATED || slice == 0 ? 0 : slice == 1 ? p.split0 : p.split1, slice_end = min(end, GATED ? end : slice == 0 ? p.split0 : slice == 1 ? p.split1 : p.N);
+            i32 at[2];  // outputs g and g + 8 in the slice, -1: not there
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                at[h] = from + (lane >> 2) + (GATED ? 0 : h * 8);
+                at[h] = from + (lane >> 2) + h * 8;
                 at[h] = at[h] >= start && at[h] < slice_end ? at[h] - start : -1;
             }
-            const i32 ranks = __reduce_max_sync(0xffffffffu, l[(lane & 7) * 3 + (GATED ? lane >> 3 & 1 : slice)].rank);
-            float even[4] = {}, odd[4] = {};
+            const i32 ranks = __reduce_max_sync(0xffffffffu, l[(lane & 7) * 3 + slice].rank);
+            const Factors f = factors_of(slice);
+            float even[4] = {}, odd[4] = {}, sum[4];
 #pragma unroll 1
-            for (i32 r0 = 0; r0 < ranks; r0 += 16) {
-                const Columns c = load_columns<false>(slice, r0);
+            for (i32 k = 0; k * 16 < ranks; k++) {
+                Columns c;
+                load_columns<false>(c, f, k);
 #pragma unroll 1
-                for (i32 row0 = 0; row0 < 8; row0 += 2) {
-                    uint2 pair[2][2] = {};
+                for (i32 row0 = 0; row0 < 8; row0 += 2)
 #pragma unroll
-                    for (int j = 0; j < 2; j++)
-#pragma unroll
-                        for (int h = 0; h < 2; h++) {
-                            const RowLora& row = l[(row0 + j) * 3 + (GATED ? h : slice)];
-                            const u16* of = row.b + (i64)at[h] * row.rank + r0 + t4;
-                            const i32 count = at[h] < 0 ? 0 : row.rank - r0 - t4;
-                            if (count > 0) pair[j][h].x = of[0];
-                            if (count > 1) pair[j][h].x |= (u32)of[1] << 16;
-                            if (count > 2) pair[j][h].y = of[2];
-                            if (count > 3) pair[j][h].y |= (u32)of[3] << 16;
-                        }
-                    multiply_rows(even, odd, pair, row0, c);
-                }
+                    for (int q = 0; q < 2; q++) multiply_row(q ? odd : even, b_slowly(l[(row0 + q) * 3 + slice], at, k), c[q], lane >> 3 == row0 / 2);
             }
+            end_strip(sum, even, odd);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const RowLora& row = l[((lane & 3) * 2 + (i & 1)) * 3 + (GATED ? i / 2 : slice)];
+                const RowLora& row = l[((lane & 3) * 2 + (i & 1)) * 3 + slice];
                 if (at[i / 2] < 0 || row.rank == 0) continue;
-                const float sum = sum_of(even, odd, i);
-                v[i] = __fmul_rn(row.scale, row.bias ? sum + row.bias[at[i / 2]] : sum);
+                v[i] = __fmul_rn(row.scale, row.bias ? sum[i] + row.bias[at[i / 2]] : sum[i]);
             }
         }
+    }
+
+    // What ask() has come, of outputs `at` and of any rank.
+    static DEV uint4 b_slowly(const RowLora& row, const i32 (&at)[2], i32 k) {
+        u32 pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const i32 n = at[i & 1], r = k * 16 + (threadIdx.x & 3) * 4 + i / 2 * 2;
+            pairs[i] = n >= 0 && r < row.rank ? row.b[b_at(n, r, row.rank, row.tiled)] : 0;
+            if (n >= 0 && r + 1 < row.rank) pairs[i] |= (u32)row.b[b_at(n, r + 1, row.rank, row.tiled)] << 16;
+        }
+        return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 };

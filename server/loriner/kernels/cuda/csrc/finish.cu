@@ -45,13 +45,17 @@ extern "C" __global__ void add_bias(u16* y, const float* bias, i32 N) {
     *at = float_to_bf16(bf16_to_float(*at) + bias[n]);
 }
 
-// Four ranks of one row of t or of an output of B, those from `rank` on as zeros. `whole`: both are aligned for wide loads.
+// Four ranks of one row of t, those from `rank` on as zeros. `whole`: they are aligned for a wide load.
 DEV float4 four_of(const float* from, i32 k, i32 rank, bool whole) {
     if (whole) return k < rank ? *(const float4*)(from + k) : make_float4(0, 0, 0, 0);
     return make_float4(k < rank ? from[k] : 0, k + 1 < rank ? from[k + 1] : 0, k + 2 < rank ? from[k + 2] : 0, k + 3 < rank ? from[k + 3] : 0);
 }
-DEV uint2 four_of(const u16* from, i32 k, i32 rank, bool whole) {
-    if (whole) return k < rank ? __ldg((const uint2*)(from + k)) : make_uint2(0, 0);
+// The same of B, whose output n stands at `from` for rank 0.
+DEV uint2 four_of(const u16* from, i32 k, i32 rank, u32 tiled) {
+    if (tiled) {
+        const u32* pairs = (const u32*)(from + b_at(0, k, rank, true));
+        return k < rank ? make_uint2(__ldg(pairs), __ldg(pairs + 2)) : make_uint2(0, 0);
+    }
     const u32 a = k < rank ? from[k] : 0, b = k + 1 < rank ? from[k + 1] : 0, c = k + 2 < rank ? from[k + 2] : 0, d = k + 3 < rank ? from[k + 3] : 0;
     return make_uint2(a | b << 16, c | d << 16);
 }
@@ -62,12 +66,13 @@ DEV uint2 four_of(const u16* from, i32 k, i32 rank, bool whole) {
 DEV void expand(float (&acc)[4][4], const RowLora& l, const float* t, i32 stride, i32 n, u32 rows) {
     const i32 lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     const bool whole = (l.rank | l.begin) % 4 == 0;
-    const u16* b = l.b + (i64)(n + (g >> 1) * 8 + (g & 1)) * l.rank;
+    const u16* b = l.b + b_at(n + (g >> 1) * 8 + (g & 1), 0, l.rank, l.tiled);
+    const i32 two = b_at(2, 0, l.rank, l.tiled);  // outputs further: n is a multiple of 8
     for (i32 k0 = 0; k0 < l.rank; k0 += 16) {
         const i32 k = k0 + q * 4;
         uint2 out[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) out[j] = four_of(b + (i64)j * 2 * l.rank, k, l.rank, whole);
+        for (int j = 0; j < 4; j++) out[j] = four_of(b + j * two, k, l.rank, l.tiled);
         u32 high[4], low[4];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -148,7 +153,7 @@ template <int END> DEV void finish(const Product& p, const float* t, i32 stride,
     const i32 lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, row0 = blockIdx.y * 32, n0 = blockIdx.x * 128 + (threadIdx.x >> 5) * 32, outputs = p.N / HALVES;
     if (n0 >= outputs) return;
     const i32 slice = IS_GATED(END) ? 0 : (n0 >= s.split0) + (n0 >= s.split1), start = slice == 0 ? 0 : slice == 1 ? s.split0 : s.split1;
-    const bool tiled = n0 + 32 <= (IS_GATED(END) ? outputs : slice == 0 ? s.split0 : slice == 1 ? s.split1 : p.N) && outputs % 8 == 0;
+    const bool simple = n0 + 32 <= (IS_GATED(END) ? outputs : slice == 0 ? s.split0 : slice == 1 ? s.split1 : p.N) && (outputs | start) % 8 == 0;
     const i32 own = row0 + lane < p.M ? s.row_seat[row0 + lane] : -1;
     t += (i64)row0 * stride;
     u32 left = __ballot_sync(0xffffffffu, row0 + lane < p.M && (END != STORE || own >= 0));
@@ -156,7 +161,7 @@ template <int END> DEV void finish(const Product& p, const float* t, i32 stride,
         const i32 seat = __shfl_sync(0xffffffffu, own, __ffs(left) - 1);
         const u32 rows = __ballot_sync(0xffffffffu, own == seat) & left;
         left &= ~rows;
-        if (!tiled) {  // outputs of two slices, or the last ones
+        if (!simple) {  // outputs of two slices, or the last ones
             for (u32 rest = rows; rest && n0 + lane < outputs; rest &= rest - 1) {
                 const i32 row = __ffs(rest) - 1;
                 float share[2] = {};

@@ -114,7 +114,7 @@ void epilogue(const End p, const Outputs own, const Passes passes, i32 token0, i
     for (i32 oct0 = 0; oct0 < passes.all; oct0 += passes.octs) {
         const Turns turns(passes, oct0, WARPS, warp);
 #if FIRST
-        Adding adding(p, own, turns, oct0, passes.stride);
+        Adding adding(p, own, passes, turns, oct0);
         if (oct0) __syncthreads();
         if (passes.stride) gather_shrunk(p, own, token0, oct0 * 8, passes.octs * 8, passes.stride, warp, *(const u32*)(smem + EPOCH_AT));
 #endif
@@ -125,9 +125,10 @@ void epilogue(const End p, const Outputs own, const Passes passes, i32 token0, i
             const i32 row0 = token0 + oct * 8, rows = min(p.M - row0, 8);
 #if FIRST
             adding.begin(p, own, turns, oct0, oct);
+            float share[TILES][4];
 #endif
 #pragma unroll 1
-            for (i32 tile = turns.tile; tile < OWN / 16; tile += turns.tiles) {
+            for (i32 tile = turns.strip * TILES; tile < OWN / 16; tile = turns.next(tile)) {
                 const i32 n = own.first + tile * TILE_OUTPUTS + (lane >> 2), t = (lane & 3) * 2;
                 const i64 to = (i64)(row0 + t) * outputs + n;
                 float old[4], sum[4], add[4] = {};
@@ -135,7 +136,11 @@ void epilogue(const End p, const Outputs own, const Passes passes, i32 token0, i
 #pragma unroll
                     for (int j = 0; j < 4; j++) old[j] = t + (j & 1) < rows && n + j / 2 * 8 < outputs ? ((const float*)p.y)[to + (j & 1) * outputs + j / 2 * 8] : 0.0f;
 #if FIRST
-                if (passes.stride) adding.add(p, own, add, tile, tile + turns.tiles);
+                if (passes.stride) {
+                    if (tile % TILES == 0) adding.add(p, own, share, tile / TILES, tile / TILES + turns.strips);
+#pragma unroll
+                    for (int j = 0; j < 4; j++) add[j] = tile % TILES ? share[TILES - 1][j] : share[0][j];
+                }
 #endif
                 reduced(sum, tile, oct);
                 if (p.bias)

@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) lora_shrink(const u16* 
     if (!waited) grid_wait();
 }
 
-// h [M, H] += scale * B A[token] of the seats that adapt the embedding: A [vocab, R], B [H, R] bf16. Grid: (ceil(H / 256), M).
+// h [M, H] += scale * B A[token] of the seats that adapt the embedding: A [vocab, R] bf16. Grid: (ceil(H / 256), M).
 extern "C" __global__ void lora_embed(float* h, i32 H, const i32* token, const i32* row_seat, const u8* seats, i32 group, i32 num_groups) {
     grid_launch();
     grid_wait();
@@ -126,9 +126,9 @@ extern "C" __global__ void lora_embed(float* h, i32 H, const i32* token, const i
     const SeatEntry* e = seat_entry(seats, seat, group, num_groups);
     const i32 rank = e->rank_end[0];
     if (rank == 0) return;
-    const u16 *a = (const u16*)e->a + (i64)token[row] * rank, *b = (const u16*)e->b[0] + (i64)n * rank;
+    const u16 *a = (const u16*)e->a + (i64)token[row] * rank, *b = (const u16*)e->b[0];
     float sum = 0.0f;
-    for (int r = 0; r < rank; r++) sum += bf16_to_float(a[r]) * bf16_to_float(b[r]);
+    for (int r = 0; r < rank; r++) sum += bf16_to_float(a[r]) * bf16_to_float(b[b_at(n, r, rank, e->tiled & 1)]);
     h[(i64)row * H + n] += e->scale[0] * sum;
 }
 

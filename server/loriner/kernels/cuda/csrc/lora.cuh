@@ -5,11 +5,12 @@
 
 struct SeatEntry {
     u64 a;            // bf16 [rank, K], the slices stacked
-    u64 b[3];         // bf16 [n, r] of each slice
+    u64 b[3];         // bf16 of each slice, see b_at()
     u64 bias[3];      // f32 [n] or 0
     float scale[3];
     i32 rank_end[3];  // cumulative
-    i32 spare[4];
+    u32 tiled;        // bit i: b[i] is in tiles
+    i32 spare[3];
 };
 static_assert(sizeof(SeatEntry) == 96, "the pool writes 96 bytes");
 
@@ -23,7 +24,7 @@ struct __align__(16) RowLora {
     i32 begin, rank;    // its ranks among the adapter's
     const float* bias;  // as b, or null
     float scale;
-    i32 spare;
+    u32 tiled;  // b is
 };
 static_assert(sizeof(RowLora) == 32, "copied in two pieces of 16 bytes");
 
@@ -41,36 +42,22 @@ DEV RowLora row_lora(const u8* seats, i32 seat, i32 group, i32 num_groups, i32 s
     if (seat < 0) return r;
     const SeatEntry* e = seat_entry(seats, seat, group, num_groups);
     r.begin = slice == 0 ? 0 : e->rank_end[slice - 1], r.rank = e->rank_end[slice] - r.begin;
-    r.b = (const u16*)e->b[slice], r.bias = (const float*)e->bias[slice], r.scale = e->scale[slice];
+    r.b = (const u16*)e->b[slice], r.bias = (const float*)e->bias[slice], r.scale = e->scale[slice], r.tiled = e->tiled >> slice & 1;
     return r;
 }
 
-// p . v for eight ranks, always in this order: a row's sum is the same whichever way it is computed.
-DEV float dot8(const uint4& v, const float4& p, const float4& q) {
-    float sum = __fmul_rn(lo_to_float(v.x), p.x);
-    sum = __fmaf_rn(hi_to_float(v.x), p.y, sum);
-    sum = __fmaf_rn(lo_to_float(v.y), p.z, sum);
-    sum = __fmaf_rn(hi_to_float(v.y), p.w, sum);
-    sum = __fmaf_rn(lo_to_float(v.z), q.x, sum);
-    sum = __fmaf_rn(hi_to_float(v.z), q.y, sum);
-    sum = __fmaf_rn(lo_to_float(v.w), q.z, sum);
-    return __fmaf_rn(hi_to_float(v.w), q.w, sum);
+// Where B of output n for rank r stands, of a slice of so many ranks: [n, rank], or in tiles of 16 outputs and 4 ranks,
+// [n / 16, rank / 4, n % 8, r / 2 % 2, n / 8 % 2, r % 2]: so what a lane of mma.m16n8k16 takes of 16 outputs and 16 ranks is 16 bytes.
+DEV u32 b_at(u32 n, u32 r, u32 rank, bool tiled) {
+    if (!tiled) return n * rank + r;
+    return n / 16 * 16 * rank + r / 4 * 64 + n % 8 * 8 + r / 2 % 2 * 4 + n / 8 % 2 * 2 + r % 2;
 }
 
 // scale * (B t + bias) for output n of the slice; `t`: of the slice's ranks.
 DEV float lora_row(const RowLora& l, i32 n, const float* t) {
     if (l.rank == 0) return 0.0f;
-    const u16* b = l.b + (i64)n * l.rank;
     float sum = 0.0f;
-    if (l.rank % 8 == 0 && (u64)t % 16 == 0) {
-#pragma unroll 2
-        for (int r = 0; r < l.rank; r += 8) {
-            const float4* p = (const float4*)(t + r);
-            sum = __fadd_rn(sum, dot8(__ldg((const uint4*)(b + r)), p[0], p[1]));
-        }
-    } else {
-        for (int r = 0; r < l.rank; r++) sum += bf16_to_float(b[r]) * t[r];
-    }
+    for (i32 r = 0; r < l.rank; r++) sum += bf16_to_float(l.b[b_at(n, r, l.rank, l.tiled)]) * t[r];
     if (l.bias) sum += l.bias[n];
     return __fmul_rn(l.scale, sum);
 }
