@@ -17,7 +17,7 @@ SOON = {"first_s": 0.01, "longest_s": 0.01}
 
 
 class Closing:
-    """Answers /tokenize, and other paths with an alias; closes instead where `closes` says so."""
+    """Answers as /tokenize does, whatever is asked; closes instead where `closes` says so."""
 
     def __init__(self) -> None:
         self.closes: list[bool] = []  # of the requests to come; then none
@@ -49,7 +49,7 @@ class Closing:
         self.paths.append(head[1])
         if self.closes and self.closes.pop(0):
             return False
-        body = json.dumps({"tokens": [7], "alias": "prod", "adapter": "a"}).encode()
+        body = json.dumps({"tokens": [7]}).encode()
         connection.sendall(
             b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
             b"content-length: %d\r\n\r\n%b" % (len(body), body)

@@ -289,9 +289,9 @@ def _order_in_tile(rank: int) -> NDArray[np.int64]:
     return found
 
 
-def _pairs(b: Tensor, order: NDArray[np.int64]) -> NDArray[np.int32]:
-    """B [n, r] bf16 as pairs of ranks by 16 outputs, [n / 16, 8 r]; not copied if contiguous."""
-    return b.contiguous().view(torch.int16).numpy().view(np.int32).reshape(-1, len(order))
+def _pairs(b: Tensor) -> NDArray[np.int32]:
+    """B [n, r] bf16, contiguous, as pairs of ranks by 16 outputs, [n / 16, 8 r]; not copied."""
+    return b.view(-1, TILE * b.shape[1]).view(torch.int16).numpy().view(np.int32)
 
 
 def view(data: Tensor, place: Place) -> Tensor:
@@ -306,9 +306,9 @@ def write(data: Tensor, place: Place, tensor: Tensor) -> None:
     if place.order is Order.TRANSPOSED:
         target.copy_(tensor.t())
     elif place.order is Order.TILED:
-        order = _order_in_tile(place.shape[1])
+        pairs, order = _pairs(tensor.to(place.dtype).contiguous()), _order_in_tile(place.shape[1])
         # not by torch: called on many threads, it would start more for each
-        np.take(_pairs(tensor.to(place.dtype), order), order, 1, _pairs(target, order), "clip")
+        np.take(pairs, order, axis=1, out=_pairs(target), mode="clip")
     else:
         target.copy_(tensor)
 

@@ -53,6 +53,7 @@ DEV uint4 ld_once_or_zero(const u16* p, bool real) {
     return v;
 }
 
+// Of shared memory, in order with barriers, but not with plain stores and loads between them.
 DEV u32 ld_shared(u32 addr) {
     u32 v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(addr));

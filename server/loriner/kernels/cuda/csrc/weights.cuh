@@ -95,10 +95,7 @@ DEV void load_more(Weights& w, i32 mine) {
         if (i < mine) fetch_weights(w, place_of(threadIdx.x >> 5, i));
 }
 
-DEV void read_word(Weights& w, int i, u32 at, i32 lane) {
-    uint4& v = w.word[i][0];
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at + lane * 16));
-}
+DEV void read_word(Weights& w, int i, u32 at, i32 lane) { w.word[i][0] = ld_shared16(at + lane * 16); }
 #else
 struct Weights {
     uint4 word[DEPTH][WINDOW][WORDS];
