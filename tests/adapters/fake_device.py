@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loriner.adapters.adapter import Adapter
 from loriner.adapters.gpu_pool import DeviceSeats, Pairs, Ticket
-from loriner.adapters.image import ALIGNMENT, ENTRY, ImageLayout, SeatImage, tiled, view
+from loriner.adapters.image import ALIGNMENT, ENTRY, ImageLayout, SeatImage, view
 from loriner.adapters.pool import Layout, Placement
 
 FUSED = {
@@ -93,7 +93,21 @@ def fake_seats(
     shape = (max_seats, len(layout.groups), ENTRY.itemsize)
     memory, copies = slab(pool_bytes), FakeCopies()
     table, rows = (torch.zeros(shape, dtype=torch.uint8) for _ in range(2))
-    return DeviceSeats(layout, memory, table, rows, copies), copies, memory
+
+    def arrange(row: Tensor) -> None:
+        Reader(memory, row, layout).tile()
+
+    return DeviceSeats(layout, memory, table, rows, copies, arrange), copies, memory
+
+
+def tiled(b: Tensor) -> Tensor:
+    """B [n, r] in tiles, [n / 16, r / 4, 8, 2, 2, 2], as a view.
+
+    Output n and rank r stand at [n // 16, r // 4, n % 8, r // 2 % 2, n // 8 % 2, r % 2]: what a
+    lane of the matrix instruction wants of 16 outputs and 16 ranks is then 16 neighbouring bytes.
+    """
+    n, rank = b.shape
+    return b.view(n // 16, 2, 8, rank // 4, 2, 2).permute(0, 3, 2, 4, 1, 5)
 
 
 class Reader:
@@ -135,6 +149,15 @@ class Reader:
         a = self._read(entry["a"], (vocab, rank), torch.bfloat16)
         b = self._read_b(entry, 0, (hidden, rank))
         return float(entry["scale"][0]) * (b.double() @ a[token].double())
+
+    def tile(self) -> None:
+        """Put each B that is to be in tiles into them."""
+        for entry in self._entries:
+            ranks = np.diff(entry["rank_end"], prepend=0)
+            for i in (i for i in range(3) if entry["tiled"] >> i & 1):
+                shape = int(entry["outputs"][i]), int(ranks[i])
+                stored = self._read(entry["b"][i], shape, torch.bfloat16)
+                stored.view(-1).copy_(tiled(stored.clone()).reshape(-1))
 
     def _entry(self, group: str) -> Any:
         return self._entries[self._layout.groups.index(group)]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from loriner.adapters import seal as sealing
-from loriner.adapters.image import HostBuffer, ImageLayout, SeatImage
+from loriner.adapters.host import HostBuffer
+from loriner.adapters.image import ImageLayout, SeatImage
 from loriner.adapters.loading import ImageSource
 from loriner.adapters.seal import SEAL_NAME, WEIGHTS_NAME, make_seal, read_seal
 from loriner.adapters.store import Store

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loriner.adapters.image import can_tile, tiled
+from loriner.adapters.image import can_tile
 from loriner.kernels.operands import NestedScales, Nf4
 from loriner.model.nf4 import dynamic_map, nf4_code
+from tests.adapters.fake_device import tiled
 
 EXACT_ROWS = 256  # up to here a row does not depend on the others in its step, bit for bit
 ENTRY_BYTES = 96
@@ -61,6 +62,7 @@ class Seats:
                 b = (torch.randn(sizes[i], rank, device="cuda") / 8).bfloat16()
                 stored = tiled(b).contiguous() if can_tile(*b.shape) else b
                 entry[80:84].view(torch.int32)[0] |= can_tile(*b.shape) << i
+                entry[84 + 4 * i : 88 + 4 * i].view(torch.int32)[0] = sizes[i]
                 offset = torch.randn(sizes[i], device="cuda") if bias else torch.zeros(sizes[i])
                 scale = 0.5 + i
                 self.keep += [stored, offset]

@@ -10,7 +10,7 @@ import torch
 
 from loriner.adapters.adapter import Adapter, LoraWeight
 from loriner.adapters.image import ImageLayout, pack_image
-from loriner.kernels.cuda.backend import SeatLora
+from loriner.kernels.cuda.seats import SeatLora
 from tests.adapters.fake_device import FUSED, layout_of
 from tests.gpu.conftest import RANKS, ROWS
 from tests.gpu.operands import POISON, Seats, dense, error, items_of, random_nf4
@@ -115,10 +115,14 @@ def test_large_gated_rows_without_an_adapter_are_as_if_there_were_none(
     assert error(alone, torch.nn.functional.silu(gate) * up) < 8e-3
 
 
-@pytest.mark.parametrize("inner", [256, 264, 9728, 14336])
-def test_gated_outputs_of_any_ranks_equal_float64(kernels: Any, inner: int) -> None:
-    """Also where A x of few rows does not fit shared memory at once, and with biases."""
-    inputs, ranks = 576, [(256, 256), (16, 16), (5, 16), (16, 0), (24, 8)]
+@pytest.mark.parametrize(
+    ("inner", "inputs"),
+    [(256, 576), (264, 576), (9728, 576), (14336, 576), (272, 2048), (512, 4096), (520, 4096)],
+)
+def test_gated_outputs_of_any_ranks_equal_float64(kernels: Any, inner: int, inputs: int) -> None:
+    """Also where A x of few rows does not fit shared memory at once, with biases, and in clusters
+    of thread blocks."""
+    ranks, damp = [(256, 256), (16, 16), (5, 16), (16, 0), (24, 8)], 8 * (inputs / 576) ** 0.5
     weights = [random_nf4(inner, inputs, nested=False) for _ in range(2)]
     operand = kernels.prepare_nf4(weights, None, gated=True)
     seats = Seats(len(ranks), num_groups=6)
@@ -126,7 +130,7 @@ def test_gated_outputs_of_any_ranks_equal_float64(kernels: Any, inner: int) -> N
         seats.put(seat, 2, inputs, [inner, inner], list(pair), bias=seat == 4)
     for rows in (5, 16, 64, 300):
         row_seats = sorted(i % len(ranks) for i in range(rows))
-        x = (torch.randn(rows, inputs, device="cuda") / 8).bfloat16()
+        x = (torch.randn(rows, inputs, device="cuda") / damp).bfloat16()
         both = x.double() @ torch.cat([dense(weight) for weight in weights]).t()
         both += seats.expected(x.double(), row_seats, 2, 2 * inner)
         gate, up = both.split(inner, dim=1)
@@ -157,6 +161,22 @@ def test_gated_outputs_may_be_adapted_on_one_side(kernels: Any, ranks: tuple[int
             lora = lora_of(kernels, seats, row_seats).operand("0.gate_up")
             found = kernels.linear_gated(x, operand, lora, "silu")
             assert error(found, torch.nn.functional.silu(gate) * up) < 8e-3, rows
+
+
+@pytest.mark.parametrize("inputs", [5120, 11008, 14336])
+def test_units_of_a_product_may_be_many(kernels: Any, inputs: int) -> None:
+    """Some for each thread block, one after another, also where parts are not cut evenly."""
+    outputs, num_seats = 576, 64
+    weight = random_nf4(outputs, inputs, nested=False)
+    operand, seats, exact = kernels.prepare_nf4([weight], None), Seats(num_seats, 6), dense(weight)
+    for seat in range(num_seats):
+        seats.put(seat, 3, inputs, [outputs], [64], bias=False)
+    for rows in (8, 16, 24, 64):
+        row_seats = list(range(rows))
+        x = torch.randn(rows, inputs, device="cuda").bfloat16()
+        expected = x.double() @ exact.t() + seats.expected(x.double(), row_seats, 3, outputs)
+        found = kernels.logits(x, operand, lora_of(kernels, seats, row_seats).operand("0.down"))
+        assert error(found, expected) < 2e-3, rows
 
 
 @pytest.mark.timeout(60)
@@ -257,6 +277,25 @@ def test_a_rank_does_not_change_a_neighbours_sum(kernels: Any) -> None:
         lora = lora_of(kernels, seats, [seat])
         alone = kernels.logits(x[row : row + 1], operand, lora.operand("0.o"))
         assert torch.equal(alone[0], together[row]), row
+
+
+@pytest.mark.parametrize("inner", [256, 9728])
+def test_a_rank_does_not_change_a_neighbours_gated_sum(kernels: Any, inner: int) -> None:
+    weights = [random_nf4(inner, 1536, nested=False) for _ in range(2)]
+    operand = kernels.prepare_nf4(weights, None, gated=True)
+    ranks = [(16, 16), (5, 16), (8, 8), (0, 12), (64, 16), (3, 1), (16, 0), (32, 64)]
+    seats = Seats(len(ranks), num_groups=6)
+    for seat, pair in enumerate(ranks):
+        seats.put(seat, 2, 1536, [inner, inner], list(pair), bias=seat == 2)
+    x = (torch.randn(40, 1536, device="cuda") / 16).bfloat16()
+    for row_seats in ([0, 2, 4, 6] * 10, [*range(8), -1] * 2, [0] * 9, [4] * 7 + [1] * 7):
+        rows = x[: len(row_seats)]
+        lora = lora_of(kernels, seats, row_seats).operand("0.gate_up")
+        together = kernels.linear_gated(rows, operand, lora, "silu")
+        for row, seat in enumerate(row_seats[:18]):
+            alone = lora_of(kernels, seats, [seat]).operand("0.gate_up")
+            found = kernels.linear_gated(x[row : row + 1], operand, alone, "silu")
+            assert torch.equal(found[0], together[row]), (row_seats, row)
 
 
 def test_a_launch_may_have_more_blocks_than_the_card_holds(kernels: Any) -> None:
@@ -364,6 +403,7 @@ def test_images_are_read_as_they_are_written(kernels: Any) -> None:
         memory = image.bytes.cuda()
         addresses = [memory.data_ptr() + start for start, _ in image.plan.chunks]
         table = torch.from_numpy(image.plan.entries(addresses))[None].cuda()
+        kernels.tile_seat(table[0])
         for rows in (3, 16, 64, 300):
             row_seats = [0] * (rows - 1) + [-1]
             lora = kernels.seat_lora(table, *items_of(row_seats))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from loriner.adapters.adapter import Adapter, LoraWeight
 from loriner.adapters.image import ENTRY, ImageLayout, SeatImage, pack_image
@@ -43,14 +45,18 @@ def adapter(seed: int, rank: int = 16) -> Adapter:
 class Gpu:
     """A pool on the device and a count of what arrived."""
 
-    def __init__(self, num_images: int, max_seats: int = 8) -> None:
+    def __init__(
+        self, num_images: int, arrange: Callable[[Tensor], None], max_seats: int = 8
+    ) -> None:
         from loriner.adapters.cuda_copies import cuda_seats, pinned_host
 
         self.arrived = threading.Semaphore(0)
         size = pack_image(adapter(0), LAYOUT).num_bytes
         self.host = pinned_host(16 * size)
         device = torch.device("cuda", 0)
-        self.seats = cuda_seats(LAYOUT, num_images * size, max_seats, self.arrived.release, device)
+        self.seats = cuda_seats(
+            LAYOUT, num_images * size, max_seats, self.arrived.release, device, arrange
+        )
         self.pool = Pool(self.seats, max_seats)
 
     def image(self, seed: int, rank: int = 16) -> SeatImage:
@@ -77,8 +83,8 @@ class Gpu:
 
 
 @pytest.fixture
-def gpu() -> Iterator[Gpu]:
-    gpu = Gpu(3)
+def gpu(kernels: Any) -> Iterator[Gpu]:
+    gpu = Gpu(3, kernels.tile_seat)
     yield gpu
     gpu.pool.close()
 
@@ -159,8 +165,8 @@ def test_a_copy_runs_beside_a_step(gpu: Gpu) -> None:
     torch.cuda.synchronize()
 
 
-def test_seats_come_and_go() -> None:
-    gpu = Gpu(3, max_seats=4)
+def test_seats_come_and_go(kernels: Any) -> None:
+    gpu = Gpu(3, kernels.tile_seat, max_seats=4)
     try:
         images = [gpu.image(seed, 4 + 4 * (seed % 4)) for seed in range(8)]
         random = torch.Generator().manual_seed(3)

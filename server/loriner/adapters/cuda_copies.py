@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loriner.adapters.gpu_pool import DeviceSeats, Pairs, Ticket
+from loriner.adapters.gpu_pool import Arrange, DeviceSeats, Pairs, Ticket
 from loriner.adapters.host import HostArena
 from loriner.adapters.image import ENTRY, ImageLayout
 from loriner.errors import ConfigError
@@ -95,6 +95,7 @@ def cuda_seats(
     max_seats: int,
     on_done: Callable[[], None],
     device: torch.device,
+    arrange: Arrange,
 ) -> DeviceSeats:
     """Seats on `device`. `on_done` wakes the engine when a copy has arrived."""
     shape = (max_seats, len(layout.groups), ENTRY.itemsize)
@@ -102,7 +103,7 @@ def cuda_seats(
     table = torch.zeros(shape, dtype=torch.uint8, device=device)
     rows = pinned(table.nbytes).view(shape)
     torch.cuda.synchronize(device)
-    return DeviceSeats(layout, slab, table, rows, CudaCopies(device, on_done))
+    return DeviceSeats(layout, slab, table, rows, CudaCopies(device, on_done), arrange)
 
 
 def pinned_host(num_bytes: int) -> HostArena:

@@ -1,8 +1,9 @@
 """The GPU's seats: one slab of device memory, a table of pointers, and copies beside the steps.
 
 `DeviceSeats` places images in the slab and starts their copies; how bytes reach a device is behind
-`Copies`. Invariant: bytes and table rows that were given up are overwritten only after the last
-step launched before that, and a seat is ready only once its image and its row have arrived.
+`Copies`, and how they are put in order there is given. Invariant: bytes and table rows that were
+given up are overwritten only after the last step launched before that, and a seat is ready only
+once its image and its row have arrived and are in order.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from loriner.adapters.memory import Weights
 from loriner.errors import EngineFailedError
 
 Pairs = Iterable[tuple[Tensor, Tensor]]  # (target on the device, source on the host)
+Arrange = Callable[[Tensor], None]  # puts B of the seat with this row [G, 96] of the table in tiles
 
 
 class Ticket:
@@ -36,7 +38,8 @@ class Copies(Protocol):
     """The way to the device: copies come one after another, beside the steps."""
 
     def start(self, pairs: Callable[[], Pairs], after: Any | None, ticket: Ticket) -> None:
-        """Copy `pairs()` once the event `after` has come; then `ticket` is done. Never waits."""
+        """Copy `pairs()` once the event `after` has come; then `ticket` is done. Never waits. What
+        `pairs` itself has the device do comes between its copies."""
 
     def close(self) -> None: ...
 
@@ -48,11 +51,17 @@ class DeviceSeats:
     shares_host = False
 
     def __init__(
-        self, layout: ImageLayout, slab: Tensor, table: Tensor, rows: Tensor, copies: Copies
+        self,
+        layout: ImageLayout,
+        slab: Tensor,
+        table: Tensor,
+        rows: Tensor,
+        copies: Copies,
+        arrange: Arrange,
     ) -> None:
         assert table.shape == rows.shape == (len(table), len(layout.groups), ENTRY.itemsize)
         self.table = table
-        self._slab, self._rows, self._copies = slab, rows, copies
+        self._slab, self._rows, self._copies, self._arrange = slab, rows, copies, arrange
         self._page = layout.page_bytes
         self._arena = Arena(slab.nbytes // self._page)
         self._placed: dict[int, tuple[Allocation, Ticket]] = {}
@@ -118,7 +127,8 @@ class DeviceSeats:
         return weights.plan.chunk_pages
 
     def _pairs(self, seat_id: int, image: SeatImage, allocation: Allocation) -> Pairs:
-        """The image, in as few stretches as it has on the device, then the row of the table."""
+        """The image, in as few stretches as it has on the device, then the row of the table; what
+        has come is put in order."""
         places = [start * self._page for start in allocation.starts]
         placed = zip(image.plan.chunks, places, strict=True)
         for shift, stretch in groupby(placed, key=lambda one: one[1] - one[0][0]):
@@ -129,3 +139,4 @@ class DeviceSeats:
         row = self._rows[seat_id]
         row.copy_(torch.from_numpy(image.plan.entries([base + place for place in places])))
         yield self.table[seat_id], row
+        self._arrange(self.table[seat_id])

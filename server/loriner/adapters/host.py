@@ -7,13 +7,37 @@ gets ordinary memory: slower to copy from, and never refused.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from loriner.adapters.arena import Allocation, Arena
-from loriner.adapters.image import HostBuffer, pageable
 
 PAGE_BYTES = 64 << 10
+
+
+class HostBuffer:
+    """Bytes on the host, and how to give them back."""
+
+    __slots__ = ("_free", "bytes")
+
+    def __init__(self, data: Tensor, free: Callable[[], None] | None = None) -> None:
+        self.bytes = data  # uint8
+        self._free = free
+
+    def free(self) -> None:
+        free, self._free = self._free, None
+        if free is not None:
+            free()
+
+
+Allocate = Callable[[int], HostBuffer]  # bytes -> a buffer of at least so many
+
+
+def pageable(num_bytes: int) -> HostBuffer:
+    """A buffer of its own."""
+    return HostBuffer(torch.empty(num_bytes, dtype=torch.uint8))
 
 
 class HostArena:

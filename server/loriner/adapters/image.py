@@ -1,18 +1,16 @@
 """One generation as the GPU reads it: a single stretch of bytes, and where each tensor stands.
 
-A in bf16, the slices of a fused linear stacked by rank; B in bf16, in tiles (`tiled`) where its
-sizes allow it, else as [n, r]; biases in f32; scales aside. Knows no device and no file. Invariant:
-an image holds exactly the tensors of its adapter, each at its exact rank and on a 256-byte
-boundary, all finite.
+A in bf16, the slices of a fused linear stacked by rank; B in bf16 as [n, r], which the GPU puts in
+tiles in its place where sizes allow it; biases in f32; scales aside. Knows no device and no file.
+Invariant: an image holds exactly the tensors of its adapter, each at its exact rank and on a
+256-byte boundary, all finite.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loriner.adapters.adapter import Adapter
+from loriner.adapters.host import Allocate, HostBuffer, pageable
 from loriner.adapters.pool import EMBEDDING, Layout
 from loriner.errors import InvalidAdapterError
 
@@ -38,11 +37,15 @@ ENTRY = np.dtype(  # the entry of one fused linear in the seat table, as kernels
         ("bias", "<u8", MAX_SLICES),
         ("scale", "<f4", MAX_SLICES),
         ("rank_end", "<i4", MAX_SLICES),
-        ("tiled", "<u4"),  # bit i: B of slice i is
-        ("spare", "<u4", 3),
+        ("tiled", "<u4"),  # bit i: B of slice i goes into tiles
+        ("outputs", "<u4", MAX_SLICES),  # of slices
     ]
 )
-TILE, TILE_RANKS = 16, 4  # outputs and ranks of a tile of B
+TILE, TILE_RANKS, MAX_TILED_RANK = (
+    16,
+    4,
+    256,
+)  # of B: a tile's outputs and ranks; MAX_RANK of lora.cu
 _LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
 _LAST_GROUPS = ("lm_head", EMBEDDING)
 
@@ -57,21 +60,13 @@ class Module(NamedTuple):
     scaling: float
 
 
-class Order(Enum):
-    """How a tensor lies in an image."""
-
-    OWN = auto()  # as the adapter's
-    TRANSPOSED = auto()
-    TILED = auto()
-
-
 class Place(NamedTuple):
     """One tensor in an image."""
 
     offset: int  # bytes
-    shape: tuple[int, ...]  # the adapter's own, or [r, n] transposed
+    shape: tuple[int, ...]  # as stored in the image
     dtype: torch.dtype
-    order: Order = Order.OWN
+    transposed: bool = False  # against the adapter's own tensor
 
     @property
     def num_bytes(self) -> int:
@@ -116,7 +111,8 @@ class ImagePlan:
     offsets: NDArray[np.int64]  # [G, 7]: a, b of each slice, bias of each slice; bytes or NONE
     scales: NDArray[np.float32]  # [G, 3]
     rank_ends: NDArray[np.int32]  # [G, 3], cumulative
-    tiled: NDArray[np.uint32]  # [G], bit i: B of slice i
+    tiled: NDArray[np.uint32]  # [G], bit i: B of slice i goes into tiles
+    outputs: NDArray[np.uint32]  # [G, 3], of each slice
     chunks: tuple[tuple[int, int], ...]  # (start, end) in bytes, whole pages, covering the image
     chunk_of: NDArray[np.int64]  # [G]
     chunk_pages: tuple[int, ...]
@@ -132,7 +128,7 @@ class ImagePlan:
         table["b"] = pointers[:, _B:_BIAS]
         table["bias"] = pointers[:, _BIAS:]
         table["scale"], table["rank_end"] = self.scales, self.rank_ends
-        table["tiled"] = self.tiled
+        table["tiled"], table["outputs"] = self.tiled, self.outputs
         return table.view(np.uint8).reshape(len(table), ENTRY.itemsize)
 
 
@@ -157,6 +153,7 @@ def plan(modules: Mapping[str, Module], layout: ImageLayout) -> ImagePlan:
         made.scales,
         made.rank_ends,
         made.tiled,
+        made.outputs,
         tuple(made.chunks),
         made.chunk_of,
         tuple((end - start) // layout.page_bytes for start, end in made.chunks),
@@ -174,6 +171,7 @@ class _Planning:
         self.scales = np.zeros((num_groups, MAX_SLICES), np.float32)
         self.rank_ends = np.zeros((num_groups, MAX_SLICES), np.int32)
         self.tiled = np.zeros(num_groups, np.uint32)
+        self.outputs = np.zeros((num_groups, MAX_SLICES), np.uint32)
         self.chunks: list[tuple[int, int]] = []
         self.chunk_of = np.zeros(num_groups, np.int64)
         self._chunk_start = 0
@@ -190,9 +188,9 @@ class _Planning:
             self.rank_ends[group, part:] = rank
             self.scales[group, part] = module.scaling
             shape = (module.num_out, module.rank)
-            order = Order.TILED if can_tile(*shape) else Order.OWN
-            self.tiled[group] |= (order is Order.TILED) << part
-            self._add(group, _B + part, (name, "b"), Place(0, shape, torch.bfloat16, order))
+            self.tiled[group] |= can_tile(*shape) << part
+            self.outputs[group, part] = module.num_out
+            self._add(group, _B + part, (name, "b"), Place(0, shape, torch.bfloat16))
             if module.has_bias:
                 place = Place(0, shape[:1], torch.float32)
                 self._add(group, _BIAS + part, (name, "bias"), place)
@@ -206,11 +204,10 @@ class _Planning:
     def _add_a(self, group: int, members: Sequence[tuple[int, str, Module]]) -> None:
         """The A of all slices, one on the other without gaps: they are read as one."""
         self.offsets[group, _A] = end = self.position
-        order = Order.TRANSPOSED if group == self.layout.embedding else Order.OWN
+        transposed = group == self.layout.embedding
         for _, name, module in members:
             shape = (module.rank, module.num_in)
-            stored = shape[::-1] if order is Order.TRANSPOSED else shape
-            place = Place(end, stored, torch.bfloat16, order)
+            place = Place(end, shape[::-1] if transposed else shape, torch.bfloat16, transposed)
             self.places[name, "a"] = place
             end += place.num_bytes
         self.position = _round_up(end, ALIGNMENT)
@@ -220,29 +217,6 @@ class _Planning:
         self.places[key] = place._replace(offset=self.position)
         self.offsets[group, column] = self.position
         self.position = _round_up(self.position + place.num_bytes, ALIGNMENT)
-
-
-class HostBuffer:
-    """Bytes on the host, and how to give them back."""
-
-    __slots__ = ("_free", "bytes")
-
-    def __init__(self, data: Tensor, free: Callable[[], None] | None = None) -> None:
-        self.bytes = data  # uint8
-        self._free = free
-
-    def free(self) -> None:
-        free, self._free = self._free, None
-        if free is not None:
-            free()
-
-
-Allocate = Callable[[int], HostBuffer]  # bytes -> a buffer of at least so many
-
-
-def pageable(num_bytes: int) -> HostBuffer:
-    """A buffer of its own."""
-    return HostBuffer(torch.empty(num_bytes, dtype=torch.uint8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,50 +241,18 @@ class SeatImage:
 
 def can_tile(num_out: int, rank: int) -> bool:
     """Whether B of this shape goes into tiles."""
-    return num_out % TILE == 0 and rank % TILE_RANKS == 0
-
-
-def tiled(b: Tensor) -> Tensor:
-    """B [n, r] in tiles, [n / 16, r / 4, 8, 2, 2, 2], as a view.
-
-    Output n and rank r stand at [n // 16, r // 4, n % 8, r // 2 % 2, n // 8 % 2, r % 2]: what a
-    lane of the matrix instruction wants of 16 outputs and 16 ranks is then 16 neighbouring bytes.
-    """
-    n, rank = b.shape
-    parts = b.view(n // TILE, 2, TILE // 2, rank // TILE_RANKS, 2, 2)
-    return parts.permute(0, 3, 2, 4, 1, 5)
-
-
-@cache
-def _order_in_tile(rank: int) -> NDArray[np.int64]:
-    """Which pair of ranks of 16 outputs [16, rank / 2] comes where in their tiles."""
-    pairs = tiled(torch.arange(TILE * rank).view(TILE, rank)).reshape(-1, 2)[:, 0] // 2
-    found: NDArray[np.int64] = pairs.numpy()
-    return found
-
-
-def _pairs(b: Tensor) -> NDArray[np.int32]:
-    """B [n, r] bf16, contiguous, as pairs of ranks by 16 outputs, [n / 16, 8 r]; not copied."""
-    return b.view(-1, TILE * b.shape[1]).view(torch.int16).numpy().view(np.int32)
+    return num_out % TILE == 0 and rank % TILE_RANKS == 0 and rank <= MAX_TILED_RANK
 
 
 def view(data: Tensor, place: Place) -> Tensor:
-    """What stands at `place` of an image's bytes, in its shape but its own order."""
+    """The tensor at `place` of an image's bytes."""
     end = place.offset + place.num_bytes
     return data[place.offset : end].view(place.dtype).view(place.shape)
 
 
 def write(data: Tensor, place: Place, tensor: Tensor) -> None:
     """Convert an adapter's tensor to its place in an image's bytes."""
-    target = view(data, place)
-    if place.order is Order.TRANSPOSED:
-        target.copy_(tensor.t())
-    elif place.order is Order.TILED:
-        pairs, order = _pairs(tensor.to(place.dtype).contiguous()), _order_in_tile(place.shape[1])
-        # not by torch: called on many threads, it would start more for each
-        np.take(pairs, order, axis=1, out=_pairs(target), mode="clip")
-    else:
-        target.copy_(tensor)
+    view(data, place).copy_(tensor.t() if place.transposed else tensor)
 
 
 def modules_of(adapter: Adapter) -> dict[str, Module]:

@@ -11,7 +11,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 from loriner.adapters.formats import Modules
-from loriner.adapters.image import Allocate, ImageLayout, SeatImage, pack_image
+from loriner.adapters.host import Allocate
+from loriner.adapters.image import ImageLayout, SeatImage, pack_image
 from loriner.adapters.seal import read_seal, seal_folder
 from loriner.adapters.sealed_reader import SealedReader
 from loriner.adapters.store import Store

@@ -17,11 +17,10 @@ import msgspec
 import torch
 from torch import Tensor
 
+from loriner.adapters.host import Allocate
 from loriner.adapters.image import (
-    Allocate,
     ImageLayout,
     ImagePlan,
-    Order,
     Place,
     SeatImage,
     plan,
@@ -103,7 +102,7 @@ class _Filler:
         for t in stretch:
             place = self._places[t.module, t.role]
             size = t.end - t.start
-            if DTYPES[t.dtype] is place.dtype and place.order is Order.OWN:
+            if DTYPES[t.dtype] is place.dtype and not place.transposed:
                 targets.append(self._bytes[place.offset : place.offset + size])
             else:
                 scratch = torch.empty(size, dtype=torch.uint8)

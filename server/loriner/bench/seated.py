@@ -66,7 +66,8 @@ def _on_gpu(
     made = [pack_image(adapter, images) for adapter in some]
     slack = SLACK_BYTES + len(groups) * PAGE_BYTES
     num_bytes = sum(image.num_bytes + slack for image in made)
-    seats = cuda_seats(images, num_bytes, len(made), lambda: None, kernels.device)
+    device, arrange = kernels.device, kernels.ops.tile_seat
+    seats = cuda_seats(images, num_bytes, len(made), lambda: None, device, arrange)
     for seat_id, image in enumerate(made):
         seats.place(seat_id, image)
     while not all(map(seats.is_ready, range(len(made)))):

@@ -147,7 +147,14 @@ class CudaRunner:
 
     def make_pool(self, max_seats: int, on_copied: Callable[[], None]) -> Pool:
         """Makes the seats and captures the graphs that read them: once."""
-        seats = cuda_seats(self._images, self._pool_bytes, max_seats, on_copied, self.device)
+        seats = cuda_seats(
+            self._images,
+            self._pool_bytes,
+            max_seats,
+            on_copied,
+            self.device,
+            self.ops.tile_seat,
+        )
         self.pool = Pool(seats, max_seats)
         computation = GpuComputation(self, seats)
         eos_ids = self.model_config.eos_token_ids

@@ -19,14 +19,11 @@ from loriner.kernels.cuda import attention
 from loriner.kernels.cuda import linear as linears
 from loriner.kernels.cuda.attention import Attention
 from loriner.kernels.cuda.launch import Device
-from loriner.kernels.cuda.linear import Adapters, LoraPlan
 from loriner.kernels.cuda.many_rows import MAX_FUSED_ROWS, ManyRows
 from loriner.kernels.cuda.params import Operand
-from loriner.kernels.cuda.tiling import MAX_STACKED_RANK
+from loriner.kernels.cuda.seats import LoraCall, SeatLora, Seats
 from loriner.kernels.operands import Nf4
 
-LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
-LAST_GROUPS = ("lm_head", "embed")
 EPILOGUES = {
     "linear": linears.STORE,
     "linear_add": linears.ADD,
@@ -34,41 +31,6 @@ EPILOGUES = {
     "logits": linears.LOGITS,
 }
 Ints = np.typing.NDArray[np.int32]
-
-
-class SeatLora(NamedTuple):
-    """The adapters of one step: what stands in the seats, and which row uses which."""
-
-    table: Tensor  # [seats, groups, 96] u8
-    row_seat: Tensor  # [R] i32
-    items: Tensor  # [.., 3] i32: first row, rows (at most 32), seat
-    num_items: Tensor  # [1] i32
-    plan: LoraPlan
-
-    def operand(self, group: str) -> LoraCall:
-        """What `linear` needs for this fused linear."""
-        num_groups = self.table.shape[1]
-        if group in LAST_GROUPS:
-            index = num_groups - len(LAST_GROUPS) + LAST_GROUPS.index(group)
-        else:
-            layer, _, name = group.partition(".")
-            index = int(layer) * len(LAYER_GROUPS) + LAYER_GROUPS.index(name)
-        return LoraCall(self, index)
-
-    @property
-    def embeddings(self) -> LoraCall:
-        return self.operand("embed")
-
-
-class LoraCall(NamedTuple):
-    """One fused linear's place in the seats."""
-
-    lora: SeatLora
-    group: int
-
-    @property
-    def adapters(self) -> Adapters:
-        return Adapters(*self.lora, self.group)
 
 
 class Rotation(NamedTuple):
@@ -100,8 +62,7 @@ class CudaKernels:
         self.linears = linears.Linears(self.device)
         self._attention: Attention | None = None
         self.many_rows = ManyRows(self.device)
-        self._embed_lora = self.many_rows.lora.kernel("lora_embed")
-        self._plan = self.many_rows.lora.kernel("lora_plan")
+        self.seats = Seats(self.many_rows.lora)
         norm = self.device.module("norm.cu")
         self._embed, self._norm = norm.kernel("embed"), norm.kernel("rms_norm")
 
@@ -184,16 +145,11 @@ class CudaKernels:
         self, table: Tensor, row_seat: Tensor, items: Tensor, num_items: Tensor
     ) -> SeatLora:
         """Call it in the step that uses it, before all other kernels: it plans that step."""
-        rows, groups = len(row_seat), table.shape[1]
-        most = rows * (MAX_STACKED_RANK // 16)
-        plan = LoraPlan(
-            torch.empty(groups, rows, 3, 32, dtype=torch.uint8, device=self.place),
-            torch.empty(groups, most, 16, dtype=torch.uint8, device=self.place),
-            torch.empty(groups, dtype=torch.int32, device=self.place),
-        )
-        made = (plan.rows, plan.tiles, plan.num_tiles, most)
-        self._plan(groups, 256, *made, row_seat, rows, items, num_items, table, 0, groups)
-        return SeatLora(table, row_seat, items, num_items, plan)
+        return self.seats.plan(table, row_seat, items, num_items)
+
+    def tile_seat(self, entries: Tensor) -> None:
+        """Put B of the adapter with this row [G, 96] of the seat table in tiles."""
+        self.seats.tile(entries)
 
     # ---- the step ----
 
@@ -203,11 +159,7 @@ class CudaKernels:
         return h
 
     def lora_embed_add(self, h: Tensor, token_ids: Tensor, call: LoraCall) -> None:
-        lora, (rows, hidden) = call.lora, h.shape
-        grid = (-(-hidden // 256), rows)
-        groups = lora.table.shape[1]
-        seats = (lora.row_seat, lora.table, call.group, groups)
-        self._embed_lora(grid, 256, h, hidden, token_ids, *seats)
+        self.seats.embed(h, token_ids, call)
 
     def rms_norm(self, h: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
         """bf16; of the given rows of `h`, or of all."""

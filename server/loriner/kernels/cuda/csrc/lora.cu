@@ -13,6 +13,7 @@
 #define WARPS 4
 #define PARTS (8 / CLUSTER)  // eighths of the inputs that this block sums
 #define TILES 4              // of 8 rows of x
+#define MAX_RANK 256         // of a slice whose B is in tiles: image.py
 #define AHEAD 4              // steps of 32 inputs whose A is in flight
 
 struct Item {
@@ -130,6 +131,28 @@ extern "C" __global__ void lora_embed(float* h, i32 H, const i32* token, const i
     float sum = 0.0f;
     for (int r = 0; r < rank; r++) sum += bf16_to_float(a[r]) * bf16_to_float(b[b_at(n, r, rank, e->tiled & 1)]);
     h[(i64)row * H + n] += e->scale[0] * sum;
+}
+
+// Puts B of a seat in tiles where its entries say so; it has come as [n, rank], and stays in its place: the 16 outputs of
+// a tile lie where they lay. A warp sees to those at a time. Grid: (blocks for each group, groups).
+extern "C" __global__ void __launch_bounds__(WARPS * 32) lora_tile(const SeatEntry* entries) {
+    __shared__ uint4 strips[WARPS][2 * MAX_RANK];  // [16, rank] each
+    const SeatEntry& e = entries[blockIdx.y];
+    const i32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    uint4* strip = strips[warp];
+    for (i32 s = 0; s < 3; s++) {
+        const i32 rank = e.rank_end[s] - (s ? e.rank_end[s - 1] : 0), outputs = e.tiled >> s & 1 ? e.outputs[s] : 0;
+        for (i32 n = (blockIdx.x * WARPS + warp) * 16; n < outputs; n += gridDim.x * WARPS * 16) {
+            uint4* at = (uint4*)((u16*)e.b[s] + (i64)n * rank);
+            for (i32 i = lane; i < 2 * rank; i += 32) strip[i] = at[i];
+            __syncwarp();
+            for (i32 i = lane; i < 2 * rank; i += 32) {
+                const u32* from = (const u32*)strip + i % 8 * (rank / 2) + i / 8 * 2;  // output i % 8, ranks from i / 8 * 4 on
+                at[i] = make_uint4(from[0], from[4 * rank], from[1], from[4 * rank + 1]);
+            }
+            __syncwarp();
+        }
+    }
 }
 
 // What the linears of a step need to know of its adapters: rows [groups, M, 3], and the tiles of A x by group, `most`

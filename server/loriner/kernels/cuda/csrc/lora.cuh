@@ -10,7 +10,7 @@ struct SeatEntry {
     float scale[3];
     i32 rank_end[3];  // cumulative
     u32 tiled;        // bit i: b[i] is in tiles
-    i32 spare[3];
+    u32 outputs[3];   // of each slice
 };
 static_assert(sizeof(SeatEntry) == 96, "the pool writes 96 bytes");
 
