@@ -76,6 +76,7 @@ FULLY = (*LINEARS[:5], LINEARS[9])  # on Hopper: every number of token tiles
 SOME = (LINEARS[1], LINEARS[2], LINEARS[4], LINEARS[9])  # elsewhere
 ADAPTED = (LINEARS[1], LINEARS[2])  # with adapters
 SOME_TILES = (1, 8, 16)
+ADAPTED_TILES = (1, 2, 8, 16)
 
 # Most instructions of a warp, by 32 lanes, for one weight on the way once round the main loop, by
 # token tiles. Where the inputs are split among groups, a warp copies more rows of x.
@@ -92,17 +93,20 @@ SPILLED: dict[str, dict[tuple[int, str], int]] = {
         (8, "llama-3-8b lm_head"): 32,
         (8, "smollm2 qkv"): 52,
         (1, "llama-3-8b o, adapted"): 8,
+        (2, "llama-3-8b o, adapted"): 36,
         (8, "llama-3-8b o, adapted"): 52,
         (8, "llama-3-8b gate_up, adapted"): 4,
     },
     "sm_86": {
         (8, "llama-3-8b gate_up"): 36,
         (8, "llama-3-8b lm_head"): 32,
+        (2, "llama-3-8b o, adapted"): 4,
         (8, "llama-3-8b gate_up, adapted"): 40,
     },
     "sm_90a": {
-        (1, "llama-3-8b o, adapted"): 12,
-        (1, "llama-3-8b gate_up, adapted"): 8,
+        (1, "llama-3-8b o, adapted"): 8,
+        (2, "llama-3-8b o, adapted"): 12,
+        (2, "llama-3-8b gate_up, adapted"): 16,
     },
     "sm_100a": {
         (8, "llama-3-8b o"): 12,
@@ -166,7 +170,7 @@ def linear_variants(arch: str) -> dict[tuple[int, str], Variant]:
         for tiles in sorted({fitting(arch, case, n) for n in tiles_of}):
             made.setdefault(linear_variant(arch, case, tiles), (tiles, case.name))
     for case in ADAPTED:
-        for tiles in (fitting(arch, case, n) for n in SOME_TILES):
+        for tiles in (fitting(arch, case, n) for n in ADAPTED_TILES):
             variant = linear_variant(arch, case, tiles, adapted=True)
             made.setdefault(variant, (tiles, f"{case.name}, adapted"))
     gelu = LINEARS[2]._replace(name="gelu")

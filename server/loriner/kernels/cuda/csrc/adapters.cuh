@@ -63,6 +63,9 @@ DEV void main_sync() { asm volatile("bar.sync 2, %0;" ::"n"(MAIN_THREADS) : "mem
 // What the rows' adapters are has come to shared memory: the warps beside say so, the main ones wait for it.
 DEV void rows_have_come() { asm volatile("bar.arrive 3, %0;" ::"n"(THREADS) : "memory"); }
 DEV void wait_for_rows() { asm volatile("bar.sync 3, %0;" ::"n"(THREADS) : "memory"); }
+// Likewise A x, where the main warps help.
+DEV void shrunk_has_come() { asm volatile("bar.arrive 4, %0;" ::"n"(THREADS) : "memory"); }
+DEV void wait_for_shrunk() { asm volatile("bar.sync 4, %0;" ::"n"(THREADS) : "memory"); }
 #else
 DEV void ending_sync() { __syncthreads(); }
 DEV void main_sync() { __syncthreads(); }
@@ -125,6 +128,8 @@ DEV void gather_shrunk(const End& p, const Outputs& own, i32 token0, i32 token, 
 #include "expand.cuh"
 
 #if BESIDE
+#define HELPED_STRIDE 64  // ranks of a row in this thread block's slices
+
 // Where that is kept for this lane's sums.
 DEV float4* added(i32 tile, i32 oct) { return (float4*)(smem + ADDED_AT) + (tile * NT + oct) * 32 + (threadIdx.x & 31); }
 
@@ -139,6 +144,39 @@ DEV void prefetch(const End& p, const Outputs& own, i32 rows, i32 thread) {
         const i32 size = (end - first) * l.rank * 2 & ~15;
         if (((u64)at & 15) == 0 && size > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(size) : "memory");
     }
+}
+
+// Whether the main warps, when they have multiplied, take strips that nobody has taken: where those are many and long, and A x is there at once.
+DEV bool are_helped(const Passes& passes) { return NT == 2 && STRIPS > BESIDE && passes.stride >= HELPED_STRIDE && passes.octs >= passes.all; }
+DEV u32 taken_at(i32 oct) { return smem_addr(smem) + STRIPS_TAKEN_AT + oct * 4; }
+DEV i32 take_strip(i32 oct) {
+    i32 strip = 0;
+    if ((threadIdx.x & 31) == 0) asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(strip) : "r"(taken_at(oct)) : "memory");
+    return __shfl_sync(0xffffffffu, strip, 0);
+}
+
+// Strips of eight rows, from one on that `adding` has looked at; `then` says which is next.
+template <class Then> DEV void add_strips(const End& p, const Outputs& own, Adding& adding, i32 oct, i32 strip, Then then) {
+#pragma unroll 1
+    while (strip < STRIPS) {
+        float share[NUM_SLICES][4];
+        const i32 next = adding.add(p, own, share, strip, [&] { return then(strip); });
+#pragma unroll
+        for (int i = 0; i < NUM_SLICES; i++)
+            if (strip * NUM_SLICES + i < OWN / 16) *added(strip * NUM_SLICES + i, oct) = make_float4(share[i][0], share[i][1], share[i][2], share[i][3]);
+        strip = next;
+    }
+}
+
+// By the main warps, where they help.
+__device__ __noinline__ void help(const End p, const Outputs own, const Passes passes, i32 warp) {
+    const i32 oct = warp % passes.all;
+    wait_for_shrunk();
+    const i32 strip = take_strip(oct);
+    if (strip >= STRIPS) return;
+    Adding adding(p, own, passes);
+    adding.look(p, own, 0, oct, strip);
+    add_strips(p, own, adding, oct, strip, [&](i32) { return take_strip(oct); });
 }
 
 // What the warps beside the main ones do: units of A x, then what adapters add to this thread block's outputs.
@@ -162,26 +200,20 @@ DEV void beside(const Params& p, const Outputs& own, i32 token0, i32 warp) {
         return;
     }
     const Passes passes(own, p, token0);
+    const i32 octs = NT == 1 ? 1 : min(passes.octs, passes.all), each = octs == 1 ? BESIDE : BESIDE / 2;  // warps of eight rows
+    const bool helped = are_helped(passes);
+    if (helped && thread < octs) asm volatile("st.shared.u32 [%0], %1;" ::"r"(taken_at(thread)), "r"(each) : "memory");
     if (passes.stride)
 #pragma unroll 1
-        for (i32 oct0 = 0; oct0 < passes.all; oct0 += passes.octs) {
-            const Turns turns(passes, oct0, BESIDE, warp);
-            Adding adding(p, own, passes, turns, oct0);
+        for (i32 oct0 = 0; oct0 < passes.all; oct0 += octs) {
+            const i32 oct = oct0 + (warp >= each), strip = warp & (each - 1);
+            Adding adding(p, own, passes);
+            adding.look(p, own, oct0, oct, strip);
             ending_sync();
-            gather_shrunk(p, own, token0, oct0 * 8, passes.octs * 8, passes.stride, warp, epoch);
+            gather_shrunk(p, own, token0, oct0 * 8, octs * 8, passes.stride, warp, epoch);
             ending_sync();
-#pragma unroll 1
-            for (i32 oct = turns.oct; oct < turns.end; oct += turns.octs) {
-                adding.begin(p, own, turns, oct0, oct);
-#pragma unroll 1
-                for (i32 strip = turns.strip; strip < STRIPS; strip += turns.strips) {
-                    float share[TILES][4];
-                    adding.add(p, own, share, strip, strip + turns.strips);
-#pragma unroll
-                    for (int i = 0; i < TILES; i++)
-                        if (strip * TILES + i < OWN / 16) *added(strip * TILES + i, oct) = make_float4(share[i][0], share[i][1], share[i][2], share[i][3]);
-                }
-            }
+            if (helped) shrunk_has_come();
+            add_strips(p, own, adding, oct, strip, [&](i32 now) { return helped ? take_strip(oct) : now + each; });
         }
     const u32 known = thread == 0 ? note_epoch(p) : 0;
     __syncthreads();

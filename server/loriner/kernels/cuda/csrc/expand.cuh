@@ -9,10 +9,9 @@
 // accumulator, odd rows onto another, each from the B of its own adapter. So a row's sums depend on nothing but the row, as long as B is
 // finite: an adapter of which something is not is refused when it comes in.
 #define TILE_OUTPUTS (GATED ? 8 : 16)
-#define TILES (LORA && GATED ? 2 : 1)  // of sums, in a strip; strips of both slices end two
-#define STRIPS ((OWN / 16 + TILES - 1) / TILES)
+#define NUM_SLICES (GATED ? 2 : 1)  // that a strip is of; with as many tiles of sums
+#define STRIPS ((OWN / 16 + NUM_SLICES - 1) / NUM_SLICES)
 #define ROWS_AHEAD (!WGMMA ? 2 : BESIDE || EPILOGUE == 1 || NT > 8 ? 4 : 8)  // whose B is on its way
-#define NUM_SLICES (GATED ? 2 : 1)  // that a strip is of
 
 typedef u32 Columns[2][2];  // of even and odd rows: ranks 4t and 4t + 1, and the two behind
 
@@ -43,19 +42,6 @@ struct Passes {
     }
 };
 
-// Whose turn it is: each warp has eight rows of x, and some of the strips of outputs.
-struct Turns {
-    i32 oct, octs, end, strip, strips;
-
-    DEV Turns(const Passes& passes, i32 oct0, i32 warps, i32 warp) {
-        const i32 count = min(passes.octs, passes.all - oct0);
-        strips = max(1, min(quotient(warps, count), STRIPS)), octs = quotient(warps, strips), end = oct0 + count;
-        const i32 before = quotient(warp, strips);
-        oct = oct0 + before, strip = warp - before * strips;
-    }
-    DEV i32 next(i32 tile) const { return TILES == 1 ? tile + strips : tile % 2 ? tile - 1 + strips * 2 : tile + 1; }
-};
-
 // Where A x of this lane's rows g / 2 * 2 and the next one stands in shared memory, and their ranks, of one slice.
 struct Factors {
     u32 from[2];  // its address, of rank 4t
@@ -73,16 +59,14 @@ struct Adding {
     i32 steps[NUM_SLICES];  // of 16 ranks, of the row that has most
     uint4 b[ROWS_AHEAD];    // of the next rows; what is left of others in it does no harm, as it is finite
 
-    // Before A x is there.
-    DEV Adding(const End& p, const Outputs& own, const Passes& passes, const Turns& turns, i32 oct0) : stride(passes.stride), first(GATED ? 0 : own.first_slice(p)) {
+    DEV Adding(const End& p, const Outputs& own, const Passes& passes) : stride(passes.stride), first(GATED ? 0 : own.first_slice(p)) {
         n = own.first - (GATED || first == 0 ? 0 : first == 1 ? p.split0 : p.split1);
 #pragma unroll
         for (int j = 0; j < ROWS_AHEAD; j++) b[j] = make_uint4(0, 0, 0, 0);
-        if (stride && turns.oct < turns.end) look(p, own, turns, oct0, turns.oct);
     }
 
-    // What the rows of `oct` are.
-    DEV void look(const End& p, const Outputs& own, const Turns& turns, i32 oct0, i32 oct) {
+    // What the rows of `oct` are, before A x is there; `strip` comes first.
+    DEV void look(const End& p, const Outputs& own, i32 oct0, i32 oct, i32 strip) {
         const i32 lane = threadIdx.x & 31, lead = GATED ? lane & 8 : 0;
         l = (const RowLora*)(smem + ROW_LORA) + oct * 24, t = smem_addr(smem) + SHRUNK_AT + (oct - oct0) * 8 * stride * 4;
         // lanes 0 to 7 see to a row each, of gated outputs lanes 8 to 15 to the other slice
@@ -93,12 +77,7 @@ struct Adding {
         plain = __all_sync(0xffffffffu, own_row.rank == 0 || (own_row.tiled && (begin & 3) == 0 && own_row.bias == nullptr)) && n % 16 == 0 && own.end - own.first == STRIPS * 16 && (GATED || first == own.last_slice(p));
 #pragma unroll
         for (int s = 0; s < NUM_SLICES; s++) steps[s] = (__reduce_max_sync(0xffffffffu, GATED && (lane >> 3 & 1) != s ? 0 : own_row.rank) + 15) / 16;
-        if (plain) ask_first(turns.strip);
-    }
-
-    // When A x is there, for the rows of `oct`.
-    DEV void begin(const End& p, const Outputs& own, const Turns& turns, i32 oct0, i32 oct) {
-        if (stride && oct != turns.oct) look(p, own, turns, oct0, oct);
+        if (plain) ask_first(strip);
     }
 
     DEV Factors factors_of(i32 slice) const {
@@ -155,9 +134,11 @@ struct Adding {
         v[0] = __fadd_rn(even[0], even[1]), v[1] = __fadd_rn(odd[0], odd[1]), v[2] = __fadd_rn(even[2], even[3]), v[3] = __fadd_rn(odd[2], odd[3]);
     }
 
-    // This lane's share of the sums (see sums_at) of a strip's tiles; `next` is the strip after it.
-    DEV void add(const End& p, const Outputs& own, float (&share)[TILES][4], i32 strip, i32 next) {
+    // This lane's share of the sums (see sums_at) of a strip's tiles. Asks `then` for the next strip as late as it can, and returns that.
+    template <class Then> DEV i32 add(const End& p, const Outputs& own, float (&share)[NUM_SLICES][4], i32 strip, Then then) {
         const i32 pair = (threadIdx.x & 31) >> 3;
+        i32 next = -1;
+        const auto after = [&] { return next < 0 ? next = then() : next; };
 #pragma unroll
         for (int s = 0; s < NUM_SLICES; s++) {
             float v[4] = {};
@@ -175,11 +156,12 @@ struct Adding {
                     const bool more = k + 1 < steps[s];
                     if (same) {
                         multiply_row(even, b[s], c[0], true), multiply_row(odd, b[s], c[1], true);
-                        if (more || next < STRIPS) ask(b[s], 0, s, more ? strip : next, more ? k + 1 : 0);
+                        const i32 next_strip = more ? strip : after();
+                        if (next_strip < STRIPS) ask(b[s], 0, s, next_strip, more ? k + 1 : 0);
                         continue;
                     }
                     const bool turn = GATED && s == 0 && steps[NUM_SLICES - 1];  // where the next step is
-                    const i32 next_slice = more ? s : turn ? 1 : GATED && steps[0] == 0, next_strip = more || turn ? strip : next;
+                    const i32 next_slice = more ? s : turn ? 1 : GATED && steps[0] == 0, next_strip = more || turn ? strip : after();
 #pragma unroll
                     for (int i = 0; i < 8; i += ROWS_AHEAD) {
 #pragma unroll
@@ -200,6 +182,7 @@ struct Adding {
                 for (int i = 0; i < 4; i++) share[0][i] = v[i];
             }
         }
+        return after();
     }
 
     // Slice s of gated outputs, or all of others, for any rows and outputs.
