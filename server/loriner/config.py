@@ -74,6 +74,11 @@ class EngineConfig:
     pool_fraction: float = setting(
         0.3, "of what the base leaves on the GPU, for adapters; the rest is KV cache", low=0, high=1
     )
+    bf16_shadow: bool = setting(
+        False,
+        "on a GPU, also keep the base's linears in bf16, four times their NF4 bytes, for steps of"
+        " more than 256 rows: long prompts then wait for no dequantising",
+    )
     host_bytes: int = setting(1 * GIB, "memory for adapters kept warm on the host", low=1)
     prefix_cache: bool = setting(True, "reuse KV blocks of equal prefixes")
     max_waiting: int = setting(1024, "most sequences that may wait; more are refused", low=0)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from loriner.engine.runner import choose_device
+from loriner.config import EngineConfig
+from loriner.engine.runner import choose_device, open_runner
 from loriner.errors import ConfigError
 
 
@@ -40,3 +41,8 @@ def test_asking_for_a_card_that_is_not_there_says_why(
 ) -> None:
     with pytest.raises(ConfigError, match=why):
         choose_device("cuda", card(capability))
+
+
+def test_a_shadow_in_bf16_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match="bf16_shadow"):
+        open_runner(EngineConfig(device="cpu", bf16_shadow=True))

@@ -1,6 +1,8 @@
-"""Random weights and adapters on the GPU, and what float64 makes of them."""
+"""Random weights and adapters on the GPU, what float64 makes of them, and kernels in graphs."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -37,6 +39,19 @@ def dense(weight: Nf4) -> Tensor:
 def error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||; not a number where anything was not written."""
     return float((found.double() - expected).norm() / expected.norm())
+
+
+def alone_and_replayed(run: Callable[[], Tensor], x: Tensor) -> Iterator[Tensor]:
+    """What `run` gives for the rows `x`; then from a graph for other rows in their place, drawn
+    anew from the same spread."""
+    yield run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    x.normal_(std=float(x.float().square().mean().sqrt()))
+    graph.replay()
+    yield y
 
 
 class Seats:
@@ -81,13 +96,15 @@ class Seats:
     def expected(self, x: Tensor, seats: list[int], group: int, outputs: int) -> Tensor:
         """What the adapters add to rows x [M, K] f64: [M, N] f64."""
         made = torch.zeros(len(x), outputs, dtype=torch.float64, device="cuda")
-        for row, seat in enumerate(seats):
+        used = torch.tensor(seats)
+        for seat in set(seats):
+            rows = (used == seat).nonzero()[:, 0].cuda()
             parts = []
             for a, b, offset, scale in self.weights.get((seat, group), []):
-                t = a.double() @ x[row]
-                parts.append(scale * (b.double().cuda() @ t + offset.double().cuda()))
+                t = x[rows] @ a.double().t()
+                parts.append(scale * (t @ b.double().cuda().t() + offset.double().cuda()))
             if parts:
-                made[row] = torch.cat(parts)
+                made[rows] = torch.cat(parts, dim=1)
         return made
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
 
 from loriner.kernels.cuda import packing
 from tests.gpu.conftest import ROWS
-from tests.gpu.operands import POISON, dense, error, random_nf4
+from tests.gpu.operands import EXACT_ROWS, alone_and_replayed, dense, error, random_nf4
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
 SHAPES = ((576, 576), (960, 576), (576, 1536), (1040, 2048), (4096, 4096), (4096, 14336))
 TOLERANCE = 2e-3  # f32 out; the table is bf16
@@ -27,14 +30,17 @@ def test_nf4_linear_equals_float64(kernels: Any, outputs: int, inputs: int, nest
 
     for rows in ROWS:
         x = torch.randn(rows, inputs, device="cuda").bfloat16()
-        expected = x.double() @ exact.t() + bias.double().cuda()
-        assert error(kernels.logits(x, operand), expected) < TOLERANCE, rows
-        assert error(kernels.linear(x, operand), expected) < BF16_OUT, rows
-        h = torch.randn(rows, outputs, device="cuda")
-        before = h.double()
-        kernels.linear_add(h, x, operand)
-        limit = TOLERANCE if rows <= 256 else BF16_OUT
-        assert error(h.double() - before, expected) < limit, rows
+        h, before = torch.randn(2, rows, outputs, device="cuda")
+
+        def add(x: Tensor = x, h: Tensor = h, before: Tensor = before) -> Tensor:
+            return kernels.linear_add(h.copy_(before), x, operand) - before  # type: ignore[no-any-return]
+
+        limit = TOLERANCE if rows <= EXACT_ROWS else BF16_OUT
+        runs = ((partial(kernels.logits, x, operand), TOLERANCE), (add, limit))
+        for run, most in (*runs, (partial(kernels.linear, x, operand), BF16_OUT)):
+            for found in alone_and_replayed(run, x):
+                expected = x.double() @ exact.t() + bias.double().cuda()
+                assert error(found, expected) < most, rows
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
@@ -48,14 +54,10 @@ def test_gated_linear_equals_float64(kernels: Any, inner: int, inputs: int, act:
 
     for rows in (1, 8, 33, 64, 129, 513):
         x = (torch.randn(rows, inputs, device="cuda") / 4).bfloat16()
-        g, u = x.double() @ dense(gate).t(), x.double() @ dense(up).t()
-        approximate = "tanh"
-        acted = (
-            torch.nn.functional.silu(g)
-            if act == "silu"
-            else torch.nn.functional.gelu(g, approximate=approximate)
-        )
-        assert error(kernels.linear_gated(x, operand, None, act), acted * u) < 6e-3, rows
+        for found in alone_and_replayed(partial(kernels.linear_gated, x, operand, None, act), x):
+            g, u = x.double() @ dense(gate).t(), x.double() @ dense(up).t()
+            acted = silu(g) if act == "silu" else gelu(g, approximate="tanh")
+            assert error(found, acted * u) < 6e-3, rows
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(1000, 576), (49152, 576), (32000, 4096)])
@@ -65,8 +67,8 @@ def test_dense_linear_equals_float64(kernels: Any, outputs: int, inputs: int) ->
 
     for rows in (1, 7, 8, 33, 64, 128, 255):
         x = torch.randn(rows, inputs, device="cuda").bfloat16()
-        found = kernels.logits(x, operand)
-        assert error(found, x.double() @ weight.double().t()) < 1e-5, rows
+        for found in alone_and_replayed(partial(kernels.logits, x, operand), x):
+            assert error(found, x.double() @ weight.double().t()) < 1e-5, rows
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(kernels: Any) -> None:
@@ -79,20 +81,21 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kernels: Any) -> None:
             assert torch.equal(together, alone[: len(together)]), (outputs, rows)
 
 
-def test_a_replayed_graph_computes_the_new_rows(kernels: Any) -> None:
-    weight = random_nf4(4096, 4096, nested=True)
-    operand, x = kernels.prepare_nf4([weight], None), torch.zeros(16, 4096, device="cuda")
-    x = x.bfloat16()
-    kernels.logits(x, operand)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = kernels.logits(x, operand)
-    for _ in range(3):
-        x.copy_(torch.randn(16, 4096))
-        y.fill_(POISON)
-        graph.replay()
-        assert error(y, x.double() @ dense(weight).t()) < TOLERANCE
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_kept_weight_changes_no_bit(
+    kernels: Any, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [random_nf4(1040, 2048, nested=True) for _ in range(2)]
+    operand = kernels.prepare_nf4(parts, torch.randn(2080), gated=gated)
+    x = torch.randn(300, 2048, device="cuda").bfloat16()
+    run = partial(kernels.linear_gated, x, operand, None, "silu")
+    run = run if gated else partial(kernels.linear, x, operand)
+    made = run()
+
+    assert kernels.keep_dense(operand) == 2 * 2080 * 2048
+    monkeypatch.delattr(type(kernels.many_rows), "dequantized")
+
+    assert torch.equal(run(), made)
 
 
 def test_dequantised_weights_are_those_that_are_stored(kernels: Any) -> None:

@@ -29,16 +29,17 @@ def run(
     *,
     together: bool = True,
     num_new: int = NUM_NEW,
+    **settings: Any,
 ) -> list[list[int]]:
     """Greedy tokens of each prompt, in one batch or one after another."""
+    usual: dict[str, Any] = {"max_model_len": 256, "max_step_tokens": 64}
     config = engine_config(
         model,
         device=device,
-        max_model_len=256,
         kv_bytes=32 << 20,
         pool_bytes=16 << 20,
-        max_step_tokens=64,
         host_bytes=16 << 20,
+        **usual | settings,
     )
     runner = CpuRunner(config) if device == "cpu" else open_runner(config)
     engine = build_engine(config, {}, runner)
@@ -70,3 +71,16 @@ def test_greedy_tokens_agree_with_the_cpu_and_with_themselves(tmp_path: Path, fa
     found = [token for (token,) in run(base, "cuda", parts, num_new=1)]
     same = sum(a == b for a, b in zip(found, [t for a in answers for t in a], strict=True))
     assert same / len(parts) >= 0.95, same  # random weights tie often
+
+
+def test_linears_kept_in_bf16_change_no_token(tmp_path: Path) -> None:
+    """Prompts that go through cuBLAS, with their weights made for each step and kept."""
+    base = tmp_path / "base"
+    longest: dict[str, Any] = {"max_position_embeddings": 1024}
+    write_tiny_base(base, family="llama", **SIZES, **longest, intermediate_size=512)
+    prompts = [torch.randint(0, VOCAB_SIZE, (n,)).tolist() for n in (700, 300, 520)]
+    sizes = {"max_model_len": 1024, "max_step_tokens": 600}
+
+    made = run(base, "cuda", prompts, **sizes)
+
+    assert run(base, "cuda", prompts, **sizes, bf16_shadow=True) == made

@@ -37,6 +37,9 @@ def add_command(subparsers: options.Parsers) -> None:
         help="prompt lengths (default: 2048)",
     )
     options.add_ranks(parser)
+    parser.add_argument(
+        "--bf16-shadow", action="store_true", help="the linears are kept in bf16, too"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="prompts timed (default: 10)")
 
 
@@ -62,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     limits = figures.measure_limits()
     longest = max(args.tokens)
     sizes = [adapters.num_bytes(index) for index in range(len(args.ranks))]
-    need = Need(1, longest + 16, sizes, step_tokens=longest)
+    shadow: bool = args.bf16_shadow
+    need = Need(1, longest + 16, sizes, step_tokens=longest, bf16_shadow=shadow)
     target = Target(base, adapters, need, args.threads)
     measured = []
     try:

@@ -36,6 +36,7 @@ class Need:
     seat_sizes: Sequence[int] = ()  # bytes of the adapters that have seats at once
     step_tokens: int = 8192
     num_hosted: int = 4  # adapters on the host beside those in seats
+    bf16_shadow: bool = False
 
 
 class Target:
@@ -117,6 +118,7 @@ def engine_config(base: RandomBase, need: Need, num_threads: int = 0) -> EngineC
         host_bytes=64 * MIB + need.num_hosted * largest,
         prefix_cache=False,
         gpu_memory_fraction=0.95,
+        bf16_shadow=need.bf16_shadow,
         num_threads=num_threads,
     )
 

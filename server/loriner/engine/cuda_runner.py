@@ -81,12 +81,13 @@ def share_out(config: EngineConfig, total: int, used: int, workspace: int) -> Sh
     return Shares(kv, pool)
 
 
-def workspace_bytes(config: ModelConfig, rows: int, samples: int) -> int:
+def workspace_bytes(config: ModelConfig, rows: int, samples: int, *, shadow: bool) -> int:
     """An upper estimate of what one step holds at once beside weights and KV cache."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     by_row = 4 * hidden * 3 + 2 * (2 * hidden + 2 * heads + 3 * inner)
-    dense = 2 * 2 * inner * hidden  # gate|up in bf16, where many rows go through cuBLAS
+    # gate|up in bf16, where many rows go through cuBLAS
+    dense = 0 if shadow else 2 * 2 * inner * hidden
     return rows * by_row + 2 * samples * config.vocab_size * 4 + dense
 
 
@@ -116,9 +117,12 @@ class CudaRunner:
         self.model = Transformer(self.checkpoint, self.ops, max_len=wanted, progress=progress)
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
+        if config.bf16_shadow:
+            self._keep_shadow()
         free, total = torch.cuda.mem_get_info(self.device)
         step_tokens = config.step_tokens(self.usual_step_tokens)
-        workspace = workspace_bytes(model, step_tokens, config.max_sequences)
+        samples, shadow = config.max_sequences, config.bf16_shadow
+        workspace = workspace_bytes(model, step_tokens, samples, shadow=shadow)
         shares = share_out(config, total, total - free, workspace)
         self._pool_bytes = shares.pool
         self.kv = self._make_kv(shares.kv)
@@ -136,6 +140,19 @@ class CudaRunner:
             shares.kv / MIB,
             shares.pool / MIB,
         )
+
+    def _keep_shadow(self) -> None:
+        """Every linear but the LM head, which is bf16 itself, in bf16. Raises ConfigError."""
+        operands = [operand for name, operand in self.model.products if name != "logits"]
+        wanted = sum(2 * operand.outputs * operand.inputs for operand in operands)
+        free = torch.cuda.mem_get_info(self.device)[0]
+        if wanted + RESERVE_BYTES > free:
+            raise ConfigError(
+                f"bf16_shadow: the base's linears take {wanted / MIB:.0f} MiB in bf16, and"
+                f" {max(free - RESERVE_BYTES, 0) / MIB:.0f} are left on the GPU."
+            )
+        kept = sum(map(self.ops.keep_dense, operands))
+        logger.info("%.1f MiB of linears kept in bf16 for long prompts", kept / MIB)
 
     @property
     def num_blocks(self) -> int:

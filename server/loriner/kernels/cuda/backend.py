@@ -93,6 +93,10 @@ class CudaKernels:
             uses.append((use, rows if epilogue == linears.LOGITS else few))
         self.device.compile_ahead(linears.SOURCE, self.linears.variants(uses))
 
+    def keep_dense(self, operand: Operand) -> int:
+        """Keep its weight in bf16, too, for more rows than `MAX_FUSED_ROWS`. Returns the bytes."""
+        return self.many_rows.keep(operand)
+
     def prepare_norm(self, weight: Tensor) -> Tensor:
         return weight.float().to(self.place)
 

@@ -1,8 +1,9 @@
-"""Linears of many rows: the weight in bf16, made for the call, then cuBLAS, then what the fused
-kernel's end does in kernels of its own.
+"""Linears of many rows: the weight in bf16, made for the call or kept, then cuBLAS, then what the
+fused kernel's end does in kernels of its own.
 
 Beyond `MAX_FUSED_ROWS` that is quicker than reading NF4 once for every 64 rows. Here a row's result
-may depend on how many rows there are: cuBLAS chooses by that.
+may depend on how many rows there are: cuBLAS chooses by that. Whether a weight was kept or made for
+the call changes no bit.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class ManyRows:
         self._cluster = 8 if device.capability >= (9, 0) else 1
         self.lora = device.module("lora.cu", CLUSTER=self._cluster)
         self._shrink = self.lora.kernel("lora_shrink")
+        # By the address of the operand's weight, which stays as long: it, and the bf16 one.
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         finish = device.module("finish.cu")
         self._bias, self._add = finish.kernel("add_bias"), finish.kernel("add_rows")
         self._gate = finish.kernel("gate")
@@ -37,6 +40,12 @@ class ManyRows:
             (GATED, False): finish.kernel("lora_gate_silu"),
             (GATED, True): finish.kernel("lora_gate_gelu"),
         }
+
+    def keep(self, operand: Operand) -> int:
+        """Keep the weight in bf16 from now on. Returns its bytes."""
+        weight = self.dequantized(operand)
+        self._kept[operand.weight.data_ptr()] = operand.weight, weight
+        return weight.nbytes
 
     def dequantized(self, operand: Operand) -> Tensor:
         """The weight [N, K] bf16 in its own order, made anew."""
@@ -76,7 +85,8 @@ class ManyRows:
         is_gelu: bool,
     ) -> None:
         """As `Linears.run`, but for LOGITS."""
-        weight = self.dequantized(operand)
+        kept = self._kept.get(operand.weight.data_ptr())
+        weight = self.dequantized(operand) if kept is None else kept[1]
         out = y if epilogue == STORE else None
         product = torch.matmul(x, weight.t(), out=out)
         rows, outputs = product.shape
