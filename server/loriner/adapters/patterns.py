@@ -234,6 +234,8 @@ class _Parser:
         while (char := self._take()) != "]":
             if char == "[":
                 raise UnsafePatternError("a `[` inside `[...]` is not taken")
+            if char in "-&|~" and self._peek() == char:  # `re` says it will mean something else
+                raise UnsafePatternError(f"`{char * 2}` inside `[...]` is not taken")
             low = self._escape() if char == "\\" else frozenset(char)
             if self._peek() == "-" and self._source[self._next + 1 : self._next + 2] != "]":
                 self._next += 1
@@ -246,7 +248,7 @@ class _Parser:
 
     def _range(self, low: frozenset[str], high: str) -> set[str]:
         (first, *more) = sorted(low)
-        if more or high in "\\[" or not first <= high:
+        if more or high in "\\[-" or not first <= high:
             raise UnsafePatternError("a range in `[...]` must go from one character to another")
         return {chr(code) for code in range(ord(first), ord(high) + 1)}
 
