@@ -9,8 +9,9 @@ import torch
 
 from loriner.adapters import formats
 from loriner.adapters.adapter import Adapter, LoraWeight
-from loriner.adapters.image import ALIGNMENT, ENTRY, ImageLayout, pack_image, plan, view
+from loriner.adapters.image import ALIGNMENT, ENTRY, ImageLayout, can_tile, pack_image, plan, view
 from loriner.errors import InvalidAdapterError
+from loriner.kernels.cuda.tiling import MAX_RANK
 from tests.adapters.fake_device import FUSED, Reader, expected, layout_of, slab, tensors
 from tests.adapters.samples import PEFT_FOLDERS, SHARED, SMOLLM2, TINY
 
@@ -138,6 +139,7 @@ def test_b_goes_into_tiles_where_its_sizes_allow_it() -> None:
     for name, weight in parts.items():
         stored = view(image.bytes, image.plan.places[name, "b"])
         assert torch.equal(stored, weight.b.bfloat16()), name
+    assert can_tile(16, MAX_RANK) and not can_tile(16, MAX_RANK + 4)  # more find no room there
 
 
 @pytest.mark.parametrize(

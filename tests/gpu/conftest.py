@@ -21,18 +21,6 @@ def kernels() -> Any:
     return kernels.select("cuda")
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is allocated holds no numbers until it is written, again in each replay."""
-    plain = torch.empty
-
-    def empty(*args: Any, **options: Any) -> torch.Tensor:
-        made = plain(*args, **options)
-        return made.fill_(float("nan") if made.is_floating_point() else 123)
-
-    monkeypatch.setattr(torch, "empty", empty)
-
-
 @pytest.fixture(scope="module", params=["cluster", "one block a row"])
 def samplers(request: pytest.FixtureRequest) -> Callable[[int], Any]:
     """A sampler for a vocabulary, as this card runs it and as cards before sm_90 do."""

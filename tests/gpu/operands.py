@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -41,15 +45,35 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Whatever is allocated holds no numbers until it is written."""
+    plain = torch.empty
+
+    def empty(*args: Any, **options: Any) -> Tensor:
+        made = plain(*args, **options)
+        return made.fill_(POISON if made.is_floating_point() else 123)
+
+    with patch.object(torch, "empty", empty):
+        yield
+
+
 def alone_and_replayed(run: Callable[[], Tensor], x: Tensor) -> Iterator[Tensor]:
-    """What `run` gives for the rows `x`; then from a graph for other rows in their place, drawn
-    anew from the same spread."""
-    yield run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    """What `run` gives for the rows `x`, all that it allocates poisoned; then from a graph, where
+    one kernel may begin before the one ahead has ended, for other rows in their place, drawn anew
+    from the same spread."""
+    with poisoned():
         y = run()
+    yield y
+    graph = torch.cuda.CUDAGraph()
+    gc.disable()  # garbage that frees memory would spoil the capture
+    try:
+        with torch.cuda.graph(graph):
+            y = run()
+    finally:
+        gc.enable()
     x.normal_(std=float(x.float().square().mean().sqrt()))
+    y.fill_(POISON)
     graph.replay()
     yield y
 

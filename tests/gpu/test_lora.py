@@ -25,7 +25,7 @@ from tests.gpu.operands import (
     random_nf4,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
+pytestmark = pytest.mark.gpu
 
 
 def popularity(kind: str, rows: int, num_seats: int) -> list[int]:

@@ -197,7 +197,8 @@ def other_variants(arch: str) -> Iterator[Variant]:
         yield Variant(arch, "rope.cu", sizes)
     yield Variant(arch, "norm.cu", ())
     yield Variant(arch, "finish.cu", ())
-    yield Variant(arch, "lora.cu", (("CLUSTER", 8 if has_clusters else 1),))
+    ranks = ("MAX_RANK", tiling.MAX_RANK)
+    yield Variant(arch, "lora.cu", (("CLUSTER", 8 if has_clusters else 1), ranks))
     yield Variant(arch, sampling.SOURCE, (("CLUSTER", sampling.CLUSTER if has_clusters else 1),))
 
 

@@ -102,6 +102,7 @@ def cuda_seats(
     slab = torch.empty(pool_bytes, dtype=torch.uint8, device=device)
     table = torch.zeros(shape, dtype=torch.uint8, device=device)
     rows = pinned(table.nbytes).view(shape)
+    arrange(table[0])  # nothing; but a kernel's first launch may load it, and wait for the device
     torch.cuda.synchronize(device)
     return DeviceSeats(layout, slab, table, rows, CudaCopies(device, on_done), arrange)
 

@@ -22,6 +22,7 @@ from loriner.adapters.adapter import Adapter
 from loriner.adapters.host import Allocate, HostBuffer, pageable
 from loriner.adapters.pool import EMBEDDING, Layout
 from loriner.errors import InvalidAdapterError
+from loriner.kernels.cuda.tiling import MAX_RANK
 
 ALIGNMENT = 256  # bytes; of every tensor
 PAGE_BYTES = 16 << 10  # in which device memory is handed out
@@ -41,11 +42,7 @@ ENTRY = np.dtype(  # the entry of one fused linear in the seat table, as kernels
         ("outputs", "<u4", MAX_SLICES),  # of slices
     ]
 )
-TILE, TILE_RANKS, MAX_TILED_RANK = (
-    16,
-    4,
-    256,
-)  # of B: a tile's outputs and ranks; MAX_RANK of lora.cu
+TILE, TILE_RANKS = 16, 4  # outputs and ranks of a tile of B
 _LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
 _LAST_GROUPS = ("lm_head", EMBEDDING)
 
@@ -241,7 +238,7 @@ class SeatImage:
 
 def can_tile(num_out: int, rank: int) -> bool:
     """Whether B of this shape goes into tiles."""
-    return num_out % TILE == 0 and rank % TILE_RANKS == 0 and rank <= MAX_TILED_RANK
+    return num_out % TILE == 0 and rank % TILE_RANKS == 0 and rank <= MAX_RANK
 
 
 def view(data: Tensor, place: Place) -> Tensor:

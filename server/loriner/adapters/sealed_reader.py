@@ -18,14 +18,7 @@ import torch
 from torch import Tensor
 
 from loriner.adapters.host import Allocate
-from loriner.adapters.image import (
-    ImageLayout,
-    ImagePlan,
-    Place,
-    SeatImage,
-    plan,
-    write,
-)
+from loriner.adapters.image import ImageLayout, ImagePlan, Place, SeatImage, plan, write
 from loriner.adapters.seal import (
     DTYPES,
     WEIGHTS_NAME,

@@ -68,12 +68,13 @@ def run(args: argparse.Namespace) -> int:
     shadow: bool = args.bf16_shadow
     need = Need(1, longest + 16, sizes, step_tokens=longest, bf16_shadow=shadow)
     target = Target(base, adapters, need, args.threads)
+    told = {"shape": args.shape, "bf16_shadow": shadow}
     measured = []
     try:
         for tokens in args.tokens:
             for index in (None, *range(len(args.ranks))):
                 found = measure(target, tokens, index, limits, args.repeats)
-                figures.record("prefill", {"shape": args.shape, **dataclasses.asdict(found)})
+                figures.record("prefill", told | dataclasses.asdict(found))
                 measured.append(found)
     finally:
         target.close()

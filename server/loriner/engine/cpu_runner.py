@@ -26,6 +26,7 @@ from loriner.engine.readings import Read, Reader
 from loriner.engine.runner import Progress, longest_context
 from loriner.engine.sampler import Sampled, sample
 from loriner.engine.step_input import Ints, Reading, Span, StepInput
+from loriner.errors import ConfigError
 from loriner.kernels.operands import AttentionPlan
 from loriner.model.batch_meta import BatchMeta, LoraBatch
 from loriner.model.transformer import KvCache, Transformer, layout
@@ -68,6 +69,8 @@ class CpuRunner:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """`checkpoint`: instead of the one in `config.model`."""
+        if config.bf16_shadow:
+            raise ConfigError("bf16_shadow: is for a GPU.")
         self.ops: ModuleType = kernels.select("cpu")
         backend = self.ops.start(config.num_threads)
         self.dtype = torch.float32

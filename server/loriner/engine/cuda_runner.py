@@ -118,7 +118,7 @@ class CudaRunner:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         if config.bf16_shadow:
-            self._keep_shadow()
+            self._keep_bf16()
         free, total = torch.cuda.mem_get_info(self.device)
         step_tokens = config.step_tokens(self.usual_step_tokens)
         samples, shadow = config.max_sequences, config.bf16_shadow
@@ -141,17 +141,20 @@ class CudaRunner:
             shares.pool / MIB,
         )
 
-    def _keep_shadow(self) -> None:
-        """Every linear but the LM head, which is bf16 itself, in bf16. Raises ConfigError."""
+    def _keep_bf16(self) -> None:
+        """Every linear but the LM head, which more rows are never asked of. Raises ConfigError."""
         operands = [operand for name, operand in self.model.products if name != "logits"]
         wanted = sum(2 * operand.outputs * operand.inputs for operand in operands)
-        free = torch.cuda.mem_get_info(self.device)[0]
-        if wanted + RESERVE_BYTES > free:
+        free, total = torch.cuda.mem_get_info(self.device)
+        budget = int(total * self._config.gpu_memory_fraction)
+        left = budget - (total - free) - RESERVE_BYTES
+        if wanted > left:
             raise ConfigError(
-                f"bf16_shadow: the base's linears take {wanted / MIB:.0f} MiB in bf16, and"
-                f" {max(free - RESERVE_BYTES, 0) / MIB:.0f} are left on the GPU."
+                f"bf16_shadow: the base's linears take {wanted / MIB:.0f} MiB in bf16, and of the"
+                f" {budget / MIB:.0f} that gpu_memory_fraction allows {max(left, 0) / MIB:.0f} are"
+                " left."
             )
-        kept = sum(map(self.ops.keep_dense, operands))
+        kept = sum(map(self.ops.keep_bf16, operands))
         logger.info("%.1f MiB of linears kept in bf16 for long prompts", kept / MIB)
 
     @property

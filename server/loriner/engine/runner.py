@@ -89,8 +89,6 @@ def open_runner(config: EngineConfig, progress: Progress | None = None) -> Runne
     if choose_device(config.device) == "cpu":
         from loriner.engine.cpu_runner import CpuRunner
 
-        if config.bf16_shadow:
-            raise ConfigError("bf16_shadow: is for a GPU.")
         return CpuRunner(config, progress)
     from loriner.engine.cuda_runner import CudaRunner
 

@@ -93,9 +93,9 @@ class CudaKernels:
             uses.append((use, rows if epilogue == linears.LOGITS else few))
         self.device.compile_ahead(linears.SOURCE, self.linears.variants(uses))
 
-    def keep_dense(self, operand: Operand) -> int:
+    def keep_bf16(self, operand: Operand) -> int:
         """Keep its weight in bf16, too, for more rows than `MAX_FUSED_ROWS`. Returns the bytes."""
-        return self.many_rows.keep(operand)
+        return self.many_rows.keep_bf16(operand)
 
     def prepare_norm(self, weight: Tensor) -> Tensor:
         return weight.float().to(self.place)
@@ -148,7 +148,7 @@ class CudaKernels:
     def seat_lora(
         self, table: Tensor, row_seat: Tensor, items: Tensor, num_items: Tensor
     ) -> SeatLora:
-        """Call it in the step that uses it, before all other kernels: it plans that step."""
+        """Call it in the step that uses it, before its linears: it plans them."""
         return self.seats.plan(table, row_seat, items, num_items)
 
     def tile_seat(self, entries: Tensor) -> None:

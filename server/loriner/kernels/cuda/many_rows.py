@@ -15,7 +15,7 @@ from loriner.kernels.cuda import packing
 from loriner.kernels.cuda.launch import Device
 from loriner.kernels.cuda.linear import ADD, GATED, STORE, Adapters
 from loriner.kernels.cuda.params import Operand
-from loriner.kernels.cuda.tiling import KIND_BF16, MAX_STACKED_RANK
+from loriner.kernels.cuda.tiling import KIND_BF16, MAX_RANK, MAX_STACKED_RANK
 
 MAX_FUSED_ROWS = 256
 MAX_SHRINKS = 64  # items of A x in flight in each slice: some more than an H200 holds
@@ -27,7 +27,7 @@ class ManyRows:
     def __init__(self, device: Device) -> None:
         self.device = device
         self._cluster = 8 if device.capability >= (9, 0) else 1
-        self.lora = device.module("lora.cu", CLUSTER=self._cluster)
+        self.lora = device.module("lora.cu", CLUSTER=self._cluster, MAX_RANK=MAX_RANK)
         self._shrink = self.lora.kernel("lora_shrink")
         # By the address of the operand's weight, which stays as long: it, and the bf16 one.
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -41,7 +41,7 @@ class ManyRows:
             (GATED, True): finish.kernel("lora_gate_gelu"),
         }
 
-    def keep(self, operand: Operand) -> int:
+    def keep_bf16(self, operand: Operand) -> int:
         """Keep the weight in bf16 from now on. Returns its bytes."""
         weight = self.dequantized(operand)
         self._kept[operand.weight.data_ptr()] = operand.weight, weight

@@ -1,7 +1,7 @@
 """Adapters in seats: put in order when they have come, and planned for each step.
 
-Knows the seat table and `csrc/lora.cu`; no pool and no copies. Invariant: a step plans once, before
-all other kernels, and all its linears read that plan.
+Knows the seat table and `csrc/lora.cu`; no pool and no copies. Invariant: each `SeatLora` is
+planned in its step, before the linears that read it.
 """
 
 from __future__ import annotations

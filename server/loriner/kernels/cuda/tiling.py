@@ -16,7 +16,8 @@ from loriner.kernels.cuda.packing import BLOCK, TILE
 KIND_F32, KIND_NESTED, KIND_BF16 = 0, 1, 2  # of weights
 TOKEN_TILES = (1, 2, 3, 4, 6, 8, 12, 16)  # of 8 rows
 MOST_TILES = 8  # of dense weights, or without wgmma: sums and weights share registers
-MAX_STACKED_RANK = 768  # three slices of rank 256
+MAX_RANK = 256  # of a slice
+MAX_STACKED_RANK = 3 * MAX_RANK
 STAGE_BLOCKS = 4  # KU of linear.cu
 GROUP_ROWS = 4 * TILE
 WEIGHT_STAGES = 2  # in shared memory: more hold up x and scales, which come behind them

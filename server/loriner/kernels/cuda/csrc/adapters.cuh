@@ -2,8 +2,8 @@
 //
 // Part of linear.cu, whose defines and shared memory it uses. A x is multiplied in units, which the thread blocks
 // share: each value carries the launch's epoch, so that nothing but the value itself is waited for. On Hopper, and with few
-// rows of x, four warps beside the main ones (BESIDE) see to adapters while those multiply; else all do, before
-// and after. Where multiprocessors are left over, thread blocks without outputs (helpers) multiply units alone. Units
+// rows of x, four warps beside the main ones (BESIDE) see to adapters while those multiply, which may help with B when
+// they have; else all do, before and after. Where multiprocessors are left over, thread blocks without outputs (helpers) multiply units alone. Units
 // come first and wait for nobody, and only blocks that are sure to be resident have any (`workers`, which are the
 // first to be scheduled), so that a launch may be of any size. Everything is added in a fixed order,
 // whatever the other rows and whoever adds.
@@ -128,9 +128,9 @@ DEV void gather_shrunk(const End& p, const Outputs& own, i32 token0, i32 token, 
 #include "expand.cuh"
 
 #if BESIDE
-#define HELPED_STRIDE 64  // ranks of a row in this thread block's slices
+#define HELPED_STRIDE 64  // ranks of a row in this thread block's slices, from which on main warps help
 
-// Where that is kept for this lane's sums.
+// Where B (A x) is kept for this lane's sums.
 DEV float4* added(i32 tile, i32 oct) { return (float4*)(smem + ADDED_AT) + (tile * NT + oct) * 32 + (threadIdx.x & 31); }
 
 // Have B of this thread block's outputs brought to L2: a thread sees to a row's slice.

@@ -11,7 +11,7 @@
 #define MAIN_THREADS (WARPS * 32)
 #define THREADS (MAIN_THREADS + BESIDE * 32)
 #define FIRST (LORA && !BESIDE)  // adapters have units of A x before the main loop
-#define ENDING (BESIDE ? BESIDE : WARPS)  // warps that see to adapters
+#define ENDING (BESIDE ? BESIDE : WARPS)  // warps that see to A x
 #define SHARES 16                    // of a part of A x, each summed apart
 #define PIECES (BESIDE ? 2 : 1)      // that a part is cut into, a unit each
 #define UNIT_SHARES (SHARES / PIECES)
@@ -46,7 +46,7 @@
 #define FRONT_END (APART ? SUMS_AT + SUMS : MAX(FRONT, SUMS + LEAST_SHRUNK))
 #define ROW_LORA (FIRST ? MAX(FRONT_END, UNITS_AT + UNITS) : FRONT_END)
 #define EPOCH_AT (ROW_LORA + TOKENS * 96)
-#define STRIPS_TAKEN_AT EPOCH_AT  // of each eight rows, by warps beside the main ones, which keep the epoch in registers
+#define STRIPS_TAKEN_AT EPOCH_AT  // of each eight rows, by any warps; where some are beside the main ones, the epoch stays in registers
 #define SUMS_BARRIER_AT (EPOCH_AT + 8)  // counts sums of other blocks of the cluster
 #define BARRIERS_AT (EPOCH_AT + 16)  // a full and a free one of each group's tile of x in each stage
 #define WEIGHTS_BARRIERS_AT (BARRIERS_AT + 256)  // of each stage of each warp
