@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loriner.adapters.image import can_tile
+from loriner.kernels.cuda.seats import SeatLora
 from loriner.kernels.operands import NestedScales, Nf4
 from loriner.model.nf4 import dynamic_map, nf4_code
 from tests.adapters.fake_device import tiled
@@ -145,3 +146,8 @@ def items_of(seats: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         padded[: len(items)] = torch.tensor(items, dtype=torch.int32)
     count = torch.tensor([len(items)], dtype=torch.int32)
     return torch.tensor(seats, dtype=torch.int32).cuda(), padded.cuda(), count.cuda()
+
+
+def lora_of(kernels: Any, seats: Seats, row_seats: list[int]) -> SeatLora:
+    lora: SeatLora = kernels.seat_lora(seats.table.cuda(), *items_of(row_seats))
+    return lora

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import gelu, silu
 
 from loriner.adapters.adapter import Adapter, LoraWeight
 from loriner.adapters.image import ImageLayout, pack_image
-from loriner.kernels.cuda.seats import SeatLora
 from tests.adapters.fake_device import FUSED, layout_of
 from tests.gpu.conftest import RANKS, ROWS
 from tests.gpu.operands import (
@@ -22,6 +20,7 @@ from tests.gpu.operands import (
     dense,
     error,
     items_of,
+    lora_of,
     random_nf4,
 )
 
@@ -40,11 +39,6 @@ def popularity(kind: str, rows: int, num_seats: int) -> list[int]:
     else:
         used = sorted(random.randrange(num_seats) for _ in range(rows - base))
     return [*used, *[-1] * base]
-
-
-def lora_of(kernels: Any, seats: Seats, row_seats: list[int]) -> SeatLora:
-    lora: SeatLora = kernels.seat_lora(seats.table.cuda(), *items_of(row_seats))
-    return lora
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -73,16 +67,16 @@ def test_adapters_equal_float64(kernels: Any, kind: str, rank: int) -> None:
 def test_adapters_of_any_width_equal_float64(kernels: Any, inputs: int) -> None:
     """Of few inputs some warps have none of A x; of many there are parts."""
     weight = random_nf4(320, inputs, nested=False)
-    operand, seats = kernels.prepare_nf4([weight], None), Seats(5, num_groups=6)
+    operand, seats, exact = kernels.prepare_nf4([weight], None), Seats(5, 6), dense(weight)
     for seat in range(5):
         seats.put(seat, 0, inputs, [320], [8 * seat + 8], bias=False)
     for rows in (1, 8, 16, 24, 64, 128):
         row_seats = sorted(i % 5 for i in range(rows))
         x = torch.randn(rows, inputs, device="cuda").bfloat16()
-        expected = x.double() @ dense(weight).t()
-        expected += seats.expected(x.double(), row_seats, 0, 320)
-        found = kernels.logits(x, operand, lora_of(kernels, seats, row_seats).operand("0.qkv"))
-        assert error(found, expected) < 2e-3, rows
+        lora = lora_of(kernels, seats, row_seats).operand("0.qkv")
+        for found in alone_and_replayed(partial(kernels.logits, x, operand, lora), x):
+            added = seats.expected(x.double(), row_seats, 0, 320)
+            assert error(found, x.double() @ exact.t() + added) < 2e-3, rows
 
 
 @pytest.mark.parametrize("sizes", [[72, 40, 24], [100, 60], [1000]])
@@ -97,81 +91,11 @@ def test_slices_may_end_within_a_block_or_a_tile(kernels: Any, sizes: list[int])
     for rows in (1, 8, 16, 40, 128, 300):
         row_seats = popularity("uniform", rows, 4)
         x = torch.randn(rows, inputs, device="cuda").bfloat16()
-        expected = x.double() @ exact.t() + seats.expected(x.double(), row_seats, 0, sum(sizes))
         lora = lora_of(kernels, seats, row_seats).operand("0.qkv")
-        assert error(kernels.logits(x, operand, lora), expected) < 2e-3, rows
-        assert error(kernels.linear(x, operand, lora), expected) < 4e-3, rows
-
-
-@pytest.mark.parametrize("rows", [1, 8, 16, 24, 64])
-def test_large_gated_rows_without_an_adapter_are_as_if_there_were_none(
-    kernels: Any, rows: int
-) -> None:
-    """Of so many outputs not all thread blocks run at once."""
-    inner, inputs = 17408, 1024
-    weights = [random_nf4(inner, inputs, nested=True) for _ in range(2)]
-    operand, seats = kernels.prepare_nf4(weights, None, gated=True), Seats(1, num_groups=6)
-    seats.put(0, 2, inputs, [inner, inner], [16, 16], bias=False)
-    x = (torch.randn(rows, inputs, device="cuda") / 8).bfloat16()
-    lora = lora_of(kernels, seats, [0] * (rows - 1) + [-1])
-
-    mixed = kernels.linear_gated(x, operand, lora.operand("0.gate_up"), "silu")
-    alone = kernels.linear_gated(x, operand, None, "silu")
-
-    assert torch.equal(mixed[-1], alone[-1])
-    both = x.double() @ torch.cat([dense(weight) for weight in weights]).t()
-    gate, up = both.split(inner, dim=1)
-    assert error(alone, silu(gate) * up) < 8e-3
-
-
-@pytest.mark.parametrize(
-    ("inner", "inputs"),
-    [(256, 576), (264, 576), (9728, 576), (14336, 576), (272, 2048), (512, 4096), (520, 4096)],
-)
-def test_gated_outputs_of_any_ranks_equal_float64(kernels: Any, inner: int, inputs: int) -> None:
-    """Also where A x of few rows does not fit shared memory at once, with biases, and in clusters
-    of thread blocks."""
-    ranks, damp = [(256, 256), (16, 16), (5, 16), (16, 0), (24, 8)], 8 * (inputs / 576) ** 0.5
-    weights = [random_nf4(inner, inputs, nested=False) for _ in range(2)]
-    operand = kernels.prepare_nf4(weights, None, gated=True)
-    exact = torch.cat([dense(weight) for weight in weights])
-    seats = Seats(len(ranks), num_groups=6)
-    for seat, pair in enumerate(ranks):
-        seats.put(seat, 2, inputs, [inner, inner], list(pair), bias=seat == 4)
-    for rows in (5, 16, 64, 300):
-        row_seats = sorted(i % len(ranks) for i in range(rows))
-        x = (torch.randn(rows, inputs, device="cuda") / damp).bfloat16()
-        lora = lora_of(kernels, seats, row_seats).operand("0.gate_up")
-        for act in ("silu", "gelu_tanh"):
-            for found in alone_and_replayed(
-                partial(kernels.linear_gated, x, operand, lora, act), x
-            ):
-                both = x.double() @ exact.t()
-                both += seats.expected(x.double(), row_seats, 2, 2 * inner)
-                gate, up = both.split(inner, dim=1)
-                acted = silu(gate) if act == "silu" else gelu(gate, approximate="tanh")
-                assert error(found, acted * up) < 8e-3, rows
-
-
-@pytest.mark.parametrize("ranks", [(0, 16), (16, 0), (0, 64), (48, 16)])
-def test_gated_outputs_may_be_adapted_on_one_side(kernels: Any, ranks: tuple[int, int]) -> None:
-    """By one adapter, and by one for each row."""
-    inner, inputs, num_seats = 9728, 576, 64
-    weights = [random_nf4(inner, inputs, nested=False) for _ in range(2)]
-    operand = kernels.prepare_nf4(weights, None, gated=True)
-    exact = torch.cat([dense(weight) for weight in weights])
-    seats = Seats(num_seats, num_groups=6)
-    for seat in range(num_seats):
-        seats.put(seat, 2, inputs, [inner, inner], list(ranks), bias=False)
-    for rows in (1, 8, 16, 64):
-        for row_seats in ([0] * rows, list(range(rows))):
-            x = (torch.randn(rows, inputs, device="cuda") / 8).bfloat16()
-            both = x.double() @ exact.t()
-            both += seats.expected(x.double(), row_seats, 2, 2 * inner)
-            gate, up = both.split(inner, dim=1)
-            lora = lora_of(kernels, seats, row_seats).operand("0.gate_up")
-            found = kernels.linear_gated(x, operand, lora, "silu")
-            assert error(found, silu(gate) * up) < 8e-3, rows
+        for multiply, most in ((kernels.logits, 2e-3), (kernels.linear, 4e-3)):
+            for found in alone_and_replayed(partial(multiply, x, operand, lora), x):
+                added = seats.expected(x.double(), row_seats, 0, sum(sizes))
+                assert error(found, x.double() @ exact.t() + added) < most, rows
 
 
 @pytest.mark.parametrize("inputs", [5120, 11008, 14336])
@@ -185,9 +109,10 @@ def test_units_of_a_product_may_be_many(kernels: Any, inputs: int) -> None:
     for rows in (8, 16, 24, 64):
         row_seats = list(range(rows))
         x = torch.randn(rows, inputs, device="cuda").bfloat16()
-        expected = x.double() @ exact.t() + seats.expected(x.double(), row_seats, 3, outputs)
-        found = kernels.logits(x, operand, lora_of(kernels, seats, row_seats).operand("0.down"))
-        assert error(found, expected) < 2e-3, rows
+        lora = lora_of(kernels, seats, row_seats).operand("0.down")
+        for found in alone_and_replayed(partial(kernels.logits, x, operand, lora), x):
+            added = seats.expected(x.double(), row_seats, 3, outputs)
+            assert error(found, x.double() @ exact.t() + added) < 2e-3, rows
 
 
 @pytest.mark.timeout(60)
@@ -240,38 +165,6 @@ def test_rows_without_an_adapter_are_as_if_there_were_none(kernels: Any, rows: i
     assert torch.equal(kernels.linear(x, operand, lora)[half:], kernels.linear(x, operand)[half:])
 
 
-def test_many_gated_rows_without_an_adapter_are_as_if_there_were_none(kernels: Any) -> None:
-    weights = [random_nf4(576, 1024, nested=True) for _ in range(2)]
-    operand, seats = kernels.prepare_nf4(weights, None, gated=True), Seats(1, num_groups=6)
-    seats.put(0, 2, 1024, [576, 576], [16, 16], bias=False)
-    x = (torch.randn(300, 1024, device="cuda") / 8).bfloat16()
-    lora = lora_of(kernels, seats, [0] * 150 + [-1] * 150).operand("0.gate_up")
-    for act in ("silu", "gelu_tanh"):
-        mixed = kernels.linear_gated(x, operand, lora, act)
-        assert torch.equal(mixed[150:], kernels.linear_gated(x, operand, None, act)[150:]), act
-
-
-def test_a_row_does_not_depend_on_its_neighbours(kernels: Any) -> None:
-    sizes, inputs = [14336, 14336], 4096
-    weights = [random_nf4(size, inputs, nested=True) for size in sizes]
-    operand = kernels.prepare_nf4(weights, None, gated=True)
-    seats = Seats(8, num_groups=6)
-    for seat in range(8):
-        seats.put(seat, 2, inputs, sizes, [16, 16], bias=False)
-    x = torch.randn(96, inputs, device="cuda").bfloat16()
-    row_seats = sorted(i % 9 - 1 for i in range(96))
-    row_seats = [s for s in row_seats if s >= 0] + [s for s in row_seats if s < 0]
-
-    together = kernels.linear_gated(
-        x, operand, lora_of(kernels, seats, row_seats).operand("0.gate_up"), "silu"
-    )
-
-    for row in range(0, 96, 11):
-        lora = lora_of(kernels, seats, [row_seats[row]])
-        alone = kernels.linear_gated(x[row : row + 1], operand, lora.operand("0.gate_up"), "silu")
-        assert torch.equal(alone[0], together[row]), row
-
-
 def test_a_rank_does_not_change_a_neighbours_sum(kernels: Any) -> None:
     """Ranks that are read eight at a time, beside others that cannot be."""
     weight = random_nf4(576, 1536, nested=False)
@@ -288,25 +181,6 @@ def test_a_rank_does_not_change_a_neighbours_sum(kernels: Any) -> None:
         lora = lora_of(kernels, seats, [seat])
         alone = kernels.logits(x[row : row + 1], operand, lora.operand("0.o"))
         assert torch.equal(alone[0], together[row]), row
-
-
-@pytest.mark.parametrize("inner", [256, 9728])
-def test_a_rank_does_not_change_a_neighbours_gated_sum(kernels: Any, inner: int) -> None:
-    weights = [random_nf4(inner, 1536, nested=False) for _ in range(2)]
-    operand = kernels.prepare_nf4(weights, None, gated=True)
-    ranks = [(16, 16), (5, 16), (8, 8), (0, 12), (64, 16), (3, 1), (16, 0), (32, 64)]
-    seats = Seats(len(ranks), num_groups=6)
-    for seat, pair in enumerate(ranks):
-        seats.put(seat, 2, 1536, [inner, inner], list(pair), bias=seat == 2)
-    x = (torch.randn(40, 1536, device="cuda") / 16).bfloat16()
-    for row_seats in ([0, 2, 4, 6] * 10, [*range(8), -1] * 2, [0] * 9, [4] * 7 + [1] * 7):
-        rows = x[: len(row_seats)]
-        lora = lora_of(kernels, seats, row_seats).operand("0.gate_up")
-        together = kernels.linear_gated(rows, operand, lora, "silu")
-        for row, seat in enumerate(row_seats[:18]):
-            alone = lora_of(kernels, seats, [seat]).operand("0.gate_up")
-            found = kernels.linear_gated(x[row : row + 1], operand, alone, "silu")
-            assert torch.equal(found[0], together[row]), (row_seats, row)
 
 
 def test_a_launch_may_have_more_blocks_than_the_card_holds(kernels: Any) -> None:
