@@ -11,7 +11,7 @@ import contextlib
 import io
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -126,14 +126,13 @@ class _Patient(httpx.BaseTransport):
         self._wire, self._retry = wire, retry
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        for pause_s in self._retry.pauses():
+        for pause_s in _pauses(self._retry, request):
             try:
                 response = self._wire.handle_request(request)
             except LOST:
-                if not _is_repeatable(request):
-                    raise
+                pass
             else:
-                if not _is_to_be_asked_again(request, response):
+                if not _has_not_begun(response):
                     return response
                 response.close()
             time.sleep(pause_s)
@@ -148,14 +147,13 @@ class _AsyncPatient(httpx.AsyncBaseTransport):
         self._wire, self._retry = wire, retry
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        for pause_s in self._retry.pauses():
+        for pause_s in _pauses(self._retry, request):
             try:
                 response = await self._wire.handle_async_request(request)
             except LOST:
-                if not _is_repeatable(request):
-                    raise
+                pass
             else:
-                if not _is_to_be_asked_again(request, response):
+                if not _has_not_begun(response):
                     return response
                 await response.aclose()
             await asyncio.sleep(pause_s)
@@ -165,13 +163,13 @@ class _AsyncPatient(httpx.AsyncBaseTransport):
         await self._wire.aclose()
 
 
-def _is_repeatable(request: httpx.Request) -> bool:
-    return bool(request.extensions.get(RETRYABLE))
+def _pauses(retry: Retry, request: httpx.Request) -> Iterable[float]:
+    """Before each time that a request is asked again: none if that is not safe."""
+    return retry.pauses() if request.extensions.get(RETRYABLE) else ()
 
 
-def _is_to_be_asked_again(request: httpx.Request, response: httpx.Response) -> bool:
-    is_final = response.headers.get("x-should-retry") == "false"
-    return response.status_code == 503 and not is_final and _is_repeatable(request)
+def _has_not_begun(response: httpx.Response) -> bool:
+    return response.status_code == 503 and response.headers.get("x-should-retry") != "false"
 
 
 class _Deadline:

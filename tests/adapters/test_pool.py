@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from loriner.adapters.adapter import Adapter, LoraWeight
-from loriner.adapters.pool import EMBEDDING, Placement, Pool, SeatWeights, pack
+from loriner.adapters.pool import Placement, Pool, SeatWeights, pack
 from loriner.errors import InvalidAdapterError
+from loriner.kernels.operands import EMBEDDING
 
 
 def weights(num_bytes: int = 10) -> SeatWeights:

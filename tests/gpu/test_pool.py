@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from loriner.adapters.adapter import Adapter, LoraWeight
+from loriner.adapters.gpu_pool import Arrange
 from loriner.adapters.image import ENTRY, ImageLayout, SeatImage, pack_image
 from loriner.adapters.pool import Pool
 from tests.adapters.fake_device import Reader, expected, layout_of
@@ -45,9 +45,7 @@ def adapter(seed: int, rank: int = 16) -> Adapter:
 class Gpu:
     """A pool on the device and a count of what arrived."""
 
-    def __init__(
-        self, num_images: int, arrange: Callable[[Tensor], None], max_seats: int = 8
-    ) -> None:
+    def __init__(self, num_images: int, arrange: Arrange, max_seats: int = 8) -> None:
         from loriner.adapters.cuda_copies import cuda_seats, pinned_host
 
         self.arrived = threading.Semaphore(0)

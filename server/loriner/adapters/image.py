@@ -20,9 +20,10 @@ from torch import Tensor
 
 from loriner.adapters.adapter import Adapter
 from loriner.adapters.host import Allocate, HostBuffer, pageable
-from loriner.adapters.pool import EMBEDDING, Layout
+from loriner.adapters.pool import Layout
 from loriner.errors import InvalidAdapterError
 from loriner.kernels.cuda.tiling import MAX_RANK
+from loriner.kernels.operands import EMBEDDING, LAST_GROUPS, LAYER_GROUPS
 
 ALIGNMENT = 256  # bytes; of every tensor
 PAGE_BYTES = 16 << 10  # in which device memory is handed out
@@ -43,8 +44,6 @@ ENTRY = np.dtype(  # the entry of one fused linear in the seat table, as kernels
     ]
 )
 TILE, TILE_RANKS = 16, 4  # outputs and ranks of a tile of B
-_LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
-_LAST_GROUPS = ("lm_head", EMBEDDING)
 
 
 class Module(NamedTuple):
@@ -93,10 +92,10 @@ class ImageLayout:
 
 def _group_rank(group: str) -> tuple[int, int]:
     """Layers in order, then what comes after them."""
-    if group in _LAST_GROUPS:
-        return 1 << 30, _LAST_GROUPS.index(group)
+    if group in LAST_GROUPS:
+        return 1 << 30, LAST_GROUPS.index(group)
     layer, _, name = group.partition(".")
-    return int(layer), _LAYER_GROUPS.index(name)
+    return int(layer), LAYER_GROUPS.index(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +186,9 @@ class _Planning:
             shape = (module.num_out, module.rank)
             self.tiled[group] |= can_tile(*shape) << part
             self.outputs[group, part] = module.num_out
-            self._add(group, _B + part, (name, "b"), Place(0, shape, torch.bfloat16))
+            self._add(group, _B + part, name, "b", shape, torch.bfloat16)
             if module.has_bias:
-                place = Place(0, shape[:1], torch.float32)
-                self._add(group, _BIAS + part, (name, "bias"), place)
+                self._add(group, _BIAS + part, name, "bias", shape[:1], torch.float32)
 
     def close_chunk(self) -> None:
         self.position = _round_up(self.position, self.layout.page_bytes)
@@ -209,9 +207,17 @@ class _Planning:
             end += place.num_bytes
         self.position = _round_up(end, ALIGNMENT)
 
-    def _add(self, group: int, column: int, key: tuple[str, str], place: Place) -> None:
-        """Put (module, role) where the image ends."""
-        self.places[key] = place._replace(offset=self.position)
+    def _add(
+        self,
+        group: int,
+        column: int,
+        module: str,
+        role: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        place = Place(self.position, shape, dtype)
+        self.places[module, role] = place
         self.offsets[group, column] = self.position
         self.position = _round_up(self.position + place.num_bytes, ALIGNMENT)
 

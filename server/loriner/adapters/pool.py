@@ -19,7 +19,7 @@ from loriner.adapters.adapter import Adapter, LoraWeight
 from loriner.adapters.memory import HostSeats, Memory
 from loriner.adapters.memory import Weights as Weights
 from loriner.errors import InvalidAdapterError
-from loriner.kernels.operands import LoraEmbedding, LoraGroup, LoraPart
+from loriner.kernels.operands import EMBEDDING, LoraEmbedding, LoraGroup, LoraPart
 
 
 class Placement(NamedTuple):
@@ -30,7 +30,6 @@ class Placement(NamedTuple):
 
 
 Layout = Mapping[str, Placement]  # HF module name -> placement
-EMBEDDING = "embed"  # the group of the token embedding
 
 
 @dataclass(frozen=True, slots=True)

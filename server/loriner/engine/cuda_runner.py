@@ -64,16 +64,21 @@ class Shares(NamedTuple):
     pool: int
 
 
+def bytes_left(config: EngineConfig, total: int, used: int) -> int:
+    """Of what `gpu_memory_fraction` allows, beside the reserve. `used`: what is held now."""
+    return int(total * config.gpu_memory_fraction) - used - RESERVE_BYTES
+
+
 def share_out(config: EngineConfig, total: int, used: int, workspace: int) -> Shares:
     """One budget for everything. `used`: what the base and the driver hold now. Sizes that are set
     win. Raises ConfigError when nothing is left."""
-    budget = int(total * config.gpu_memory_fraction)
-    left = budget - used - workspace - RESERVE_BYTES
+    left = bytes_left(config, total, used) - workspace
     pool = config.pool_bytes or int(max(left - config.kv_bytes, 0) * config.pool_fraction)
     kv = config.kv_bytes or left - pool
     if kv <= 0 or pool + kv > left:
         raise ConfigError(
-            f"gpu_memory_fraction: of {total / MIB:.0f} MiB, {budget / MIB:.0f} may be used; the "
+            f"gpu_memory_fraction: of {total / MIB:.0f} MiB, "
+            f"{total * config.gpu_memory_fraction / MIB:.0f} may be used; the "
             f"base and the driver hold {used / MIB:.0f} and a step needs "
             f"{(workspace + RESERVE_BYTES) / MIB:.0f}, so {left / MIB:.0f} MiB are left for "
             f"adapters ({pool / MIB:.0f}) and the KV cache ({kv / MIB:.0f})."
@@ -146,13 +151,11 @@ class CudaRunner:
         operands = [operand for name, operand in self.model.products if name != "logits"]
         wanted = sum(2 * operand.outputs * operand.inputs for operand in operands)
         free, total = torch.cuda.mem_get_info(self.device)
-        budget = int(total * self._config.gpu_memory_fraction)
-        left = budget - (total - free) - RESERVE_BYTES
+        left = bytes_left(self._config, total, total - free)
         if wanted > left:
             raise ConfigError(
-                f"bf16_shadow: the base's linears take {wanted / MIB:.0f} MiB in bf16, and of the"
-                f" {budget / MIB:.0f} that gpu_memory_fraction allows {max(left, 0) / MIB:.0f} are"
-                " left."
+                f"bf16_shadow: the base's linears take {wanted / MIB:.0f} MiB in bf16, and of what"
+                f" gpu_memory_fraction allows {max(left, 0) / MIB:.0f} are left."
             )
         kept = sum(map(self.ops.keep_bf16, operands))
         logger.info("%.1f MiB of linears kept in bf16 for long prompts", kept / MIB)

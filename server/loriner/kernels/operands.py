@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 NESTED_BLOCK = 256  # scales that share one nested scale
+# Fused linears, and what is adapted as they are, in the order of a table of seats: of each layer,
+# then those behind all layers.
+LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
+EMBEDDING = "embed"  # of tokens
+LAST_GROUPS = ("lm_head", EMBEDDING)
 
 
 @dataclass(frozen=True, slots=True)

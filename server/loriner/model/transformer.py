@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loriner.adapters.pool import EMBEDDING, Placement
-from loriner.kernels.operands import Nf4
+from loriner.adapters.pool import Placement
+from loriner.kernels.operands import EMBEDDING, Nf4
 from loriner.kernels.reference import dequantized
 from loriner.model.batch_meta import BatchMeta, LoraBatch
 from loriner.model.config import ModelConfig

@@ -14,9 +14,8 @@ from torch import Tensor
 from loriner.kernels.cuda.launch import Module
 from loriner.kernels.cuda.linear import Adapters, LoraPlan
 from loriner.kernels.cuda.tiling import MAX_STACKED_RANK
+from loriner.kernels.operands import EMBEDDING, LAST_GROUPS, LAYER_GROUPS
 
-LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
-LAST_GROUPS = ("lm_head", "embed")
 _TILE_BLOCKS = 128  # of a fused linear: short ones, as they come between a step's
 
 
@@ -41,7 +40,7 @@ class SeatLora(NamedTuple):
 
     @property
     def embeddings(self) -> LoraCall:
-        return self.operand("embed")
+        return self.operand(EMBEDDING)
 
 
 class LoraCall(NamedTuple):

@@ -3,10 +3,10 @@
 // Part of linear.cu, whose defines and shared memory it uses. A x is multiplied in units, which the thread blocks
 // share: each value carries the launch's epoch, so that nothing but the value itself is waited for. On Hopper, and with few
 // rows of x, four warps beside the main ones (BESIDE) see to adapters while those multiply, which may help with B when
-// they have; else all do, before and after. Where multiprocessors are left over, thread blocks without outputs (helpers) multiply units alone. Units
-// come first and wait for nobody, and only blocks that are sure to be resident have any (`workers`, which are the
-// first to be scheduled), so that a launch may be of any size. Everything is added in a fixed order,
-// whatever the other rows and whoever adds.
+// they have; else all do, before and after. Where multiprocessors are left over, thread blocks without outputs (helpers)
+// multiply units alone. Units come first and wait for nobody, and only blocks that are sure to be resident have any
+// (`workers`, which are the first to be scheduled), so that a launch may be of any size. Everything is added in a fixed
+// order, whatever the other rows and whoever adds.
 #pragma once
 
 // The outputs that this thread block finishes; gated ones have another half behind the first.

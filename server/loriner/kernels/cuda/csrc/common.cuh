@@ -134,11 +134,6 @@ DEV float warp_sum(float v) {
     for (int i = 16; i; i >>= 1) v += __shfl_xor_sync(0xffffffffu, v, i);
     return v;
 }
-DEV float warp_max(float v) {
-#pragma unroll
-    for (int i = 16; i; i >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, i));
-    return v;
-}
 
 // Programmatic dependent launch: the next kernel may start its prologue, and must call grid_wait()
 // before it reads or writes global memory that an earlier kernel touches.

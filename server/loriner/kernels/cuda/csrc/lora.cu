@@ -1,10 +1,10 @@
 // What adapters need beside the linears: A x of many rows, the embedding, B of a seat in tiles, and the plan of a step.
 //
 // t = A x for the rows of each adapter is the first half of y += scale * B (A x), at the adapter's exact rank. A work
-// item is up to 32 rows of one seat. The eight blocks of a cluster share one item and 16 of its ranks: each sums over an eighth of the inputs, its warps over parts of that, all in the order of the input, so a
-// row's t depends on nothing but the row. Ranks are the A operand of mma.m16n8k16, rows of x the B operand; lanes
-// take eight consecutive inputs as their fragments' sixteen, the same for both. A is asked for before
-// the kernel ahead has ended.
+// item is up to 32 rows of one seat. The eight blocks of a cluster share one item and 16 of its ranks: each sums over
+// an eighth of the inputs, its warps over parts of that, all in the order of the input, so a row's t depends on nothing
+// but the row. Ranks are the A operand of mma.m16n8k16, rows of x the B operand; lanes take eight consecutive inputs as
+// their fragments' sixteen, the same for both. A is asked for before the kernel ahead has ended.
 //
 // Defines: CLUSTER (1 or 8), MAX_RANK (of a slice).
 #include "common.cuh"
