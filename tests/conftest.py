@@ -29,6 +29,13 @@ for _name in [name for name in os.environ if name.startswith("LORINER_")]:
     if _name not in SETTINGS_OF_THE_TESTS:
         del os.environ[_name]
 
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # How long an example takes depends on what else the machine does; tests have a timeout.
+    settings.register_profile("loriner", deadline=None)
+    settings.load_profile("loriner")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")

@@ -253,9 +253,7 @@ def test_data_after_the_end_is_refused(tmp_path: Path) -> None:
         read(write(tmp_path, tar({"a": b"x"}) + b"more"))
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_ends_in_members_or_a_refusal(tmp_path: Path, data: st.DataObject) -> None:
     build = data.draw(st.sampled_from([tar, zipped, lambda f: gzip.compress(tar(f), mtime=0)]))

@@ -381,7 +381,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(ACTIONS, st.integers(1, 4), st.integers(1, 6), st.sampled_from([1, 3]))
 def test_no_step_ever_reads_another_adapter(
     actions: list[tuple[str, int]], pool: int, host: int, num_loaders: int

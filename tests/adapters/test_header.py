@@ -128,9 +128,7 @@ def test_long_lists_of_names_are_cut() -> None:
     assert listing("abcdefgh") == "a, b, c, d, e and 3 more"
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_mutated_file_is_read_as_the_library_reads_it_or_refused(
     tmp_path: Path, data: st.DataObject

@@ -103,7 +103,7 @@ SOURCES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(source=SOURCES, name=st.text(alphabet="ab1_.", max_size=12))
 def test_any_accepted_pattern_agrees_with_re(source: str, name: str) -> None:
     pattern = compile_pattern(source)
@@ -111,7 +111,7 @@ def test_any_accepted_pattern_agrees_with_re(source: str, name: str) -> None:
     assert pattern.matches_tail(name) == bool(re.match(rf"(.*\.)?({source})$", name))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet="ab.\\dw[]()|*+?{}1,^$-:", max_size=14))
 def test_random_text_is_refused_or_agrees_with_re(source: str) -> None:
     try:

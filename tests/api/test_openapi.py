@@ -49,7 +49,6 @@ def test_any_request_gets_an_answer_that_the_document_tells(
 
         @settings(
             max_examples=EXAMPLES,
-            deadline=None,
             derandomize=True,
             database=None,
             suppress_health_check=list(HealthCheck),

@@ -37,7 +37,7 @@ def run(
     return pieces, None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=40))
 def test_pieces_are_whole_characters_and_add_up(text: str) -> None:
     pieces, _ = run(text)
@@ -61,7 +61,7 @@ def byte_fallback_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, 258), max_size=30))
 def test_no_sequence_of_tokens_raises(ids: list[int]) -> None:
     tokenizer = byte_fallback_tokenizer()
@@ -86,7 +86,7 @@ def test_a_character_cut_by_the_end_is_marked() -> None:
     assert detokenizer.flush() == "\ufffd"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text("abé", max_size=25), st.lists(st.text("abé", min_size=1, max_size=4), min_size=1))
 def test_a_stop_string_never_leaks(text: str, stops: list[str]) -> None:
     pieces, found = run(text, tuple(stops))

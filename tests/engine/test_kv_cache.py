@@ -91,7 +91,7 @@ def test_can_allocate_does_not_count_a_cached_free_block_twice() -> None:
     assert not blocks.can_allocate(make_sequence(range(13)), 13)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 14), st.booleans()), max_size=40))
 def test_blocks_are_never_lost_or_held_twice(actions: list[tuple[int, int, bool]]) -> None:
     blocks = BlockManager(6, 4, prefix_cache=True)

@@ -93,6 +93,35 @@ def test_gated_outputs_may_be_adapted_on_one_side(kernels: Any, ranks: tuple[int
                 assert error(found, silu(gate) * up) < 8e-3, rows
 
 
+@pytest.mark.parametrize("inner", [9728, 14336])
+def test_half_of_eight_gated_rows_may_have_no_adapter(kernels: Any, inner: int) -> None:
+    """The first half or the last, or few rows of either; each other row on its own adapter."""
+    inputs, ranks = 576, [(16, 16), (0, 64), (32, 0), (8, 64)]
+    weights = [random_nf4(inner, inputs, nested=False) for _ in range(2)]
+    operand = kernels.prepare_nf4(weights, None, gated=True)
+    exact = torch.cat([dense(weight) for weight in weights])
+    seats = Seats(len(ranks), num_groups=6)
+    for seat, pair in enumerate(ranks):
+        seats.put(seat, 2, inputs, [inner, inner], list(pair), bias=False)
+    none = [-1] * 4
+    for row_seats in (
+        [*none, 0, 1, 2, 3],
+        [0, 1, 2, 3, *none],
+        [*none, *none],
+        [*none, 1, 1, -1],
+        [2, *none, 1, -1, 3],
+        [*none, -1, 0],
+        [1, 1, 1, 1, 3, 3, 3, 3],
+    ):
+        x = (torch.randn(len(row_seats), inputs, device="cuda") / 8).bfloat16()
+        lora = lora_of(kernels, seats, row_seats).operand("0.gate_up")
+        for found in alone_and_replayed(partial(kernels.linear_gated, x, operand, lora, "silu"), x):
+            both = x.double() @ exact.t()
+            both += seats.expected(x.double(), row_seats, 2, 2 * inner)
+            gate, up = both.split(inner, dim=1)
+            assert error(found, silu(gate) * up) < 8e-3, row_seats
+
+
 def test_many_gated_rows_without_an_adapter_are_as_if_there_were_none(kernels: Any) -> None:
     weights = [random_nf4(576, 1024, nested=True) for _ in range(2)]
     operand, seats = kernels.prepare_nf4(weights, None, gated=True), Seats(1, num_groups=6)

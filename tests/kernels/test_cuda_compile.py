@@ -104,8 +104,9 @@ SPILLED: dict[str, dict[tuple[int, str], int]] = {
         (8, "llama-3-8b gate_up, adapted"): 40,
     },
     "sm_90a": {
-        (1, "llama-3-8b o, adapted"): 8,
+        (1, "llama-3-8b o, adapted"): 12,
         (2, "llama-3-8b o, adapted"): 12,
+        (1, "llama-3-8b gate_up, adapted"): 12,
         (2, "llama-3-8b gate_up, adapted"): 16,
     },
     "sm_100a": {

@@ -284,7 +284,7 @@ def test_multiprocessors_without_outputs_multiply_for_the_others(
     assert params.helpers == helpers
 
 
-@pytest.mark.parametrize(("inputs", "beside", "rounds"), [(8192, 0, 8), (8192, 4, 2), (512, 4, 1)])
+@pytest.mark.parametrize(("inputs", "beside", "rounds"), [(8192, 0, 8), (8192, 8, 2), (512, 4, 1)])
 def test_a_helper_makes_no_more_units_than_there_is_time_for(
     inputs: int, beside: int, rounds: int
 ) -> None:

@@ -177,7 +177,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(CONFIGS)
 def test_any_config_selects_and_scales_as_in_peft(changes: dict[str, Any]) -> None:
     document = json.loads(json.dumps(config(**changes)))

@@ -267,7 +267,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(changes=st.dictionaries(st.sampled_from(sorted(config())), JSON, max_size=3))
 def test_any_config_is_read_or_refused(changes: dict[str, Any]) -> None:
     parsed, found = parse_config(config(**changes))
@@ -279,9 +279,7 @@ def test_any_config_is_read_or_refused(changes: dict[str, Any]) -> None:
             assert abs(parsed.scaling_of(name, parsed.rank_of(name))) <= 1e6
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_a_folder_is_harmless(tmp_path: Path, data: st.DataObject) -> None:
     folder = write_adapter(tmp_path)

@@ -44,8 +44,8 @@ LEAN, LEAN_ADAPTED = 104, 112  # registers of a thread, where small kernels are 
 LEAN_TILES = 2  # token tiles up to which they do
 DEEP_TILES = 3  # token tiles up to which registers hold two stages of weights (or one more)
 BLOCKS_A_ROUND = 4  # of a group's inputs: in their time a helper makes a unit of A x
-MOST_ROUNDS_BESIDE = 2  # of units that a helper makes with four warps, 2 us each
-BESIDE_REGISTERS = 96  # of a thread, where warps stand beside the main ones
+MOST_ROUNDS_BESIDE = 2  # of units that a helper makes with fewer warps, some 2 us each
+BESIDE_REGISTERS = {8: 80, 4: 96}  # of a thread, where so many warps stand beside the main ones
 MOST_ADAPTED_INPUTS = 65536  # quotient() of common.cuh is exact up to there
 MOST_SHRUNK = 8 * 513 * MAX_STACKED_RANK  # values of A x that a launch may make
 
@@ -220,7 +220,7 @@ class Linears:
         lean = LEAN_ADAPTED if adapted else LEAN
         is_lean = cut.min_blocks == 1 and token_tiles <= LEAN_TILES
         beside = ends.beside if ends else 0
-        registers = BESIDE_REGISTERS if beside else lean if is_lean else 0
+        registers = BESIDE_REGISTERS[beside] if beside else lean if is_lean else 0
         return {
             "NT": token_tiles,
             "WR": cut.row_groups,

@@ -27,9 +27,9 @@ SMEM_CONTROL = 16 + 4 * 4 * 16  # epoch; two barriers of each group in each stag
 LEAST_SHRUNK = 8 * MAX_STACKED_RANK * 4  # bytes: eight rows of the most ranks
 PART = 2048  # inputs of A x that are summed apart from others, at most
 SHARES = 16  # of such a part
-BESIDE = 4  # warps that see to adapters while the others multiply
+BESIDE = (8, 4)  # warps that see to adapters while the others multiply one token tile, or two
 PIECES = 2  # of a part, a unit each, where they do
-BESIDE_TILES = 2  # token tiles up to which registers leave room for them
+BESIDE_TILES = len(BESIDE)  # up to which registers leave room for them
 SMEM_RESERVED = 1536  # bytes of a multiprocessor that a block costs beside its own, at most
 
 
@@ -155,9 +155,9 @@ def ends_of(
 ) -> Ends:
     """Warps beside the main ones for few rows, where they fit; as many buffers as do."""
     steps = unit_steps(inputs, 1)
-    beside = is_wide and cut.min_blocks == 1 and token_tiles <= BESIDE_TILES
-    choices = [Ends(BESIDE, unit_steps(inputs, PIECES), 1, True)] if beside else []
-    choices += [Ends(0, steps, 2, is_wide)] if cut.min_blocks == 1 else []
+    choices = [Ends(0, steps, 2, is_wide)] if cut.min_blocks == 1 else []
+    if is_wide and cut.min_blocks == 1 and token_tiles <= BESIDE_TILES:
+        choices.insert(0, Ends(BESIDE[token_tiles - 1], unit_steps(inputs, PIECES), 1, True))
     for ends in (*choices, Ends(0, steps, 1, is_wide)):
         if ring_of(cut, kind, token_tiles, max_smem, ends, is_wide=is_wide):
             return ends

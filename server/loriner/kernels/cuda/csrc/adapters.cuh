@@ -2,7 +2,7 @@
 //
 // Part of linear.cu, whose defines and shared memory it uses. A x is multiplied in units, which the thread blocks
 // share: each value carries the launch's epoch, so that nothing but the value itself is waited for. On Hopper, and with few
-// rows of x, four warps beside the main ones (BESIDE) see to adapters while those multiply, which may help with B when
+// rows of x, some warps beside the main ones (BESIDE) see to adapters while those multiply, which may help with B when
 // they have; else all do, before and after. Where multiprocessors are left over, thread blocks without outputs (helpers)
 // multiply units alone. Units come first and wait for nobody, and only blocks that are sure to be resident have any
 // (`workers`, which are the first to be scheduled), so that a launch may be of any size. Everything is added in a fixed
@@ -128,7 +128,7 @@ DEV void gather_shrunk(const End& p, const Outputs& own, i32 token0, i32 token, 
 #include "expand.cuh"
 
 #if BESIDE
-#define HELPED_STRIDE 64  // ranks of a row in this thread block's slices, from which on main warps help
+#define HELPED_RANKS 32  // of a row in a slice, from which on main warps help
 
 // Where B (A x) is kept for this lane's sums.
 DEV float4* added(i32 tile, i32 oct) { return (float4*)(smem + ADDED_AT) + (tile * NT + oct) * 32 + (threadIdx.x & 31); }
@@ -146,25 +146,26 @@ DEV void prefetch(const End& p, const Outputs& own, i32 rows, i32 thread) {
     }
 }
 
-// Whether the main warps, when they have multiplied, take strips that nobody has taken: where those are many and long, and A x is there at once.
-DEV bool are_helped(const Passes& passes) { return NT == 2 && STRIPS > BESIDE && passes.stride >= HELPED_STRIDE && passes.octs >= passes.all; }
-DEV u32 taken_at(i32 oct) { return smem_addr(smem) + STRIPS_TAKEN_AT + oct * 4; }
-DEV i32 take_strip(i32 oct) {
-    i32 strip = 0;
-    if ((threadIdx.x & 31) == 0) asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(strip) : "r"(taken_at(oct)) : "memory");
-    return __shfl_sync(0xffffffffu, strip, 0);
+// Whether the main warps, when they have multiplied, take portions that nobody has taken: where those are many and long, and A x is there at once.
+DEV bool are_helped(const Passes& passes) { return STRIPS * HALVES > BESIDE && passes.stride >= HELPED_RANKS * NUM_SLICES && passes.octs >= passes.all; }
+DEV u32 taken_at(i32 oct) { return smem_addr(smem) + PORTIONS_TAKEN_AT + oct * 4; }
+DEV i32 take_portion(i32 oct) {
+    i32 portion = 0;
+    if ((threadIdx.x & 31) == 0) asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(portion) : "r"(taken_at(oct)) : "memory");
+    return __shfl_sync(0xffffffffu, portion, 0);
 }
 
-// Strips of eight rows, from one on that `adding` has looked at; `then` says which is next.
-template <class Then> DEV void add_strips(const End& p, const Outputs& own, Adding& adding, i32 oct, i32 strip, Then then) {
+// Portions of eight rows, from one on that `adding` has looked at; `then` says which is next.
+template <class Then> DEV void add_portions(const End& p, const Outputs& own, Adding& adding, i32 oct, i32 portion, Then then) {
 #pragma unroll 1
-    while (strip < STRIPS) {
+    while (portion < adding.portions()) {
         float share[NUM_SLICES][4];
-        const i32 next = adding.add(p, own, share, strip, [&] { return then(strip); });
+        const i32 next = adding.add(p, own, share, portion, [&] { return then(portion); }), tile = adding.strip_of(portion) * NUM_SLICES;
+        if (adding.has_rows(portion))
 #pragma unroll
-        for (int i = 0; i < NUM_SLICES; i++)
-            if (strip * NUM_SLICES + i < OWN / 16) *added(strip * NUM_SLICES + i, oct) = make_float4(share[i][0], share[i][1], share[i][2], share[i][3]);
-        strip = next;
+            for (int i = 0; i < NUM_SLICES; i++)
+                if (tile + i < OWN / 16) *added(tile + i, oct) = make_float4(share[i][0], share[i][1], share[i][2], share[i][3]);
+        portion = next;
     }
 }
 
@@ -172,11 +173,11 @@ template <class Then> DEV void add_strips(const End& p, const Outputs& own, Addi
 __device__ __noinline__ void help(const End p, const Outputs own, const Passes passes, i32 warp) {
     const i32 oct = warp % passes.all;
     wait_for_shrunk();
-    const i32 strip = take_strip(oct);
-    if (strip >= STRIPS) return;
+    const i32 portion = take_portion(oct);
+    if (portion >= STRIPS * HALVES) return;
     Adding adding(p, own, passes);
-    adding.look(p, own, 0, oct, strip);
-    add_strips(p, own, adding, oct, strip, [&](i32) { return take_strip(oct); });
+    adding.look(p, own, 0, oct, portion);
+    add_portions(p, own, adding, oct, portion, [&](i32) { return take_portion(oct); });
 }
 
 // What the warps beside the main ones do: units of A x, then what adapters add to this thread block's outputs.
@@ -206,14 +207,14 @@ DEV void beside(const Params& p, const Outputs& own, i32 token0, i32 warp) {
     if (passes.stride)
 #pragma unroll 1
         for (i32 oct0 = 0; oct0 < passes.all; oct0 += octs) {
-            const i32 oct = oct0 + (warp >= each), strip = warp & (each - 1);
+            const i32 oct = oct0 + (warp >= each), portion = warp & (each - 1);
             Adding adding(p, own, passes);
-            adding.look(p, own, oct0, oct, strip);
+            adding.look(p, own, oct0, oct, portion);
             ending_sync();
             gather_shrunk(p, own, token0, oct0 * 8, octs * 8, passes.stride, warp, epoch);
             ending_sync();
             if (helped) shrunk_has_come();
-            add_strips(p, own, adding, oct, strip, [&](i32 now) { return helped ? take_strip(oct) : now + each; });
+            add_portions(p, own, adding, oct, portion, [&](i32 now) { return helped ? take_portion(oct) : now + each; });
         }
     const u32 known = thread == 0 ? note_epoch(p) : 0;
     __syncthreads();

@@ -11,6 +11,7 @@
 #define TILE_OUTPUTS (GATED ? 8 : 16)
 #define NUM_SLICES (GATED ? 2 : 1)  // that a strip is of; with as many tiles of sums
 #define STRIPS ((OWN / 16 + NUM_SLICES - 1) / NUM_SLICES)
+#define HALVES (BESIDE && NT == 1 ? 2 : 1)  // of a strip, a portion each: else there are more warps than portions
 #define ROWS_AHEAD (!WGMMA ? 2 : BESIDE || EPILOGUE == 1 || NT > 8 ? 4 : 8)  // whose B is on its way
 
 typedef u32 Columns[2][2];  // of even and odd rows: ranks 4t and 4t + 1, and the two behind
@@ -50,13 +51,14 @@ struct Factors {
 
 // What adapters add to eight rows of x. Plain are rows whose B is in tiles and who have no bias, where all of this thread block's outputs
 // are there and in one slice (in both, if gated), and its first is a multiple of 16 there: then B of all eight rows is asked for ahead,
-// across strips, none for ranks that a row has not.
+// across portions, none for ranks that a row has not. A portion is a strip, or half of one: its first four rows or its last.
 struct Adding {
     const RowLora* l;       // of the first row: its slices
     u32 t;                  // where its A x stands
     i32 stride, first, n;   // the thread block's first slice, and its first output there
     bool same, plain;       // all rows have one adapter: then B is that of the first alone, one of b for each slice
-    i32 steps[NUM_SLICES];  // of 16 ranks, of the row that has most
+    i32 halves;             // of a strip that are portions
+    i32 steps[NUM_SLICES];  // of 16 ranks, of the row that has most; of the last half's from bit 16 on
     uint4 b[ROWS_AHEAD];    // of the next rows; what is left of others in it does no harm, as it is finite
 
     DEV Adding(const End& p, const Outputs& own, const Passes& passes) : stride(passes.stride), first(GATED ? 0 : own.first_slice(p)) {
@@ -65,8 +67,15 @@ struct Adding {
         for (int j = 0; j < ROWS_AHEAD; j++) b[j] = make_uint4(0, 0, 0, 0);
     }
 
-    // What the rows of `oct` are, before A x is there; `strip` comes first.
-    DEV void look(const End& p, const Outputs& own, i32 oct0, i32 oct, i32 strip) {
+    DEV i32 portions() const { return HALVES == 1 ? STRIPS : STRIPS * halves; }
+    static DEV i32 strip_of(i32 portion) { return HALVES == 1 ? portion : portion % STRIPS; }
+    static DEV i32 half_of(i32 portion) { return HALVES == 1 ? 0 : portion / STRIPS; }
+    DEV i32 steps_of(i32 slice, i32 half) const { return HALVES == 1 ? steps[slice] : half ? (u32)steps[slice] >> 16 : steps[slice] & 0xffff; }
+    // Whether a portion has this lane's rows: 2t and 2t + 1.
+    DEV bool has_rows(i32 portion) const { return HALVES == 1 || halves == 1 || (threadIdx.x >> 1 & 1) == half_of(portion); }
+
+    // What the rows of `oct` are, before A x is there; `portion` comes first.
+    DEV void look(const End& p, const Outputs& own, i32 oct0, i32 oct, i32 portion) {
         const i32 lane = threadIdx.x & 31, lead = GATED ? lane & 8 : 0;
         l = (const RowLora*)(smem + ROW_LORA) + oct * 24, t = smem_addr(smem) + SHRUNK_AT + (oct - oct0) * 8 * stride * 4;
         // lanes 0 to 7 see to a row each, of gated outputs lanes 8 to 15 to the other slice
@@ -75,9 +84,14 @@ struct Adding {
         const u64 lead_b = __shfl_sync(0xffffffffu, (u64)own_row.b, lead);
         same = __all_sync(0xffffffffu, (u64)own_row.b == lead_b && own_row.rank == lead_rank);
         plain = __all_sync(0xffffffffu, own_row.rank == 0 || (own_row.tiled && (begin & 3) == 0 && own_row.bias == nullptr)) && n % 16 == 0 && own.end - own.first == STRIPS * 16 && (GATED || first == own.last_slice(p));
+        halves = HALVES == 2 && plain && !same && __any_sync(0xffffffffu, own_row.rank && lane & 4) ? 2 : 1;
 #pragma unroll
-        for (int s = 0; s < NUM_SLICES; s++) steps[s] = (__reduce_max_sync(0xffffffffu, GATED && (lane >> 3 & 1) != s ? 0 : own_row.rank) + 15) / 16;
-        if (plain) ask_first(strip);
+        for (int s = 0; s < NUM_SLICES; s++) {
+            const i32 rank = GATED && (lane >> 3 & 1) != s ? 0 : own_row.rank;
+            steps[s] = (__reduce_max_sync(0xffffffffu, HALVES == 2 && lane & 4 ? 0 : rank) + 15) / 16;
+            if (HALVES == 2) steps[s] |= (__reduce_max_sync(0xffffffffu, lane & 4 ? rank : 0) + 15) / 16 << 16;
+        }
+        if (plain) ask_first(portion);
     }
 
     DEV Factors factors_of(i32 slice) const {
@@ -99,14 +113,15 @@ struct Adding {
         const u32 lane = threadIdx.x & 31, r = k * 16 + (lane & 3) * 4;
         if (r < head.w) to = __ldg((const uint4*)(rows + ((n + strip * 16) * head.w + k * 256 + (lane & 3) * 64 + (lane >> 2) * 8)));
     }
-    // The first step of a strip.
-    DEV void ask_first(i32 strip) {
-        if (strip >= STRIPS) return;
+    // The first step of a portion.
+    DEV void ask_first(i32 portion) {
+        if (portion >= portions()) return;
         if (same) {
 #pragma unroll
-            for (int s = 0; s < NUM_SLICES; s++) ask(b[s], 0, s, strip, 0);
+            for (int s = 0; s < NUM_SLICES; s++) ask(b[s], 0, s, portion, 0);
         } else {
-            ask_rows(0, GATED && steps[0] == 0, strip, 0);
+            const i32 half = half_of(portion);
+            ask_rows(half * 4, GATED && steps_of(0, half) == 0, strip_of(portion), 0);
         }
     }
     DEV void ask_rows(int first_row, i32 slice, i32 strip, i32 k) {
@@ -134,9 +149,9 @@ struct Adding {
         v[0] = __fadd_rn(even[0], even[1]), v[1] = __fadd_rn(odd[0], odd[1]), v[2] = __fadd_rn(even[2], even[3]), v[3] = __fadd_rn(odd[2], odd[3]);
     }
 
-    // This lane's share of the sums (see sums_at) of a strip's tiles. Asks `then` for the next strip as late as it can, and returns that.
-    template <class Then> DEV i32 add(const End& p, const Outputs& own, float (&share)[NUM_SLICES][4], i32 strip, Then then) {
-        const i32 pair = (threadIdx.x & 31) >> 3;
+    // This lane's share of the sums (see sums_at) of a portion's tiles. Asks `then` for the next portion as late as it can, and returns that.
+    template <class Then> DEV i32 add(const End& p, const Outputs& own, float (&share)[NUM_SLICES][4], i32 portion, Then then) {
+        const i32 strip = strip_of(portion), half = half_of(portion), pair = ((threadIdx.x & 31) >> 3) - half * 2;
         i32 next = -1;
         const auto after = [&] { return next < 0 ? next = then() : next; };
 #pragma unroll
@@ -150,24 +165,25 @@ struct Adding {
                 const RowLora* own_rows = l + (threadIdx.x & 3) * 6 + (GATED ? s : first);  // 2t and the next
                 const float scale[2] = {own_rows[0].scale, own_rows[3].scale};
 #pragma unroll 1
-                for (i32 k = 0; k < steps[s]; k++) {
+                for (i32 k = 0; k < steps_of(s, half); k++) {
                     Columns c;
                     load_columns<true>(c, f, k);
-                    const bool more = k + 1 < steps[s];
+                    const bool more = k + 1 < steps_of(s, half);
                     if (same) {
                         multiply_row(even, b[s], c[0], true), multiply_row(odd, b[s], c[1], true);
-                        const i32 next_strip = more ? strip : after();
-                        if (next_strip < STRIPS) ask(b[s], 0, s, next_strip, more ? k + 1 : 0);
+                        const i32 at = more ? portion : after();
+                        if (at < portions()) ask(b[s], 0, s, at, more ? k + 1 : 0);
                         continue;
                     }
-                    const bool turn = GATED && s == 0 && steps[NUM_SLICES - 1];  // where the next step is
-                    const i32 next_slice = more ? s : turn ? 1 : GATED && steps[0] == 0, next_strip = more || turn ? strip : after();
+                    // where the next step is
+                    const bool turn = GATED && s == 0 && steps_of(NUM_SLICES - 1, half);
+                    const i32 at = more || turn ? portion : after(), next_half = half_of(at), next_slice = more ? s : turn ? 1 : GATED && steps_of(0, next_half) == 0;
 #pragma unroll
-                    for (int i = 0; i < 8; i += ROWS_AHEAD) {
+                    for (int i = 0; i < 8 / HALVES; i += ROWS_AHEAD) {
 #pragma unroll
                         for (int j = 0; j < ROWS_AHEAD; j++) multiply_row(j % 2 ? odd : even, b[j], c[j % 2], pair == (i + j) / 2);
-                        if (i + ROWS_AHEAD < 8) ask_rows(i + ROWS_AHEAD, s, strip, k);
-                        else if (next_strip < STRIPS) ask_rows(0, next_slice, next_strip, more ? k + 1 : 0);
+                        if (i + ROWS_AHEAD < 8 / HALVES) ask_rows(i + ROWS_AHEAD, s, strip, k);
+                        else if (at < portions()) ask_rows(next_half * 4, next_slice, strip_of(at), more ? k + 1 : 0);
                     }
                 }
                 end_strip(v, even, odd);
@@ -182,6 +198,7 @@ struct Adding {
                 for (int i = 0; i < 4; i++) share[0][i] = v[i];
             }
         }
+        if (HALVES == 2 && plain && steps_of(0, half) + steps_of(NUM_SLICES - 1, half) == 0) ask_first(after());
         return after();
     }
 

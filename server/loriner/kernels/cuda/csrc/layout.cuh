@@ -46,7 +46,7 @@
 #define FRONT_END (APART ? SUMS_AT + SUMS : MAX(FRONT, SUMS + LEAST_SHRUNK))
 #define ROW_LORA (FIRST ? MAX(FRONT_END, UNITS_AT + UNITS) : FRONT_END)
 #define EPOCH_AT (ROW_LORA + TOKENS * 96)
-#define STRIPS_TAKEN_AT EPOCH_AT  // of each eight rows, by any warps; where some are beside the main ones, the epoch stays in registers
+#define PORTIONS_TAKEN_AT EPOCH_AT  // of each eight rows, by any warps; where some are beside the main ones, the epoch stays in registers
 #define SUMS_BARRIER_AT (EPOCH_AT + 8)  // counts sums of other blocks of the cluster
 #define BARRIERS_AT (EPOCH_AT + 16)  // a full and a free one of each group's tile of x in each stage
 #define WEIGHTS_BARRIERS_AT (BARRIERS_AT + 256)  // of each stage of each warp
@@ -75,7 +75,7 @@ static_assert(STAGES * WK <= 16 && STAGES <= WR * 4, "barriers have room, and a 
 static_assert(!RING || (NF4_KIND && WGMMA && DEPTH == 1), "bulk copies bring NF4 to Hopper");
 static_assert(!FIRST || UNITS_AT + UNITS <= ROW_LORA, "units end before what stays");
 #if BESIDE
-static_assert(NT <= 2, "STRIPS_TAKEN_AT has room for two");
+static_assert(NT <= 2, "PORTIONS_TAKEN_AT has room for two");
 static_assert(MAX(UNIT_SUMS_AT + UNITS, SHRUNK_AT + LEAST_SHRUNK) <= SMEM, "everything has room");
 #else
 static_assert(CONTROL_END <= SMEM && SUMS_AT + SUMS <= SMEM && SHRUNK_BYTES >= LEAST_SHRUNK, "everything has room");
