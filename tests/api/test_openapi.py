@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
+from jsonschema import validate
 
 from loriner.config import ServerConfig
 from tests.api.fake_service import FakeService
@@ -85,6 +86,25 @@ def test_bodies_are_the_models_that_validate(document: dict[str, Any]) -> None:
     assert fields["required"] == ["messages"]
     upload = document["paths"]["/admin/adapters"]["post"]["requestBody"]["content"]
     assert upload.keys() == {"application/json", "multipart/form-data"}
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/responses", {"input": "hi"}),
+    ],
+)
+def test_streams_are_of_the_events_that_the_document_tells(
+    document: dict[str, Any], live: LiveServer, path: str, asked: dict[str, Any]
+) -> None:
+    told = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    answer = httpx.post(live.url + path, json=asked | {"stream": True}, trust_env=False)
+    events = answer.text.removesuffix("\n\n").split("\n\n")
+    assert len(events) > 2
+    for event in events:
+        validate(dict(line.split(": ", 1) for line in event.split("\n")), told["schema"])
 
 
 def test_probes_are_told_to_be_open_and_all_else_to_need_a_key(document: dict[str, Any]) -> None:

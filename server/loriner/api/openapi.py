@@ -29,6 +29,16 @@ _PARAMETER = re.compile(r"\{(\w+)(?::path)?\}")
 
 Json = dict[str, Any]
 
+EVENT: Json = {  # one of a stream, as OpenAPI 3.1 has it
+    "type": "object",
+    "properties": {
+        "event": {"type": "string"},
+        "data": {"type": "string", "description": "JSON, or [DONE] at the end of some streams."},
+    },
+    "required": ["data"],
+    "additionalProperties": False,
+}
+
 
 class Document:
     """Made once, of all other routes; answers GET /openapi.json."""
@@ -115,7 +125,7 @@ def _content(told: Told) -> Json:
     schema = {"type": "object"} if told.answer is None else _answer_ref(told.answer)
     content: Json = {"application/json": {"schema": schema}}
     if told.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     return content
 
 
