@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, silu
 
 from loriner.adapters.image import can_tile
 from loriner.kernels.cuda.seats import SeatLora
@@ -44,6 +45,12 @@ def dense(weight: Nf4) -> Tensor:
 def error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||; not a number where anything was not written."""
     return float((found.double() - expected).norm() / expected.norm())
+
+
+def acted(both: Tensor, act: str = "silu") -> Tensor:
+    """act(gate) * up of gate and up [M, 2N]: [M, N]."""
+    gate, up = both.chunk(2, dim=1)
+    return (silu(gate) if act == "silu" else gelu(gate, approximate="tanh")) * up
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import gelu, silu
 
 from tests.gpu.operands import (
     Seats,
+    acted,
     alone_and_replayed,
     dense,
     error,
@@ -38,8 +38,7 @@ def test_large_gated_rows_without_an_adapter_are_as_if_there_were_none(
 
     assert torch.equal(mixed[-1], alone[-1])
     both = x.double() @ torch.cat([dense(weight) for weight in weights]).t()
-    gate, up = both.split(inner, dim=1)
-    assert error(alone, silu(gate) * up) < 8e-3
+    assert error(alone, acted(both)) < 8e-3
 
 
 @pytest.mark.parametrize(
@@ -66,9 +65,7 @@ def test_gated_outputs_of_any_ranks_equal_float64(kernels: Any, inner: int, inpu
             ):
                 both = x.double() @ exact.t()
                 both += seats.expected(x.double(), row_seats, 2, 2 * inner)
-                gate, up = both.split(inner, dim=1)
-                acted = silu(gate) if act == "silu" else gelu(gate, approximate="tanh")
-                assert error(found, acted * up) < 8e-3, rows
+                assert error(found, acted(both, act)) < 8e-3, rows
 
 
 @pytest.mark.parametrize("ranks", [(0, 16), (16, 0), (0, 64), (48, 16)])
@@ -89,8 +86,7 @@ def test_gated_outputs_may_be_adapted_on_one_side(kernels: Any, ranks: tuple[int
             for found in alone_and_replayed(multiply, x):
                 both = x.double() @ exact.t()
                 both += seats.expected(x.double(), row_seats, 2, 2 * inner)
-                gate, up = both.split(inner, dim=1)
-                assert error(found, silu(gate) * up) < 8e-3, rows
+                assert error(found, acted(both)) < 8e-3, rows
 
 
 @pytest.mark.parametrize("inner", [9728, 14336])
@@ -118,8 +114,7 @@ def test_half_of_eight_gated_rows_may_have_no_adapter(kernels: Any, inner: int) 
         for found in alone_and_replayed(partial(kernels.linear_gated, x, operand, lora, "silu"), x):
             both = x.double() @ exact.t()
             both += seats.expected(x.double(), row_seats, 2, 2 * inner)
-            gate, up = both.split(inner, dim=1)
-            assert error(found, silu(gate) * up) < 8e-3, row_seats
+            assert error(found, acted(both)) < 8e-3, row_seats
 
 
 def test_many_gated_rows_without_an_adapter_are_as_if_there_were_none(kernels: Any) -> None:
