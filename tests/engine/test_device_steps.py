@@ -393,6 +393,7 @@ def test_every_row_of_a_span_is_in_one_item_of_its_seat(counts: list[int], rest:
         for i, (count, end) in enumerate(zip(counts, ends, strict=True))
     )
     made = seats_of(spans, [i * 10 for i in range(len(spans))])
+    assert made.row_seat.dtype == made.items.dtype == np.int32  # kernels read their bytes
     covered: list[int] = []
     for first, rows, seat in made.items.tolist():
         assert 1 <= rows <= LORA_ROWS

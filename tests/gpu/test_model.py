@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from loriner.adapters.adapter import Adapter, LoraWeight
 from loriner.core import Request, SamplingParams
 from loriner.engine.cpu_runner import CpuRunner
 from loriner.engine.runner import open_runner
 from tests.engines import build_engine, engine_config
+from tests.fakes import make_request
 from tests.tiny import VOCAB_SIZE, write_tiny_base
 
 pytestmark = pytest.mark.gpu
@@ -84,3 +87,36 @@ def test_linears_kept_in_bf16_change_no_token(tmp_path: Path) -> None:
     made = run(base, "cuda", prompts, **sizes)
 
     assert run(base, "cuda", prompts, **sizes, bf16_shadow=True) == made
+
+
+@pytest.mark.timeout(120)
+def test_a_prompt_is_read_through_an_adapter_of_the_lm_head(tmp_path: Path) -> None:
+    """Which the seat of the prompt's own rows tells, apart from those of the step."""
+    base = tmp_path / "base"
+    write_tiny_base(base, **SIZES, intermediate_size=512)
+    prompt = torch.randint(0, VOCAB_SIZE, (90,)).tolist()
+    factors = torch.randn(24, SIZES["hidden_size"]) / 16, torch.randn(VOCAB_SIZE, 24)
+    adapter = Adapter.of({"lm_head": LoraWeight(*factors, None, 1.0)})
+
+    found, expected, plain = (
+        prompt_logprobs(base, device, prompt, adapter, generation)
+        for device, generation in (("cuda", "g"), ("cpu", "g"), ("cpu", None))
+    )
+
+    assert abs(found - expected).mean() < abs(plain - expected).mean() / 20
+
+
+def prompt_logprobs(
+    base: Path, device: str, prompt: list[int], adapter: Adapter, generation: str | None
+) -> np.typing.NDArray[np.float64]:
+    """Of all tokens but the first."""
+    sizes = {"max_step_tokens": 64, "kv_bytes": 32 << 20, "pool_bytes": 16 << 20}
+    config = engine_config(base, device=device, **sizes)
+    runner = open_runner(config)
+    engine = build_engine(config, {"g": runner.pack(adapter)}, runner)
+    engine.submit(make_request(prompt, generation=generation, prompt_logprobs=0))
+    told = []
+    while engine.has_work:
+        told += [one for event in engine.step() for one in event.prompt_logprobs]
+    engine.close()
+    return np.array([one.logprob for one in told[1:]])

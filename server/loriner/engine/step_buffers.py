@@ -104,10 +104,10 @@ class WorkLists(NamedTuple):
 
 
 class Seats(NamedTuple):
-    """Which seat each row uses, and the same cut into items."""
+    """Which seat each row uses, and the same cut into items: i32, as kernels read them."""
 
-    row_seat: Ints
-    items: Ints  # [n, 3]
+    row_seat: Ints  # [R]
+    items: Ints  # [n, 3]: first row, rows, seat
 
 
 def seats_of(spans: tuple[Span, ...], seat_ids: list[int]) -> Seats:
@@ -124,7 +124,8 @@ def seats_of(spans: tuple[Span, ...], seat_ids: list[int]) -> Seats:
     piece = np.arange(len(which), dtype=np.int32) - (pieces.cumsum() - pieces)[which]
     first = starts[which] + piece * LORA_ROWS
     rows = np.minimum(ends[which] - first, LORA_ROWS)
-    return Seats(seats.repeat(counts), np.stack((first, rows, seats[which]), axis=1))
+    items = np.stack((first, rows, seats[which]), axis=1)
+    return Seats(seats.repeat(counts), items.astype(np.int32))  # sums of i32 are i64
 
 
 class StepBuffers:

@@ -67,6 +67,8 @@ class Seats:
         self._tile((_TILE_BLOCKS, len(entries)), 128, entries, pdl=False)
 
     def plan(self, table: Tensor, row_seat: Tensor, items: Tensor, num_items: Tensor) -> SeatLora:
+        for indices in (row_seat, items, num_items):  # of another type, linears would wait for ever
+            assert indices.dtype is torch.int32 and indices.is_contiguous()
         rows, groups, place = len(row_seat), table.shape[1], table.device
         most = rows * (MAX_STACKED_RANK // 16)
         plan = LoraPlan(

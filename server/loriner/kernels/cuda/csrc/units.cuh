@@ -105,14 +105,15 @@ DEV void publish_unit(const Params& p, const Unit& u, i32 thread, u32 epoch) {
 }
 
 // The units of this thread block: their A is asked for before the kernel ahead has ended, and each next one's while one is
-// multiplied. Thread blocks without outputs have the first ones, some rounds of them; the others share the rest.
+// multiplied. Thread blocks without outputs have the first ones, some rounds more than each has where all share alike; the others share
+// the rest.
 struct Share {
     Unit now, later;
     i32 next, step, end, warp;
 
     // `all`: units of the launch.
     DEV Share(const Params& p, i32 all, i32 warp_) : warp(warp_) {
-        const i32 first = min(all, p.helpers * p.rounds), block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+        const i32 rounds = quotient(all, num_blocks()) + p.rounds, first = min(all, p.helpers * rounds), block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
         if (is_helper(p)) next = block, step = p.helpers, end = first;
         else next = first + block - p.helpers, step = min((i32)num_blocks() - p.helpers, p.workers), end = block - p.helpers < step ? all : 0;
         now = unit_at(p, next);
