@@ -127,6 +127,12 @@ class ServerConfig:
         high=1,
     )
     shutdown_s: float = setting(30.0, "grace for running requests at shutdown", low=0)
+    watchdog_s: float = setting(
+        300.0,
+        "silence after which the engine is ended and started again, as when a GPU hangs: longer"
+        " than any step (0: never)",
+        low=0,
+    )
     tool_format: str = setting(
         "auto",
         "how the base writes tool calls: auto (by its chat template), hermes, llama3 or mistral",

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -44,9 +45,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def running(base: Path, store: Path, **engine: int) -> AsyncIterator[Service]:
+async def running(
+    base: Path, store: Path, *, watchdog_s: float = 300, **engine: int
+) -> AsyncIterator[Service]:
     settings = {"kv_bytes": 16 * MIB, "num_threads": 1, **engine}
-    service = Service(EngineConfig(model=base, **settings), ServerConfig(store=store))  # type: ignore[arg-type]
+    server = ServerConfig(store=store, watchdog_s=watchdog_s)
+    service = Service(EngineConfig(model=base, **settings), server)  # type: ignore[arg-type]
     await service.start()
     try:
         await service.wait_until_ready()
@@ -56,10 +60,10 @@ async def running(base: Path, store: Path, **engine: int) -> AsyncIterator[Servi
 
 
 def scenario(
-    base: Path, store: Path, run: Callable[[Service], Awaitable[None]], **engine: int
+    base: Path, store: Path, run: Callable[[Service], Awaitable[None]], **settings: Any
 ) -> None:
     async def main() -> None:
-        async with running(base, store, **engine) as service:
+        async with running(base, store, **settings) as service:
             await run(service)
 
     asyncio.run(main())
@@ -180,6 +184,41 @@ def test_a_killed_engine_ends_its_requests_and_restarts(base: Path, tmp_path: Pa
         assert len(await collect(await ask(service, name="after"))) == 5
 
     scenario(base, tmp_path, run)
+
+
+def test_an_engine_that_hangs_is_ended_with_its_requests_and_restarts(
+    base: Path, tmp_path: Path
+) -> None:
+    async def run(service: Service) -> None:
+        stream = await ask(service, LONG)
+        await anext(stream)
+        pid = service.engine_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(EngineFailedError):
+            await collect(stream)
+        assert 2 <= time.monotonic() - start < 6
+        assert not service.healthy
+        with pytest.raises(EngineUnavailableError):
+            await ask(service, name="while down")
+        await until(lambda: service.ready)
+        assert service.num_restarts == 1 and not is_alive(pid)
+        assert len(await collect(await ask(service, name="after"))) == 5
+
+    scenario(base, tmp_path, run, watchdog_s=3)
+
+
+def test_an_engine_that_has_nothing_to_do_is_not_taken_for_one_that_hangs(
+    base: Path, tmp_path: Path
+) -> None:
+    async def run(service: Service) -> None:
+        pid = service.engine_pid
+        await asyncio.sleep(3)
+        assert service.ready and service.engine_pid == pid and not service.num_restarts
+        assert len(await collect(await ask(service))) == 5
+
+    scenario(base, tmp_path, run, watchdog_s=1)
 
 
 def test_a_killed_engine_ends_requests_that_wait_in_it(base: Path, tmp_path: Path) -> None:

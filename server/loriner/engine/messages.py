@@ -42,6 +42,10 @@ class Keep(msgspec.Struct, frozen=True, tag=True):
     generations: tuple[str, ...]  # all that are to stay in memory from now on
 
 
+class Probe(msgspec.Struct, frozen=True, tag=True):
+    """Asks for a sign of life: an idle engine says nothing by itself."""
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     max_model_len: int
     load_s: float
@@ -59,7 +63,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-ToEngine = Start | Submit | Abort | Evict | Keep
+ToEngine = Start | Submit | Abort | Evict | Keep | Probe
 FromEngine = Ready | Failed | Events | Stats
 
 

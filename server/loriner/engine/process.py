@@ -1,8 +1,8 @@
 """The engine's own process as its parent sees it: started, fed, watched, started again.
 
 Knows the messages and nothing of what the child does with them. When the child dies the reader sees
-the end of the stream. Invariant: each submitted request's stream ends, with an error if the engine
-is lost.
+the end of the stream; when it hangs, silence. Invariant: each submitted request's stream ends, with
+an error if the engine is lost.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from loriner.engine.messages import (
     MAX_FRAME_BYTES,
     Events,
     FromEngine,
+    Probe,
     Ready,
     Start,
     Stats,
@@ -54,10 +55,12 @@ def _spawn(command: list[str], channel: socket.socket) -> subprocess.Popen[bytes
 
 
 class EngineProcess:
-    """The parent's side: starts the child, feeds it, sorts its events, restarts it when it dies."""
+    """The parent's side: starts the child, feeds it, sorts its events, restarts it when it dies or
+    is silent for `watchdog_s` seconds (0: for ever)."""
 
-    def __init__(self, config: EngineConfig, store: Path) -> None:
+    def __init__(self, config: EngineConfig, store: Path, watchdog_s: float) -> None:
         self.config, self.store = config, store
+        self._watchdog_s = watchdog_s
         self.state = "starting"  # ready | restarting | failed | stopped
         self.failure: str | None = None  # why the state is failed
         self.num_restarts = 0
@@ -112,7 +115,6 @@ class EngineProcess:
                 ran = await self._run_once()
             except Exception:
                 logger.exception("the watch over the engine process failed")
-            self.on_down()
             if self.state == "failed":
                 return
             failures = 0 if time.monotonic() - started > HEALTHY_AFTER_S else failures + 1
@@ -123,7 +125,7 @@ class EngineProcess:
             self._set("restarting")
             self.num_restarts += 1
             delay = RESTART_DELAYS_S[min(failures, len(RESTART_DELAYS_S)) - 1] if failures else 0
-            logger.error("the engine process died; restarting in %.1f s", delay)
+            logger.error("the engine process ended; restarting in %.1f s", delay)
             await asyncio.sleep(delay)
 
     async def _run_once(self) -> bool:
@@ -143,20 +145,46 @@ class EngineProcess:
             await self._read(reader)
         finally:
             became_ready = self.state == "ready"
+            if became_ready:
+                self._set("restarting")
             self._writer.close()
             self._writer = None
+            self.on_down()  # before it is reaped: what hangs in a driver may take long to end
             await self._reap()
         return became_ready
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while True:
             try:
-                (size,) = HEAD.unpack(await reader.readexactly(HEAD.size))
+                (size,) = HEAD.unpack(await self._head(reader))
                 if size > MAX_FRAME_BYTES:
                     raise ConnectionError(f"a frame of {size} bytes")
-                self._handle(self._decoder.decode(await reader.readexactly(size)))
-            except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
+                async with asyncio.timeout(self._watchdog_s or None):
+                    body = await reader.readexactly(size)
+                self._handle(self._decoder.decode(body))
+            except (
+                asyncio.IncompleteReadError,
+                ConnectionError,
+                TimeoutError,
+                msgspec.DecodeError,
+            ):
                 return
+
+    async def _head(self, reader: asyncio.StreamReader) -> bytes:
+        """Of the next message. Raises ConnectionError when the child is silent though it was asked
+        for a sign of life; while it starts it may take its time."""
+        is_probed = False
+        while True:
+            watched = self._watchdog_s and self.state == "ready"
+            try:
+                async with asyncio.timeout(self._watchdog_s / 2 if watched else None):
+                    return await reader.readexactly(HEAD.size)
+            except TimeoutError:
+                if is_probed:
+                    logger.critical("the engine was silent for %g s", self._watchdog_s)
+                    raise ConnectionError("the engine is silent") from None
+                is_probed = True
+                self.send(Probe())
 
     def _handle(self, message: FromEngine) -> None:
         if isinstance(message, Events):

@@ -61,7 +61,7 @@ class Service:
         self.grammars = Grammars(
             engine_config.model, self.model_config.vocab_size, self.model_config.eos_token_ids
         )
-        self._engine = EngineProcess(engine_config, server_config.store)
+        self._engine = EngineProcess(engine_config, server_config.store, server_config.watchdog_s)
         self._admitted = Admitted(engine_config.max_waiting + engine_config.max_sequences)
         self._engine.on_event = self._admitted.deliver
         self._engine.on_down = self._admitted.fail
