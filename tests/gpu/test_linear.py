@@ -16,8 +16,10 @@ from tests.gpu.operands import EXACT_ROWS, acted, alone_and_replayed, dense, err
 pytestmark = pytest.mark.gpu
 
 SHAPES = ((576, 576), (960, 576), (576, 1536), (1040, 2048), (4096, 4096), (4096, 14336))
-TOLERANCE = 2e-3  # f32 out; the table is bf16
-BF16_OUT = 3.2e-3  # the output is rounded once more
+TOLERANCE = 1e-3  # f32 out; the table is bf16
+BF16_OUT = 2e-3  # the output is rounded once more
+MANY_ROWS = 3.2e-3  # weights, in their own scale, and the product are bf16
+GATED, MANY_GATED = 2.5e-3, 6e-3
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -35,9 +37,9 @@ def test_nf4_linear_equals_float64(kernels: Any, outputs: int, inputs: int, nest
             torch.add(before, 0, out=h)
             return kernels.linear_add(h, x, operand) - before  # type: ignore[no-any-return]
 
-        limit = TOLERANCE if rows <= EXACT_ROWS else BF16_OUT
-        runs = ((partial(kernels.logits, x, operand), TOLERANCE), (add, limit))
-        for run, most in (*runs, (partial(kernels.linear, x, operand), BF16_OUT)):
+        added, stored = (TOLERANCE, BF16_OUT) if rows <= EXACT_ROWS else (MANY_ROWS, MANY_ROWS)
+        runs = ((partial(kernels.logits, x, operand), TOLERANCE), (add, added))
+        for run, most in (*runs, (partial(kernels.linear, x, operand), stored)):
             for found in alone_and_replayed(run, x):
                 expected = x.double() @ exact.t() + bias.double().cuda()
                 assert error(found, expected) < most, rows
@@ -56,7 +58,8 @@ def test_gated_linear_equals_float64(kernels: Any, inner: int, inputs: int, act:
         x = (torch.randn(rows, inputs, device="cuda") / 4).bfloat16()
         for found in alone_and_replayed(partial(kernels.linear_gated, x, operand, None, act), x):
             both = x.double() @ torch.cat([dense(gate), dense(up)]).t()
-            assert error(found, acted(both, act)) < 6e-3, rows
+            limit = GATED if rows <= EXACT_ROWS else MANY_GATED
+            assert error(found, acted(both, act)) < limit, rows
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(1000, 576), (49152, 576), (32000, 4096)])

@@ -19,10 +19,10 @@ pytest.importorskip("cuda.bindings")
 
 from loriner.kernels.cuda import linear, packing, tiling
 from loriner.kernels.cuda.linear import Linears
-from loriner.kernels.cuda.params import Params
+from loriner.kernels.cuda.params import CODE_UNIT, SUM_UNIT, Params
 from loriner.kernels.cuda.tiling import KIND_BF16, KIND_F32, KIND_NESTED
 from loriner.kernels.operands import NestedScales, Nf4
-from loriner.model.nf4 import dynamic_map, nf4_code
+from loriner.model.nf4 import dynamic_map, nf4_code, quantize_nf4
 
 KINDS = (KIND_F32, KIND_NESTED, KIND_BF16)
 SHAPES = (
@@ -359,6 +359,20 @@ def test_every_step_fits_the_shared_memory_of_each_card(card: str) -> None:
         fit = [n for n in larger if tiling.ring_of(cut, kind, n, most, is_wide=is_wide)]
         assert tiles * 8 >= rows or not fit
         assert most < HOPPER_SMEM or tiles * 8 >= min(rows, 64)
+
+
+def test_the_tables_unit_halves_what_rounding_costs() -> None:
+    """Of normally distributed weights; the kernels multiply values by one number and sums by the
+    other."""
+    packed = quantize_nf4(torch.randn(1024, 1024), double_quant=False).packed
+    codes = torch.stack((packed >> 4, packed & 15)).flatten().long()
+    exact = nf4_code().double()[codes]
+
+    def error(unit: float, back: float) -> float:
+        table = (unit * nf4_code()).bfloat16().double() * back
+        return float((table[codes] - exact).norm() / exact.norm())
+
+    assert error(CODE_UNIT, SUM_UNIT) < 0.8e-3 < 1.3e-3 < error(1, 1)
 
 
 def unpack_rows(packed: torch.Tensor) -> torch.Tensor:

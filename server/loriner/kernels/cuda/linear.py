@@ -17,7 +17,14 @@ from torch import Tensor
 from loriner.kernels.cuda import packing
 from loriner.kernels.cuda.launch import Device, Kernel, tensor_map
 from loriner.kernels.cuda.packing import BLOCK, TILE
-from loriner.kernels.cuda.params import MappedParams, Operand, Params, Values, params_of
+from loriner.kernels.cuda.params import (
+    CODE_UNIT,
+    MappedParams,
+    Operand,
+    Params,
+    Values,
+    params_of,
+)
 from loriner.kernels.cuda.tiling import (
     KIND_BF16,
     KIND_F32,
@@ -118,7 +125,8 @@ class Linears:
             packed.contiguous(),
             scale,
             nested,
-            _values(parts[0]),
+            _values(parts[0], 1.0),
+            _values(parts[0], CODE_UNIT),
             None if bias is None else bias.float().to(place),
             outputs,
             inputs,
@@ -142,6 +150,7 @@ class Linears:
             packing.pack_bf16(rows).contiguous(),
             None,
             None,
+            Values(),
             Values(),
             None if bias is None else bias.float().to(place),
             outputs,
@@ -294,6 +303,7 @@ def _slices(sizes: Sequence[int]) -> tuple[int, int]:
     return first, first + sizes[1] if len(sizes) > 2 else total
 
 
-def _values(part: Nf4) -> Any:
+def _values(part: Nf4, unit: float) -> Any:
+    """NF4's in this unit."""
     nested = torch.zeros(256) if part.nested is None else part.nested.code
-    return Values(*part.code.tolist(), *nested.tolist())
+    return Values(*(part.code * unit).tolist(), *nested.tolist())

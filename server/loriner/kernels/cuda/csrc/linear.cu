@@ -2,7 +2,7 @@
 //
 // Weights are the A operand of the matrix instruction (outputs x inputs), rows of x the B operand. Weights are
 // stored in the order in which lanes want them (see packing.py). A byte becomes a bf16 pair through a table of 256
-// values with a copy in each of the 32 banks: one PRMT, which puts the byte into the address, and one conflict-free
+// values with a copy in each of the 32 banks (in the unit of params.py): one PRMT, which puts the byte into the address, and one conflict-free
 // load for two weights. Sums are kept in fp32, in units of a block's scale, and changed from one block's unit to the
 // next's: so the matrix unit adds onto them itself, and no registers hold a block's sum apart. Rows of x pass through
 // a ring in shared memory, swizzled by 128 bytes, which all warps share. On sm_90a four warps multiply 64 outputs by
@@ -40,8 +40,9 @@ struct Params {
     const RowLora* rows;   // [M, 3]
     u64* shrunk;           // [pieces, M, shrunk_stride]: A x over each piece of the inputs, f32 below the epoch
     u32* gate;             // this launch's epoch, and how many of its blocks know it
-    float code[16];        // of NF4, and behind it
+    float code[16];        // of NF4, in the table's unit, and behind it
     float map[256];        // of nested scales
+    float sum_unit;        // what sums are multiplied by
     i64 shrunk_size;
     i32 M, N, K, KB, nested_shift, max_tiles, shrunk_stride, parts, workers, helpers, rounds, split0, split1;  // KB: padded to KU
 };
@@ -223,7 +224,7 @@ extern "C" __global__ void BOUNDS linear(const __grid_constant__ Params p) {
         k.w.from += HOP;
 #endif
     }
-    if (NF4_KIND && mine > 0) scale_sums(k.acc, k.z.change), scale_sums(k.acc, of_outputs<0>(k.z.first, lane));
+    if (NF4_KIND && mine > 0) scale_sums(k.acc, k.z.change), scale_sums(k.acc, of_outputs<0>(p.sum_unit * k.z.first, lane));
     cp_async_wait<0>();
     if (FIRST || (CLUSTER == 1 && !APART)) main_sync();  // sums, or A x, come where table and ring were; what rows' adapters are has come
     if (CLUSTER > 1) {
