@@ -145,11 +145,11 @@ class EngineProcess:
             await self._read(reader)
         finally:
             became_ready = self.state == "ready"
-            if became_ready:
-                self._set("restarting")
             self._writer.close()
             self._writer = None
-            self.on_down()  # before it is reaped: what hangs in a driver may take long to end
+            if became_ready:  # before it is reaped: what hangs in a driver may take long to end
+                self._set("restarting")
+                self.on_down()
             await self._reap()
         return became_ready
 
