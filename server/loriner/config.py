@@ -129,8 +129,8 @@ class ServerConfig:
     shutdown_s: float = setting(30.0, "grace for running requests at shutdown", low=0)
     watchdog_s: float = setting(
         300.0,
-        "silence after which the engine is ended and started again, as when a GPU hangs: longer"
-        " than any step (0: never)",
+        "an engine that does not answer for so long, as when its GPU hangs, is ended and started"
+        " again: more than any step takes (0: never; not while it loads)",
         low=0,
     )
     tool_format: str = setting(

@@ -21,6 +21,7 @@ from loriner.config import MIB, EngineConfig, ServerConfig
 from loriner.core import SamplingParams
 from loriner.engine import process
 from loriner.engine.generation import Generation
+from loriner.engine.messages import Failed
 from loriner.engine.service import Service
 from loriner.errors import (
     AdapterNotFoundError,
@@ -206,19 +207,59 @@ def test_an_engine_that_hangs_is_ended_with_its_requests_and_restarts(
         assert service.num_restarts == 1 and not is_alive(pid)
         assert len(await collect(await ask(service, name="after"))) == 5
 
-    scenario(base, tmp_path, run, watchdog_s=3)
+    scenario(base, tmp_path, run, watchdog_s=2)
 
 
-def test_an_engine_that_has_nothing_to_do_is_not_taken_for_one_that_hangs(
+def test_requests_do_not_wait_for_a_killed_engine_to_end(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(service: Service) -> None:
+        ended, reap = asyncio.Event(), process.EngineProcess._reap
+
+        async def late(engine: process.EngineProcess) -> None:
+            await ended.wait()
+            await reap(engine)
+
+        monkeypatch.setattr(process.EngineProcess, "_reap", late)
+        stream = await ask(service, LONG)
+        await anext(stream)
+        assert service.engine_pid is not None
+        os.kill(service.engine_pid, signal.SIGKILL)
+        with pytest.raises(EngineFailedError):
+            await asyncio.wait_for(collect(stream), 5)
+        assert not service.healthy
+        ended.set()
+        await until(lambda: service.ready)
+
+    scenario(base, tmp_path, run)
+
+
+def test_requests_end_with_an_engine_that_gives_up(base: Path, tmp_path: Path) -> None:
+    async def run(service: Service) -> None:
+        stream = await ask(service, LONG)
+        await anext(stream)
+        service._engine._handle(Failed("it cannot be served"))
+        assert service.engine_pid is not None
+        os.kill(service.engine_pid, signal.SIGKILL)
+        with pytest.raises(EngineFailedError):
+            await asyncio.wait_for(collect(stream), 5)
+        assert service.state == "failed"
+
+    scenario(base, tmp_path, run)
+
+
+def test_idleness_and_a_stall_of_the_server_are_not_taken_for_an_engine_that_hangs(
     base: Path, tmp_path: Path
 ) -> None:
     async def run(service: Service) -> None:
         pid = service.engine_pid
         await asyncio.sleep(3)
+        time.sleep(3)  # noqa: ASYNC251  nothing else runs in the meantime
+        await asyncio.sleep(0.5)
         assert service.ready and service.engine_pid == pid and not service.num_restarts
         assert len(await collect(await ask(service))) == 5
 
-    scenario(base, tmp_path, run, watchdog_s=1)
+    scenario(base, tmp_path, run, watchdog_s=2)
 
 
 def test_a_killed_engine_ends_requests_that_wait_in_it(base: Path, tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def test_every_step_fits_the_shared_memory_of_each_card(card: str) -> None:
         assert most < HOPPER_SMEM or tiles * 8 >= min(rows, 64)
 
 
-def test_the_tables_unit_halves_what_rounding_costs() -> None:
+def test_in_the_tables_unit_bf16_holds_nf4_better() -> None:
     """Of normally distributed weights; the kernels multiply values by one number and sums by the
     other."""
     packed = quantize_nf4(torch.randn(1024, 1024), double_quant=False).packed

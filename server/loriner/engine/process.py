@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 RESTART_DELAYS_S = (0.1, 1.0, 2.0, 5.0, 10.0, 30.0)
 HEALTHY_AFTER_S = 60.0  # a process that lived this long starts the delays anew
+WATCHDOG_TICKS = 10  # in the time that an answer may take
+REAP_S = 10.0  # a killed process ends in that time, unless a driver holds it
 
 
 def _child_environment() -> dict[str, str]:
@@ -56,11 +58,12 @@ def _spawn(command: list[str], channel: socket.socket) -> subprocess.Popen[bytes
 
 class EngineProcess:
     """The parent's side: starts the child, feeds it, sorts its events, restarts it when it dies or
-    is silent for `watchdog_s` seconds (0: for ever)."""
+    does not answer for `watchdog_s` seconds (0: it may take for ever)."""
 
     def __init__(self, config: EngineConfig, store: Path, watchdog_s: float) -> None:
         self.config, self.store = config, store
         self._watchdog_s = watchdog_s
+        self._num_heard = 0  # messages
         self.state = "starting"  # ready | restarting | failed | stopped
         self.failure: str | None = None  # why the state is failed
         self.num_restarts = 0
@@ -141,14 +144,21 @@ class EngineProcess:
             theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         self.send(Start(self.config, self.store))
+        tasks = [asyncio.create_task(self._read(reader))]
+        tasks += [asyncio.create_task(self._watch())] if self._watchdog_s else []
         try:
-            await self._read(reader)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
+            for task in tasks:
+                task.cancel()
             became_ready = self.state == "ready"
             self._writer.close()
             self._writer = None
-            if became_ready:  # before it is reaped: what hangs in a driver may take long to end
+            if became_ready:
                 self._set("restarting")
+            if self.state != "stopped":  # before it is reaped: what hangs in a driver ends late
                 self.on_down()
             await self._reap()
         return became_ready
@@ -156,35 +166,27 @@ class EngineProcess:
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while True:
             try:
-                (size,) = HEAD.unpack(await self._head(reader))
+                (size,) = HEAD.unpack(await reader.readexactly(HEAD.size))
                 if size > MAX_FRAME_BYTES:
                     raise ConnectionError(f"a frame of {size} bytes")
-                async with asyncio.timeout(self._watchdog_s or None):
-                    body = await reader.readexactly(size)
-                self._handle(self._decoder.decode(body))
-            except (
-                asyncio.IncompleteReadError,
-                ConnectionError,
-                TimeoutError,
-                msgspec.DecodeError,
-            ):
+                self._handle(self._decoder.decode(await reader.readexactly(size)))
+                self._num_heard += 1
+            except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
                 return
 
-    async def _head(self, reader: asyncio.StreamReader) -> bytes:
-        """Of the next message. Raises ConnectionError when the child is silent though it was asked
-        for a sign of life; while it starts it may take its time."""
-        is_probed = False
+    async def _watch(self) -> None:
+        """Ends when the child has not answered for `watchdog_s`. Ticks are counted, that what holds
+        up this process alone is one tick of silence, however long."""
+        ticks = 0
         while True:
-            watched = self._watchdog_s and self.state == "ready"
-            try:
-                async with asyncio.timeout(self._watchdog_s / 2 if watched else None):
-                    return await reader.readexactly(HEAD.size)
-            except TimeoutError:
-                if is_probed:
-                    logger.critical("the engine was silent for %g s", self._watchdog_s)
-                    raise ConnectionError("the engine is silent") from None
-                is_probed = True
+            heard = self._num_heard
+            await asyncio.sleep(self._watchdog_s / WATCHDOG_TICKS)
+            ticks = ticks + 1 if self.state == "ready" and self._num_heard == heard else 0
+            if ticks == 1:
                 self.send(Probe())
+            elif ticks > WATCHDOG_TICKS:
+                logger.critical("the engine has not answered for %g s", self._watchdog_s)
+                return
 
     def _handle(self, message: FromEngine) -> None:
         if isinstance(message, Events):
@@ -201,11 +203,18 @@ class EngineProcess:
             self._set("failed")
 
     async def _reap(self) -> None:
+        """End the child, which holds the GPU's memory; a server that stops waits `REAP_S` for it at
+        most."""
         if self._child is None:
             return
         if self._child.poll() is None:
             self._child.kill()
-        await asyncio.to_thread(self._child.wait)
+        deadline = time.monotonic() + REAP_S
+        while self._child.poll() is None:
+            if self.state == "stopped" and time.monotonic() > deadline:
+                logger.error("the engine process %d does not end", self._child.pid)
+                break
+            await asyncio.sleep(0.01)
         self._child = None
         self._latest = Latest()
 

@@ -29,7 +29,7 @@ class Params(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("weight", "scale", "nested", "offset")],
         *[(name, ctypes.c_void_p) for name in ("bias", "x", "y", "tiles", "num_tiles", "rows")],
         *[(name, ctypes.c_void_p) for name in ("shrunk", "gate")],
-        ("table", Values),
+        ("values", Values),
         ("sum_unit", ctypes.c_float),
         ("shrunk_size", ctypes.c_int64),
         *[(name, ctypes.c_int) for name in ("M", "N", "K", "KB", "nested_shift", "max_tiles")],
@@ -53,7 +53,7 @@ class Operand(NamedTuple):
     scale: Tensor | None  # [tiles, KB / 4, 16, 4] f32, or u8 when nested
     nested: Nested | None
     values: Any  # `Values`: the 16 of NF4, then the 256 of nested scales
-    table: Any  # the same with NF4's times CODE_UNIT
+    scaled_values: Any  # the same with NF4's times CODE_UNIT
     bias: Tensor | None  # [N] f32
     outputs: int
     inputs: int
@@ -81,7 +81,7 @@ def params_of(x: Tensor, operand: Operand, y: Tensor) -> Params:
         scale=_pointer(operand.scale),
         nested=None if nested is None else nested.outer.data_ptr(),
         offset=None if nested is None else nested.offset.data_ptr(),
-        table=operand.table,
+        values=operand.scaled_values,
         sum_unit=SUM_UNIT,
         bias=_pointer(operand.bias),
         x=x.data_ptr(),

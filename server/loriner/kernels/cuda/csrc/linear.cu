@@ -2,11 +2,11 @@
 //
 // Weights are the A operand of the matrix instruction (outputs x inputs), rows of x the B operand. Weights are
 // stored in the order in which lanes want them (see packing.py). A byte becomes a bf16 pair through a table of 256
-// values with a copy in each of the 32 banks (in the unit of params.py): one PRMT, which puts the byte into the address, and one conflict-free
-// load for two weights. Sums are kept in fp32, in units of a block's scale, and changed from one block's unit to the
-// next's: so the matrix unit adds onto them itself, and no registers hold a block's sum apart. Rows of x pass through
-// a ring in shared memory, swizzled by 128 bytes, which all warps share. On sm_90a four warps multiply 64 outputs by
-// wgmma; elsewhere each does 16 by mma.sync.
+// values, in a unit in which bf16 holds them well, with a copy in each of the 32 banks: one PRMT, which puts the byte
+// into the address, and one conflict-free load for two weights. Sums are kept in fp32, in units of a block's scale, and
+// changed from one block's unit to the next's: so the matrix unit adds onto them itself, and no registers hold a block's
+// sum apart. Rows of x pass through a ring in shared memory, swizzled by 128 bytes, which all warps share. On sm_90a four
+// warps multiply 64 outputs by wgmma; elsewhere each does 16 by mma.sync.
 //
 // A thread block computes ROWS outputs over 1/CLUSTER of the inputs; WK groups of four warps split those
 // further; the blocks of a cluster add their sums through each other's shared memory in a fixed order. So a
@@ -40,9 +40,9 @@ struct Params {
     const RowLora* rows;   // [M, 3]
     u64* shrunk;           // [pieces, M, shrunk_stride]: A x over each piece of the inputs, f32 below the epoch
     u32* gate;             // this launch's epoch, and how many of its blocks know it
-    float code[16];        // of NF4, in the table's unit, and behind it
+    float code[16];        // of NF4 times CODE_UNIT (params.py), and behind it
     float map[256];        // of nested scales
-    float sum_unit;        // what sums are multiplied by
+    float sum_unit;        // what sums are multiplied by for that
     i64 shrunk_size;
     i32 M, N, K, KB, nested_shift, max_tiles, shrunk_stride, parts, workers, helpers, rounds, split0, split1;  // KB: padded to KU
 };
