@@ -1,41 +1,29 @@
-"""The engine in its own process: it is fed, it dies, it comes back; nobody waits for ever."""
+"""The engine in its own process: it is fed, refuses and is stopped; nobody waits for ever."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from loriner.config import MIB, EngineConfig, ServerConfig
+from loriner.config import EngineConfig, ServerConfig
 from loriner.core import SamplingParams
-from loriner.engine import process
-from loriner.engine.generation import Generation
-from loriner.engine.messages import Failed
 from loriner.engine.service import Service
 from loriner.errors import (
     AdapterNotFoundError,
     ContextLengthError,
-    EngineFailedError,
     EngineUnavailableError,
     InvalidRequestError,
     OverloadedError,
 )
+from tests.e2e.services import LONG, SHORT, ask, collect, is_alive, scenario, until
 from tests.tiny import write_tiny_base
 
 pytestmark = [pytest.mark.timeout(120)]
-LONG = SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True)
-SHORT = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -43,52 +31,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_base(
         tmp_path_factory.mktemp("process") / "base", max_position_embeddings=1024
     )
-
-
-@asynccontextmanager
-async def running(
-    base: Path, store: Path, *, watchdog_s: float = 300, **engine: int
-) -> AsyncIterator[Service]:
-    settings = {"kv_bytes": 16 * MIB, "num_threads": 1, **engine}
-    server = ServerConfig(store=store, watchdog_s=watchdog_s)
-    service = Service(EngineConfig(model=base, **settings), server)  # type: ignore[arg-type]
-    await service.start()
-    try:
-        await service.wait_until_ready()
-        yield service
-    finally:
-        await service.stop()
-
-
-def scenario(
-    base: Path, store: Path, run: Callable[[Service], Awaitable[None]], **settings: Any
-) -> None:
-    async def main() -> None:
-        async with running(base, store, **settings) as service:
-            await run(service)
-
-    asyncio.run(main())
-
-
-async def collect(generation: Generation) -> list[int]:
-    async with generation:
-        return [i async for event in generation for i in event.token_ids]
-
-
-async def ask(service: Service, sampling: SamplingParams = SHORT, name: str = "r") -> Generation:
-    return await service.generate([1, 2, 3], sampling, adapter=None, request_id=name)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> float:
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, "it never became true"
-        await asyncio.sleep(0.02)
-    return time.monotonic() - start
-
-
-def is_alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
 
 
 def test_answers_and_frees_what_it_used(base: Path, tmp_path: Path) -> None:
@@ -143,137 +85,6 @@ def test_a_caller_that_leaves_during_admission_holds_nothing(
     scenario(base, tmp_path, run)
 
 
-def test_the_watch_survives_a_process_that_cannot_be_started(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def run(service: Service) -> None:
-        spawn, failures = process._spawn, iter([OSError("no more processes")])
-
-        def flaky(*arguments: object) -> object:
-            for failure in failures:
-                raise failure
-            return spawn(*arguments)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(process, "_spawn", flaky)
-        assert service.engine_pid is not None
-        os.kill(service.engine_pid, signal.SIGKILL)
-        await until(lambda: service.num_restarts == 2)
-        await until(lambda: service.ready)
-        assert len(await collect(await ask(service))) == 5
-
-    scenario(base, tmp_path, run)
-
-
-def test_a_killed_engine_ends_its_requests_and_restarts(base: Path, tmp_path: Path) -> None:
-    async def run(service: Service) -> None:
-        open_streams = [await ask(service, LONG, name=str(i)) for i in range(3)]
-        for stream in open_streams:
-            await anext(stream)
-        pid = service.engine_pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-        start = time.monotonic()
-        for stream in open_streams:
-            with pytest.raises(EngineFailedError):
-                await collect(stream)
-        assert time.monotonic() - start < 5
-        assert not service.healthy
-        with pytest.raises(EngineUnavailableError):
-            await ask(service, name="while down")
-        await until(lambda: service.ready)
-        assert service.num_restarts == 1 and service.engine_pid != pid
-        assert len(await collect(await ask(service, name="after"))) == 5
-
-    scenario(base, tmp_path, run)
-
-
-def test_an_engine_that_hangs_is_ended_with_its_requests_and_restarts(
-    base: Path, tmp_path: Path
-) -> None:
-    async def run(service: Service) -> None:
-        stream = await ask(service, LONG)
-        await anext(stream)
-        pid = service.engine_pid
-        assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
-        start = time.monotonic()
-        with pytest.raises(EngineFailedError):
-            await collect(stream)
-        assert 2 <= time.monotonic() - start < 6
-        assert not service.healthy
-        with pytest.raises(EngineUnavailableError):
-            await ask(service, name="while down")
-        await until(lambda: service.ready)
-        assert service.num_restarts == 1 and not is_alive(pid)
-        assert len(await collect(await ask(service, name="after"))) == 5
-
-    scenario(base, tmp_path, run, watchdog_s=2)
-
-
-def test_requests_do_not_wait_for_a_killed_engine_to_end(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def run(service: Service) -> None:
-        ended, reap = asyncio.Event(), process.EngineProcess._reap
-
-        async def late(engine: process.EngineProcess) -> None:
-            await ended.wait()
-            await reap(engine)
-
-        monkeypatch.setattr(process.EngineProcess, "_reap", late)
-        stream = await ask(service, LONG)
-        await anext(stream)
-        assert service.engine_pid is not None
-        os.kill(service.engine_pid, signal.SIGKILL)
-        with pytest.raises(EngineFailedError):
-            await asyncio.wait_for(collect(stream), 5)
-        assert not service.healthy
-        ended.set()
-        await until(lambda: service.ready)
-
-    scenario(base, tmp_path, run)
-
-
-def test_requests_end_with_an_engine_that_gives_up(base: Path, tmp_path: Path) -> None:
-    async def run(service: Service) -> None:
-        stream = await ask(service, LONG)
-        await anext(stream)
-        service._engine._handle(Failed("it cannot be served"))
-        assert service.engine_pid is not None
-        os.kill(service.engine_pid, signal.SIGKILL)
-        with pytest.raises(EngineFailedError):
-            await asyncio.wait_for(collect(stream), 5)
-        assert service.state == "failed"
-
-    scenario(base, tmp_path, run)
-
-
-def test_idleness_and_a_stall_of_the_server_are_not_taken_for_an_engine_that_hangs(
-    base: Path, tmp_path: Path
-) -> None:
-    async def run(service: Service) -> None:
-        pid = service.engine_pid
-        await asyncio.sleep(3)
-        time.sleep(3)  # noqa: ASYNC251  nothing else runs in the meantime
-        await asyncio.sleep(0.5)
-        assert service.ready and service.engine_pid == pid and not service.num_restarts
-        assert len(await collect(await ask(service))) == 5
-
-    scenario(base, tmp_path, run, watchdog_s=2)
-
-
-def test_a_killed_engine_ends_requests_that_wait_in_it(base: Path, tmp_path: Path) -> None:
-    async def run(service: Service) -> None:
-        streams = [await ask(service, LONG, name=str(i)) for i in range(4)]
-        assert service.engine_pid is not None
-        os.kill(service.engine_pid, signal.SIGKILL)
-        for stream in streams:
-            with pytest.raises((EngineFailedError, EngineUnavailableError)):
-                await collect(stream)
-
-    scenario(base, tmp_path, run, max_sequences=1)
-
-
 def test_stopping_ends_the_engine(base: Path, tmp_path: Path) -> None:
     async def run(service: Service) -> None:
         pid = service.engine_pid
@@ -283,35 +94,6 @@ def test_stopping_ends_the_engine(base: Path, tmp_path: Path) -> None:
         await service.stop()
 
     scenario(base, tmp_path, run)
-
-
-PARENT = """
-import asyncio, sys
-from pathlib import Path
-from tests.e2e.test_process import running
-
-async def main():
-    async with running(Path(sys.argv[1]), Path(sys.argv[2])) as service:
-        print(service.engine_pid, flush=True)
-        await asyncio.sleep(60)
-
-asyncio.run(main())
-"""
-
-
-def test_a_killed_parent_leaves_no_engine_behind(base: Path, tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", PARENT, str(base), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as parent:
-        assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
-        assert is_alive(pid)
-        parent.kill()
-    deadline = time.monotonic() + 10
-    while is_alive(pid):
-        assert time.monotonic() < deadline, "the engine outlived its parent"
-        time.sleep(0.05)
 
 
 def test_closing_a_stream_frees_its_sequence(base: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from loriner.adapters.adapter import Adapter, LoraWeight
 from loriner.core import Request, SamplingParams
 from loriner.engine.cpu_runner import CpuRunner
 from loriner.engine.runner import open_runner
-from tests.engines import build_engine, engine_config
+from tests.engines import WatchedEngine, build_engine, engine_config
 from tests.fakes import make_request
 from tests.tiny import VOCAB_SIZE, write_tiny_base
 
@@ -35,6 +35,18 @@ def run(
     **settings: Any,
 ) -> list[list[int]]:
     """Greedy tokens of each prompt, in one batch or one after another."""
+    engine = engine_on(model, device, {}, **settings)
+    sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
+    requests = [Request(str(i), tuple(p), sampling) for i, p in enumerate(prompts)]
+    for some in [requests] if together else [[request] for request in requests]:
+        engine.run_all(some)
+    engine.close()
+    return [engine.outputs[str(i), 0] for i in range(len(prompts))]
+
+
+def engine_on(
+    model: Path, device: str, adapters: dict[str, Adapter], **settings: Any
+) -> WatchedEngine:
     usual: dict[str, Any] = {"max_model_len": 256, "max_step_tokens": 64}
     config = engine_config(
         model,
@@ -45,13 +57,8 @@ def run(
         **usual | settings,
     )
     runner = CpuRunner(config) if device == "cpu" else open_runner(config)
-    engine = build_engine(config, {}, runner)
-    sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
-    requests = [Request(str(i), tuple(p), sampling) for i, p in enumerate(prompts)]
-    for some in [requests] if together else [[request] for request in requests]:
-        engine.run_all(some)
-    engine.close()
-    return [engine.outputs[str(i), 0] for i in range(len(prompts))]
+    weights = {name: runner.pack(adapter) for name, adapter in adapters.items()}
+    return build_engine(config, weights, runner)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "gemma"])
@@ -110,10 +117,7 @@ def prompt_logprobs(
     base: Path, device: str, prompt: list[int], adapter: Adapter, generation: str | None
 ) -> np.typing.NDArray[np.float64]:
     """Of all tokens but the first."""
-    sizes = {"max_step_tokens": 64, "kv_bytes": 32 << 20, "pool_bytes": 16 << 20}
-    config = engine_config(base, device=device, **sizes)
-    runner = open_runner(config)
-    engine = build_engine(config, {"g": runner.pack(adapter)}, runner)
+    engine = engine_on(base, device, {"g": adapter})
     engine.submit(make_request(prompt, generation=generation, prompt_logprobs=0))
     told = []
     while engine.has_work:

@@ -121,11 +121,10 @@ def seats_of(spans: tuple[Span, ...], seat_ids: list[int]) -> Seats:
     counts = ends - starts
     pieces = -(-counts // LORA_ROWS)
     which = np.arange(len(spans), dtype=np.int32).repeat(pieces)
-    piece = np.arange(len(which), dtype=np.int32) - (pieces.cumsum() - pieces)[which]
+    piece = np.arange(len(which), dtype=np.int32) - (pieces.cumsum(dtype=np.int32) - pieces)[which]
     first = starts[which] + piece * LORA_ROWS
     rows = np.minimum(ends[which] - first, LORA_ROWS)
-    items = np.stack((first, rows, seats[which]), axis=1)
-    return Seats(seats.repeat(counts), items.astype(np.int32))  # sums of i32 are i64
+    return Seats(seats.repeat(counts), np.stack((first, rows, seats[which]), axis=1))
 
 
 class StepBuffers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +17,7 @@ from torch import Tensor
 from loriner.kernels.cuda import packing
 from loriner.kernels.cuda.launch import Device, Kernel, tensor_map
 from loriner.kernels.cuda.packing import BLOCK, TILE
-from loriner.kernels.cuda.params import (
-    CODE_UNIT,
-    MappedParams,
-    Operand,
-    Params,
-    Values,
-    params_of,
-)
+from loriner.kernels.cuda.params import MappedParams, Operand, Params, Values, params_of, values_of
 from loriner.kernels.cuda.tiling import (
     KIND_BF16,
     KIND_F32,
@@ -125,8 +118,7 @@ class Linears:
             packed.contiguous(),
             scale,
             nested,
-            _values(parts[0], 1.0),
-            _values(parts[0], CODE_UNIT),
+            *values_of(parts[0]),
             None if bias is None else bias.float().to(place),
             outputs,
             inputs,
@@ -301,9 +293,3 @@ def _slices(sizes: Sequence[int]) -> tuple[int, int]:
     total = sum(sizes)
     first = sizes[0] if len(sizes) > 1 else total
     return first, first + sizes[1] if len(sizes) > 2 else total
-
-
-def _values(part: Nf4, unit: float) -> Any:
-    """NF4's in this unit."""
-    nested = torch.zeros(256) if part.nested is None else part.nested.code
-    return Values(*(part.code * unit).tolist(), *nested.tolist())

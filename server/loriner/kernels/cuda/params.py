@@ -8,11 +8,13 @@ from __future__ import annotations
 import ctypes
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from loriner.kernels.cuda.launch import TensorMap
 from loriner.kernels.cuda.packing import Nested
 from loriner.kernels.cuda.tiling import Tiling
+from loriner.kernels.operands import Nf4
 
 NUM_VALUES = 16 + 256  # of NF4 and of nested scales
 
@@ -72,6 +74,15 @@ class Operand(NamedTuple):
         tensors = [self.weight, self.scale]
         tensors += [] if self.nested is None else [self.nested.outer, self.nested.offset]
         return sum(t.nbytes for t in tensors if t is not None)
+
+
+def values_of(part: Nf4) -> tuple[Any, Any]:
+    """An operand's `values`, and its `scaled_values`."""
+    nested = torch.zeros(256) if part.nested is None else part.nested.code
+    plain, scaled = (
+        Values(*(part.code * unit).tolist(), *nested.tolist()) for unit in (1.0, CODE_UNIT)
+    )
+    return plain, scaled
 
 
 def params_of(x: Tensor, operand: Operand, y: Tensor) -> Params:
